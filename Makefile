@@ -1,0 +1,43 @@
+# Everything runs in .venv, with the versions of constraints.txt.
+PYTHON ?= python3
+BIN = .venv/bin
+RUN ?= runs/demo
+# Threads of torch and of the BLAS spin on shared cores; the tests are small and want one.
+TEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+.PHONY: demo sweep test check bench clean
+
+demo: .venv/demo  ## train on the embedded model and text, evaluate, print the table
+	$(BIN)/sparseclt train --out $(RUN)
+
+sweep: .venv/demo  ## FVU against the number of connections, with the pruned baseline
+	$(BIN)/sparseclt sweep --out runs/sweep
+
+test: .venv/test  ## the test suite
+	$(TEST) $(ARGS)
+
+check: .venv/check  ## lint, types and the test suite
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+	$(TEST) $(ARGS)
+
+# torch first and exactly: an open range would pull a CUDA build of several GB.
+.venv/torch: constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "sparseclt needs Python 3.11 or newer")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -q "$$(grep '^torch==' constraints.txt)"
+	touch $@
+
+.venv/demo: .venv/torch pyproject.toml
+	$(BIN)/python -m pip install -q -c constraints.txt -e .
+	touch $@
+
+.venv/test: .venv/demo
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[triton,test]'
+	touch $@
+
+.venv/check: .venv/test
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev]'
+	touch $@
+
+clean:
+	rm -rf .venv build *.egg-info

@@ -1,0 +1,53 @@
+"""sparseclt: sparse kernels, and a trainer for sparsely-connected cross-layer transcoders.
+
+`sparseclt.ops` needs torch alone; what needs more is imported when it is first used.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from sparseclt.config import (
+        CLTConfig,
+        ConnectionConfig,
+        DataConfig,
+        LossConfig,
+        ModelConfig,
+        OptimizerConfig,
+        TrainConfig,
+    )
+    from sparseclt.connections import LearnedConnections, TopConnections
+    from sparseclt.evaluation import evaluate
+    from sparseclt.language_model import LanguageModel
+    from sparseclt.model import Architecture, SparseCLT
+    from sparseclt.trainer import Trainer
+
+_HOME = {
+    "CLTConfig": "config",
+    "ConnectionConfig": "config",
+    "DataConfig": "config",
+    "LossConfig": "config",
+    "ModelConfig": "config",
+    "OptimizerConfig": "config",
+    "TrainConfig": "config",
+    "LearnedConnections": "connections",
+    "TopConnections": "connections",
+    "evaluate": "evaluation",
+    "LanguageModel": "language_model",
+    "Architecture": "model",
+    "SparseCLT": "model",
+    "Trainer": "trainer",
+}
+
+__all__ = list(_HOME)
+__version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(import_module(f"sparseclt.{_HOME[name]}"), name)
+    raise AttributeError(f"module 'sparseclt' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOME})

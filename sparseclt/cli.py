@@ -1,0 +1,103 @@
+"""The `sparseclt` command."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+from sparseclt.config import TrainConfig
+
+
+def _train(config: TrainConfig) -> None:
+    from sparseclt import pipeline, report
+
+    print(report.evaluation_table(pipeline.train(config)))
+    print(f"\nRun directory: {config.out}")
+
+
+def _resume(run: Path) -> None:
+    from sparseclt import pipeline, report
+    from sparseclt.trainer import Trainer
+
+    trainer = Trainer.from_run(run)
+    trainer.fit(resume=run)
+    print(report.evaluation_table(pipeline.evaluate_run(run, trainer.language_model)))
+
+
+def _repeat(run: Path, out: Path) -> None:
+    from dataclasses import replace
+
+    from sparseclt.trainer import read_config
+
+    _train(replace(read_config(run), out=str(out)))
+
+
+def _evaluate(run: Path) -> None:
+    from sparseclt import pipeline, report
+
+    print(report.evaluation_table(pipeline.evaluate_run(run)))
+
+
+def _sweep(config: TrainConfig, connections: tuple[int, ...]) -> None:
+    from sparseclt import pipeline, report
+
+    print(report.sweep_table(pipeline.sweep(config, connections)))
+    print(f"\nRun directories: {config.out}")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Entry point: 0 on success, 2 on bad input, with one line on standard error that says what was wrong."""
+    import tyro
+
+    Config = Annotated[TrainConfig, tyro.conf.arg(name="")]
+
+    def train(config: Config = TrainConfig()) -> None:  # noqa: B008
+        """Train a sparsely-connected CLT, evaluate it on held-out text, write tables and plots."""
+        _train(config)
+
+    def resume(run: tyro.conf.Positional[Path]) -> None:
+        """Continue a run that was cut off, exactly where its newest checkpoint stands.
+
+        Args:
+            run: The run directory.
+        """
+        _resume(run)
+
+    def repeat(run: tyro.conf.Positional[Path], out: tyro.conf.Positional[Path]) -> None:
+        """Train again what a run directory says, into a new one.
+
+        Args:
+            run: The run directory to repeat.
+            out: The new run directory.
+        """
+        _repeat(run, out)
+
+    def evaluate(run: tyro.conf.Positional[Path]) -> None:
+        """Evaluate a finished run on its held-out text and print the table.
+
+        Args:
+            run: The run directory.
+        """
+        _evaluate(run)
+
+    def sweep(config: Config = TrainConfig(out="runs/sweep"), connections: tuple[int, ...] = (8, 16, 32, 64)) -> None:  # noqa: B008
+        """Train a vanilla baseline and one run for each number of connections; FVU against C.
+
+        Args:
+            config: The runs' configuration.
+            connections: The numbers of connections (C).
+        """
+        _sweep(config, connections)
+
+    commands = {"train": train, "resume": resume, "repeat": repeat, "eval": evaluate, "sweep": sweep}
+    try:
+        tyro.extras.subcommand_cli_from_dict(
+            commands, prog="sparseclt", description="Sparsely-connected cross-layer transcoders.", args=arguments
+        )
+    except (ValueError, TypeError) as error:
+        print(f"sparseclt: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,177 @@
+"""The configuration of a training run: frozen dataclasses whose field comments are the command line's help."""
+
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from typing import Any, Literal, get_type_hints
+
+Importance = Literal["mean", "rms"]
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The language model whose MLPs are replaced."""
+
+    path: str = "embedded"
+    """'embedded' (the small model that is shipped), a local directory, a GGUF file, or a hub name."""
+    layers: int | None = None
+    """Cover the first so many layers only; None: all."""
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """The text that the CLT is trained and evaluated on."""
+
+    source: str = "embedded"
+    """'embedded', a local .txt, .jsonl or directory of them, or hf:NAME[:CONFIG] for a `datasets` data set."""
+    text_field: str = "text"
+    """The field that holds the text in JSON lines or a data set."""
+    row_length: int = 128
+    """Tokens in a row."""
+    max_tokens: int | None = None
+    """Stop reading text after so many tokens."""
+    held_out_tokens: int = 65_536
+    """Tokens for evaluation."""
+    held_out_fraction: float = 0.05
+    """Share of the rows held out where the source has no held-out split of its own."""
+
+
+@dataclass(frozen=True)
+class CLTConfig:
+    """The shape of the transcoder."""
+
+    latents: int = 512
+    """Latents in each module (F)."""
+    active: int = 16
+    """Active latents for each token and module (K)."""
+    attention: Literal["frozen", "latents"] = "frozen"
+    """What stands for attention: the model's real attention outputs, or latents of their own."""
+
+
+@dataclass(frozen=True)
+class ConnectionConfig:
+    """Which upstream latents each latent may read in sparsely-connected mode."""
+
+    policy: Literal["top", "learned", "dense-learned", "none"] = "top"
+    """top: the C most important. learned: a logit for each of C candidates. dense-learned: a logit for every
+    pair (small models; the original experiment). none: vanilla mode only."""
+    per_latent: int = 32
+    """Connections kept for each latent (C); with policy learned, candidates."""
+    start: int | None = None
+    """Connections at the start; C falls from here geometrically. None: as per_latent."""
+    anneal: float = 0.3
+    """Share of the steps over which C falls."""
+    refresh_every: int = 50
+    """Steps between two choices of connections."""
+    freeze: float = 1.0
+    """Share of the steps after which the connections stay as they are."""
+    importance: Importance = "mean"
+    """The statistic s of an upstream latent in its importance |V| x s."""
+    pressure: float = 1e-3
+    """Weight of the learned policies' pressure, for each connection that a latent is expected to keep open."""
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """Weights of the loss terms."""
+
+    ramp: float = 0.3
+    """Share of the steps over which the sparsely-connected terms grow from 0 to full weight."""
+    latent_agreement: float = 0.2
+    """Weight of the FVU of sparsely-connected latents against vanilla ones."""
+    aux: float = 1 / 32
+    """Weight of AuxK, for latents dead in either mode."""
+    aux_active: int = 64
+    """Dead latents that AuxK lets speak for each token."""
+    dead_after: int = 10_000
+    """Tokens without firing after which a latent counts as dead."""
+    cross_entropy: float = 0.0
+    """Weight of the next-token cross-entropy of the replaced model, in each mode."""
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """Adam, with a linear warm-up and a linear decay to zero."""
+
+    learning_rate: float = 2e-3
+    """Peak learning rate."""
+    warmup: float = 0.02
+    """Share of the steps in which it rises."""
+    decay: float = 0.3
+    """Share of the steps, at the end, in which it falls to zero."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Adam's betas."""
+    clip: float | None = 1.0
+    """Largest norm of the gradient; None: not clipped."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """A training run."""
+
+    out: str = "runs/default"
+    """The run directory."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    clt: CLTConfig = field(default_factory=CLTConfig)
+    connections: ConnectionConfig = field(default_factory=ConnectionConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    steps: int = 1500
+    """Training steps."""
+    batch_rows: int = 4
+    """Rows of text in a step."""
+    seed: int = 0
+    """Seed of the initial weights and of the order of the data."""
+    device: str = "auto"
+    """'cpu', 'cuda', ...; auto: CUDA where there is one."""
+    backend: str | None = None
+    """Backend of the ops by name; None: the best that the device has."""
+    log_every: int = 10
+    """Steps between two lines of metrics.jsonl."""
+    checkpoint_every: int = 500
+    """Steps between two checkpoints; the last step always makes one."""
+    keep_checkpoints: int = 2
+    """How many of the newest checkpoints stay on disk."""
+    loggers: tuple[str, ...] = ()
+    """Besides metrics.jsonl: wandb, trackio, tensorboard."""
+    progress: bool = True
+    """Show a progress bar."""
+
+    def __post_init__(self):
+        _at_least(self, 1, "steps", "batch_rows", "log_every", "checkpoint_every", "keep_checkpoints")
+        _at_least(self.data, 2, "row_length")
+        _at_least(self.clt, 1, "latents", "active")
+        _share(self.connections, "anneal", "freeze")
+        _share(self.loss, "ramp")
+        _share(self.optimizer, "warmup", "decay")
+        if self.clt.active > self.clt.latents:
+            raise ValueError(f"clt.active: expected at most clt.latents = {self.clt.latents}, got {self.clt.active}")
+
+
+def _at_least(config: Any, least: int, *names: str) -> None:
+    for name in names:
+        if getattr(config, name) < least:
+            raise ValueError(f"{name}: expected at least {least}, got {getattr(config, name)}")
+
+
+def _share(config: Any, *names: str) -> None:
+    for name in names:
+        if not 0 <= getattr(config, name) <= 1:
+            raise ValueError(f"{name}: expected a share between 0 and 1, got {getattr(config, name)}")
+
+
+def to_dict(config: TrainConfig) -> dict[str, Any]:
+    return asdict(config)
+
+
+def from_dict(values: dict[str, Any], kind: type = TrainConfig, where: str = "") -> Any:
+    """The configuration that `to_dict` wrote (also through JSON); a ValueError names an unknown field."""
+    hints = get_type_hints(kind)
+    known = {f.name for f in fields(kind)}
+    if unknown := sorted(set(values) - known):
+        raise ValueError(f"config: unknown field {where}{unknown[0]}; expected one of {sorted(known)}")
+    arguments = {}
+    for name, value in values.items():
+        if is_dataclass(hints[name]):
+            value = from_dict(value, hints[name], f"{where}{name}.")
+        arguments[name] = tuple(value) if isinstance(value, list) else value
+    return kind(**arguments)

@@ -1,0 +1,137 @@
+"""One pass over a batch in one mode, a module at a time."""
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from sparseclt import ops
+from sparseclt.attention import attention_encode, attention_write
+from sparseclt.modules import Latents, Transcoder
+from sparseclt.sites import MODES, Mode, Site, model_sites, upstream_modules
+
+if TYPE_CHECKING:
+    from sparseclt.language_model import Activations
+    from sparseclt.model import SparseCLT
+
+
+class ForwardPass:
+    """One mode's pass over a batch, a module at a time in model order.
+
+    Captured activations take all steps at once (`SparseCLT.forward`); in a replaced model each step is taken
+    when the model arrives there, on that run's own activations.
+    """
+
+    def __init__(self, clt: "SparseCLT", mode: Mode, backend: str | None = None, error_nodes: bool = False):
+        if mode not in MODES:
+            raise ValueError(f"mode: expected one of {MODES}, got {mode!r}")
+        self.clt, self.mode, self.backend, self.error_nodes = clt, mode, backend, error_nodes
+        self.architecture = clt.architecture
+        self.latents: list[Latents] = []
+        self.virtual_weights = clt.virtual_weights(backend) if mode == "sparse" else []
+        self._outputs: dict[Site, Tensor] = {}
+        self._order = model_sites(self.architecture.layers, attention=True)
+        self._passed = 0  # sites of `_order` whose writes are already in `_stream`
+        self._stream: Tensor | None = None  # [N, D]
+        self._readings: list[Tensor] = []  # [N, D] a module
+
+    def output(self, site: Site) -> Tensor:
+        """The reconstruction [N, D] of a site, complete once all modules up to it have run."""
+        return self._outputs[site]
+
+    def advance(self, site: Site, activations: "Activations") -> Tensor:
+        """Run the next module on `activations` (filled at least up to `site`): its site's output [B, S, D]."""
+        index = len(self.latents)
+        if site != self.clt.sites[index]:
+            raise ValueError(f"site: expected {self.clt.sites[index].name} next, got {site.name}")
+        self.activations = activations
+        self._readings.append(self._read(site))
+        latents = self.encode(index)
+        self.latents.append(latents)
+        self._write(self.clt.transcoder(index), latents)
+        return self._outputs[site].view_as(activations.r_0)
+
+    def _write(self, module: Transcoder, latents: Latents) -> None:
+        site = module.site
+        for target, written in enumerate(module.decode(latents, self.backend).unbind(1)):
+            to = Site(site.kind, site.layer + target)
+            self._outputs[to] = self._outputs[to] + written if to in self._outputs else written
+        self._outputs[site] = self._outputs[site] + module.b_dec
+
+    def _read(self, site: Site) -> Tensor:
+        """What `site` reads unmasked, [N, D]. Vanilla: the model's own input of that site. Sparsely-connected: the
+        residual stream as far as no latent stands for it: the embedding, biases already written, frozen attention
+        outputs, error nodes."""
+        activations, layer = self.activations, site.layer
+        if self.mode == "vanilla":
+            return (activations.x if site.kind == "mlp" else activations.attn_out)[layer].flatten(0, 1)
+        if self._stream is None:
+            self._stream = activations.r_0.flatten(0, 1)
+        earlier = upstream_modules(self._order, self._order.index(site), self.architecture.parallel)
+        for writer in self._order[self._passed : earlier]:
+            outputs = activations.mlp_out if writer.kind == "mlp" else activations.attn_out
+            real = outputs[writer.layer].flatten(0, 1)
+            if writer not in self._outputs:
+                self._stream = self._stream + real
+                continue
+            self._stream = self._stream + self.clt.transcoder(self.clt.sites.index(writer)).b_dec
+            if self.error_nodes:
+                self._stream = self._stream + (real - self._outputs[writer]).detach()
+        self._passed = max(self._passed, earlier)
+        return self._stream
+
+    def encode(self, index: int, rows: Tensor | None = None, k: int | None = None) -> Latents:
+        """The k strongest latents of module `index`, or of its latents `rows` [R] alone (ids then in 0..R-1).
+
+        Its reading must have been taken by `advance`.
+        """
+        module, reading = self.clt.transcoder(index), self._readings[index]
+        k = k or self.architecture.active
+        W_enc = module.W_enc if self.mode == "vanilla" else self.clt.reading_rows(index)
+        b_enc, V, connections = module.b_enc, None, module.connections
+        if self.mode == "sparse":
+            V = self.virtual_weights[index]
+            reading = self._connected_reading(module.site, reading, connected=V is not None)
+        if rows is not None:
+            W_enc, b_enc = W_enc[rows], b_enc[rows]
+            if V is not None:
+                assert connections is not None
+                V, connections = V[..., rows, :], ops.Connections(connections.indices[rows], module.upstream)
+        if V is None:
+            return Latents(*ops.topk_encode(reading, W_enc, b_enc, k, backend=self.backend))
+        assert connections is not None
+        z = self._upstream_latents(index)
+        if module.site.kind == "mlp":
+            scale = self.activations.scale[module.site.layer].flatten()
+            return Latents(
+                *ops.connected_encode(reading, W_enc, b_enc, *z, V, connections, scale, k, backend=self.backend)
+            )
+        by_sequence = self.activations.tokens.shape
+        values, indices = attention_encode(
+            reading.unflatten(0, by_sequence), W_enc, b_enc,
+            z.values.unflatten(0, by_sequence), z.indices.unflatten(0, by_sequence),
+            V, self._mix(module.site.layer), connections, k, backend=self.backend,
+        )  # fmt: skip
+        return Latents(values.flatten(0, 1), indices.flatten(0, 1))
+
+    def _connected_reading(self, site: Site, stream: Tensor, connected: bool) -> Tensor:
+        """What meets the encoder rows: for attention what it writes for `stream`; for an MLP `stream` itself,
+        which `connected_encode` divides by the scale, or the quotient where nothing is upstream."""
+        if site.kind == "mlp":
+            return stream if connected else stream / self.activations.scale[site.layer].flatten()[:, None]
+        weights = self.clt.attention_of(site)
+        assert weights is not None
+        base = stream.unflatten(0, self.activations.tokens.shape)
+        return attention_write(base, self._mix(site.layer), weights).flatten(0, 1)
+
+    def _mix(self, layer: int) -> Tensor:
+        """Frozen pattern over the key's scale: [B, H, S, S]."""
+        return self.activations.attn_pattern[layer] / self.activations.attn_scale[layer][:, None, None, :]
+
+    def _upstream_latents(self, index: int) -> Latents:
+        """The latents of all modules before module `index`, side by side: ids in 0..U-1."""
+        F, before = self.architecture.latents, self.latents[: self.clt.upstream[index]]
+        return Latents(
+            torch.cat([z.values for z in before], 1),
+            torch.cat([z.indices + m * F for m, z in enumerate(before)], 1),
+        )

@@ -1,0 +1,61 @@
+"""The terms of the training loss."""
+
+import torch
+from torch import Tensor
+
+from sparseclt import ops
+from sparseclt.forward import ForwardPass
+from sparseclt.model import SparseCLT
+from sparseclt.modules import Latents
+from sparseclt.sites import Site
+
+
+def fvu(y: Tensor, reconstruction: Tensor) -> Tensor:
+    """Fraction of variance unexplained, a scalar: equivalent to
+    `((y - reconstruction)**2).sum() / ((y - y.mean(0))**2).sum()`, the mean over all N tokens of y [N, D]."""
+    variance = (y - y.mean(0)).square().sum()
+    return (y - reconstruction).square().sum() / variance.clamp_min(torch.finfo(y.dtype).tiny)
+
+
+def latent_fvu(latents: Latents, target: Latents, F: int) -> Tensor:
+    """FVU of sparse latents against sparse target latents, a scalar.
+
+    Equivalent to `fvu(target.dense(F), latents.dense(F))`, from the K x K matches of each token: nothing of
+    size N x F exists. Indices are distinct within a token.
+    """
+    match = latents.indices[:, :, None] == target.indices[:, None, :]
+    inner = (latents.values * (match * target.values[:, None, :]).sum(2)).sum()
+    norm = target.values.square().sum()
+    error = latents.values.square().sum() - 2 * inner + norm
+    mean = torch.zeros(F, dtype=norm.dtype, device=norm.device)
+    mean = mean.scatter_add(0, target.indices.flatten().clamp_min(0), target.values.flatten()) / len(target.values)
+    variance = norm - len(target.values) * mean.square().sum()
+    return error / variance.clamp_min(torch.finfo(norm.dtype).tiny)
+
+
+def targets(clt: SparseCLT, activations) -> dict[Site, Tensor]:
+    """The real output [N, D] of every site."""
+    outputs = {"mlp": activations.mlp_out, "attn": activations.attn_out}
+    return {site: outputs[site.kind][site.layer].flatten(0, 1) for site in clt.sites}
+
+
+def aux_k(forward: ForwardPass, errors: dict[Site, Tensor], dead: Tensor, k: int) -> Tensor | None:
+    """AuxK: how badly the k strongest dead latents of each module explain what the live ones left, summed over
+    sites (FVU of the detached errors); None where no module has a dead latent.
+
+    Dead latents are encoded as the mode encodes them: from the module's input in vanilla mode, through their
+    virtual weights in sparsely-connected mode. `dead` is boolean [M, F].
+    """
+    explained: dict[Site, Tensor] = {}
+    for index, module in enumerate(forward.clt):
+        rows = dead[index].nonzero().flatten()
+        if not len(rows):
+            continue
+        latents = forward.encode(index, rows, min(k, len(rows)))
+        written = ops.sparse_decode(latents.values, latents.indices, module.W_dec[rows], None, backend=forward.backend)
+        for target, part in enumerate(written.unbind(1)):
+            to = Site(module.site.kind, module.site.layer + target)
+            explained[to] = explained[to] + part if to in explained else part
+    if not explained:
+        return None
+    return torch.stack([fvu(errors[site].detach(), part) for site, part in explained.items()]).sum()

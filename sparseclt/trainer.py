@@ -1,0 +1,307 @@
+"""Training: both modes from one activation capture, checkpoints that continue bit-exactly."""
+
+import json
+import math
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparseclt import checkpoint, losses
+from sparseclt.activity import Activity
+from sparseclt.config import TrainConfig, from_dict, to_dict
+from sparseclt.connections import make_policy
+from sparseclt.data import NoHeldOutSplit, RowStream, Split, read_documents, split_held_out, token_rows
+from sparseclt.evaluation import replacement
+from sparseclt.forward import ForwardPass
+from sparseclt.language_model import Activations, LanguageModel
+from sparseclt.loggers import JsonLinesLogger, make_loggers, truncate_after
+from sparseclt.model import Architecture, SparseCLT
+from sparseclt.serialization import clt_tensors, load_clt_tensors, write_clt
+from sparseclt.sites import MODES, Mode
+
+
+class NonFiniteError(ValueError):
+    """NaN or Inf in activations, loss or gradients; raised before the optimiser's step."""
+
+
+def build_clt(config: TrainConfig, language_model: LanguageModel) -> SparseCLT:
+    """The untrained CLT of `config` for `language_model`; the same for the same seed."""
+    info = language_model.info
+    architecture = Architecture(
+        layers=info.n_layers, d_model=info.d_model, latents=config.clt.latents, active=config.clt.active,
+        attention=config.clt.attention, parallel=info.parallel, centred=info.centred, model_name=info.name,
+    )  # fmt: skip
+    attention = None
+    if config.clt.attention == "latents":
+        attention = [language_model.attention_weights(layer) for layer in range(info.n_layers)]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        return SparseCLT(architecture, attention)
+
+
+def load_rows(config: TrainConfig, tokenizer: Any, split: Split) -> Tensor:
+    """The token rows [R, S] of one split of the text that `config` names."""
+    data = config.data
+
+    def rows_of(part: Split) -> Tensor:
+        documents = read_documents(data.source, part, data.text_field)
+        return token_rows(tokenizer, documents, data.row_length, max_tokens=data.max_tokens)
+
+    try:
+        held_out = rows_of("held_out")
+    except NoHeldOutSplit:
+        train, held_out = split_held_out(rows_of("train"), data.held_out_fraction, config.seed)
+        return train if split == "train" else held_out
+    return rows_of("train") if split == "train" else held_out
+
+
+class Trainer:
+    """Trains a `SparseCLT` as `config` says.
+
+        Trainer(TrainConfig(out="runs/first")).fit()
+
+    `language_model` and `rows` ([R, S] token ids) may be given instead of what `config` names.
+    """
+
+    def __init__(
+        self, config: TrainConfig, *, language_model: LanguageModel | None = None, rows: Tensor | None = None
+    ):
+        self.config, self.out = config, Path(config.out)
+        device = config.device
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.device = torch.device(device)
+        self.language_model = language_model or LanguageModel.load(
+            config.model.path, layers=config.model.layers, device=device
+        )
+        context = self.language_model.info.context
+        if context and config.data.row_length > context:
+            raise ValueError(
+                f"data.row_length: expected at most the model's context of {context}, got {config.data.row_length}"
+            )
+        if rows is None:
+            rows = load_rows(config, self.language_model.tokenizer, "train")
+        self.stream = RowStream(rows, config.batch_rows, config.seed)
+        self.clt = build_clt(config, self.language_model).to(self.device)
+        self.policy = make_policy(config.connections, self.clt, config.steps, config.backend)
+        if self.policy:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(config.seed + 1)
+                self.policy.prepare(self.clt)
+        self.activity: dict[Mode, Activity] = {
+            mode: Activity(len(self.clt.sites), config.clt.latents, device=self.device) for mode in MODES
+        }
+        o = config.optimizer
+        self.optimizer = torch.optim.Adam(self.clt.parameters(), lr=o.learning_rate, betas=o.betas, fused=True)
+        self.step = 0
+
+    # One step
+
+    def learning_rate(self, step: int) -> float:
+        o, steps = self.config.optimizer, self.config.steps
+        rise = (step + 1) / max(1.0, o.warmup * steps)
+        fall = (steps - step) / max(1.0, o.decay * steps)
+        return o.learning_rate * min(1.0, rise, fall)
+
+    def ramp(self, step: int) -> float:
+        """rho: the weight of the sparsely-connected terms."""
+        return min(1.0, step / max(1.0, self.config.loss.ramp * self.config.steps))
+
+    def loss(self, activations: Activations, step: int) -> tuple[Tensor, dict[str, Tensor], dict[Mode, ForwardPass]]:
+        """The loss of a batch, its terms by name, and the forward pass of each mode that ran."""
+        c, clt = self.config.loss, self.clt
+        real = losses.targets(clt, activations)
+        passes: dict[Mode, ForwardPass] = {"vanilla": clt(activations, "vanilla", backend=self.config.backend)}
+        rho = self.ramp(step)
+        if self.policy and clt.connected:
+            passes["sparse"] = clt(activations, "sparse", backend=self.config.backend)
+        weights: dict[Mode, float] = {"vanilla": 1.0, "sparse": rho}
+        total, terms = torch.zeros((), device=self.device), {}
+        for mode, forward in passes.items():
+            for site in clt.sites:
+                terms[f"fvu_{mode}/{site.name}"] = losses.fvu(real[site], forward.output(site))
+            mode_loss = torch.stack([terms[f"fvu_{mode}/{site.name}"] for site in clt.sites]).sum()
+            dead = self.activity[mode].dead(c.dead_after)
+            if c.aux and dead.any():
+                errors = {site: real[site] - forward.output(site) for site in clt.sites}
+                aux = losses.aux_k(forward, errors, dead, c.aux_active)
+                if aux is not None:
+                    terms[f"aux_{mode}"] = aux
+                    mode_loss = mode_loss + c.aux * aux
+            if c.cross_entropy:
+                terms[f"cross_entropy_{mode}"] = self.language_model.cross_entropy(
+                    activations.tokens, **replacement(clt, mode, self.config.backend)
+                )
+                mode_loss = mode_loss + c.cross_entropy * terms[f"cross_entropy_{mode}"]
+            total = total + weights[mode] * mode_loss
+        if "sparse" in passes:
+            agreement = torch.stack(
+                [
+                    losses.latent_fvu(sparse, vanilla, self.config.clt.latents)
+                    for sparse, vanilla in zip(passes["sparse"].latents, passes["vanilla"].latents, strict=True)
+                ]
+            ).sum()
+            terms["latent_agreement"] = agreement
+            total = total + rho * c.latent_agreement * agreement
+            pressure = self.policy.pressure(clt) if self.policy else None
+            if pressure is not None:
+                terms["pressure"] = pressure
+                total = total + rho * pressure
+        terms["loss"] = total
+        return total, terms, passes
+
+    def train_step(self, tokens: Tensor) -> dict[str, float]:
+        """One optimiser step on `tokens` [B, S]; returns the loss terms and counters as numbers."""
+        step = self.step
+        activations = self.language_model.capture(
+            tokens.to(self.device), attention=self.config.clt.attention == "latents"
+        )
+        self._check_activations(activations)
+        if self.policy:
+            self.policy.update(self.clt, self.activity["vanilla"], step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.learning_rate(step)
+        self.optimizer.zero_grad(set_to_none=True)
+        total, terms, passes = self.loss(activations, step)
+        if not torch.isfinite(total):
+            bad = next((name for name, term in terms.items() if not torch.isfinite(term)), "loss")
+            raise NonFiniteError(f"step {step}: {bad} is {terms[bad].item()}; stopped before the optimiser's step")
+        total.backward()
+        norm = torch.nn.utils.clip_grad_norm_(self.clt.parameters(), self.config.optimizer.clip or math.inf)
+        if not torch.isfinite(norm):
+            bad = next(n for n, p in self.clt.named_parameters() if p.grad is not None and not p.grad.isfinite().all())
+            raise NonFiniteError(f"step {step}: the gradient of {bad} is not finite; stopped before the optimiser's step")
+        self.optimizer.step()
+        for mode, forward in passes.items():
+            self.activity[mode].update(forward.latents)
+        self.step += 1
+        return self._metrics(terms, norm)
+
+    def _check_activations(self, activations: Activations) -> None:
+        for name in ("x", "mlp_out", "attn_out"):
+            for layer, tensor in enumerate(getattr(activations, name)):
+                if not torch.isfinite(tensor).all():
+                    raise NonFiniteError(
+                        f"step {self.step}: the model's {name} of layer {layer} has NaN or Inf; "
+                        "stopped before the optimiser's step"
+                    )
+
+    def _metrics(self, terms: dict[str, Tensor], norm: Tensor) -> dict[str, float]:
+        metrics = {name: term.item() for name, term in terms.items()}
+        metrics["gradient_norm"] = norm.item()
+        metrics["tokens"] = self.step * self.config.batch_rows * self.stream.rows.shape[1]
+        for mode in MODES:
+            values = [v for name, v in metrics.items() if name.startswith(f"fvu_{mode}/")]
+            if values:
+                metrics[f"fvu_{mode}"] = sum(values) / len(values)
+                dead = self.activity[mode].dead(self.config.loss.dead_after)
+                metrics[f"dead_{mode}"] = dead.float().mean().item()
+        return metrics
+
+    # The run
+
+    def fit(self, resume: str | Path | None = None) -> SparseCLT:
+        """Train to the last step and return the CLT.
+
+        `resume`: a run directory of the same configuration; training goes on from its newest whole checkpoint
+        exactly as if it had never stopped. Without it the run directory must not hold a run yet.
+        """
+        from tqdm import tqdm
+
+        if resume is not None:
+            self.load(Path(resume))
+        elif (self.out / "config.json").exists():
+            raise ValueError(f"out: {self.out} already holds a run; choose another directory, or resume it")
+        self.out.mkdir(parents=True, exist_ok=True)
+        (self.out / "config.json").write_text(json.dumps(to_dict(self.config), indent=2) + "\n")
+        metrics_file = self.out / "metrics.jsonl"
+        truncate_after(metrics_file, self.step)
+        loggers = [
+            JsonLinesLogger(metrics_file),
+            *make_loggers(self.config.loggers, self.out, to_dict(self.config)),
+        ]
+        bar = tqdm(
+            total=self.config.steps, initial=self.step, desc="training", unit="step",
+            disable=not self.config.progress,
+        )  # fmt: skip
+        try:
+            while self.step < self.config.steps:
+                metrics = self.train_step(next(self.stream))
+                bar.update()
+                last = self.step == self.config.steps
+                if last or self.step % self.config.log_every == 0:
+                    for logger in loggers:
+                        logger.log(self.step, metrics)
+                    shown = {name: metrics[f"fvu_{name}"] for name in MODES if f"fvu_{name}" in metrics}
+                    bar.set_postfix({f"FVU {name}": f"{value:.3f}" for name, value in shown.items()})
+                if last or self.step % self.config.checkpoint_every == 0:
+                    self.save()
+        finally:
+            bar.close()
+            for logger in loggers:
+                logger.close()
+        self.clt.save_pretrained(self.out / "clt")
+        return self.clt
+
+    def save(self) -> Path:
+        """Write checkpoints/step_N of the run directory, whole or not at all, and drop the oldest ones."""
+        tensors: dict[str, Tensor] = {"random_state": torch.get_rng_state()}
+        for name, parameter in self.clt.named_parameters():
+            for key, value in self.optimizer.state.get(parameter, {}).items():
+                tensors[f"optimizer/{name}/{key}"] = value
+        for mode, activity in self.activity.items():
+            for key, value in activity.state().items():
+                tensors[f"activity/{mode}/{key}"] = value
+        numbers = {"step": self.step, "position": self.stream.position}
+        folder = self.out / "checkpoints"
+        with checkpoint.atomic_directory(folder / f"step_{self.step:08d}") as directory:
+            write_clt(directory, self.clt)
+            checkpoint.save_state(directory, tensors, numbers)
+        for old in sorted(folder.glob("step_????????"))[: -self.config.keep_checkpoints]:
+            shutil.rmtree(old)
+        return folder / f"step_{self.step:08d}"
+
+    def load(self, run: Path) -> None:
+        """Take up the state of the newest whole checkpoint below `run`."""
+        path = checkpoint.latest(run)
+        if path is None:
+            raise ValueError(f"resume: expected a run directory with a checkpoint, found none below {run}")
+        saved = from_dict(json.loads((run / "config.json").read_text()))
+        free = {"out": "", "device": "", "loggers": (), "progress": True, "keep_checkpoints": 1}
+        if replace(saved, **free) != replace(self.config, **free):
+            raise ValueError(f"resume: the configuration differs from that of {run}; start from Trainer.from_run(run)")
+        _, clt_state = checkpoint.load_clt(path)
+        load_clt_tensors(self.clt, clt_state)
+        tensors, numbers = checkpoint.load_state(path)
+        for name, parameter in self.clt.named_parameters():
+            prefix = f"optimizer/{name}/"
+            self.optimizer.state[parameter] = {
+                key.removeprefix(prefix): value.to("cpu" if key.endswith("/step") else self.device)
+                for key, value in tensors.items()
+                if key.startswith(prefix)
+            }
+        for mode, activity in self.activity.items():
+            prefix = f"activity/{mode}/"
+            activity.load_state({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
+        torch.set_rng_state(tensors["random_state"])
+        self.step = int(numbers["step"])
+        self.stream = RowStream(
+            self.stream.rows, self.config.batch_rows, self.config.seed, position=int(numbers["position"])
+        )
+
+    @classmethod
+    def from_run(cls, run: str | Path) -> "Trainer":
+        """A trainer with the configuration of run directory `run`, to resume or to repeat it."""
+        return cls(read_config(run))
+
+
+def read_config(run: str | Path) -> TrainConfig:
+    """The configuration that a run directory was trained with."""
+    path = Path(run) / "config.json"
+    if not path.is_file():
+        raise ValueError(f"run: expected a run directory with config.json, got {run}")
+    return from_dict(json.loads(path.read_text()))
