@@ -109,7 +109,10 @@ class TopConnections(ConnectionPolicy):
         return round(math.exp((1 - progress) * math.log(self.start) + progress * math.log(self.per_latent)))
 
     def update(self, clt: SparseCLT, activity: Activity, step: int) -> bool:
-        if clt.connected and (step % self.refresh_every or (self.freeze_at is not None and step > self.freeze_at)):
+        frozen = self.freeze_at is not None and step > self.freeze_at
+        if clt.connected and (frozen or step % self.refresh_every):
+            return False
+        if not activity.weight:
             return False
         chosen = select_top_connections(clt, activity.magnitude(self.importance), self.at(step), self.backend)
         for module, connections in zip(clt, chosen, strict=True):
@@ -147,7 +150,7 @@ class LearnedConnections(ConnectionPolicy):
                 module.logits = nn.Parameter(logits)
 
     def update(self, clt: SparseCLT, activity: Activity, step: int) -> bool:
-        if clt.connected or step < self.start_step:
+        if clt.connected or step < self.start_step or (self.candidates is not None and not activity.weight):
             return False
         most = max(module.upstream for module in clt)
         magnitude = activity.magnitude(self.importance)

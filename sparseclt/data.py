@@ -30,7 +30,8 @@ def read_documents(source: str, split: Split, text_field: str = "text") -> Itera
     `source`: "embedded"; a .txt (one document), .jsonl or .json file, or one of these gzipped; a directory of
     .txt and .jsonl files, in order of name, where files named `held_out` (held_out.jsonl.gz) are the held-out
     split; or "hf:NAME", "hf:NAME:CONFIG" or NAME for `datasets.load_dataset`, streamed, where the held-out
-    split is called held_out, validation or test. JSON holds strings, or objects with the text under `text_field`.
+    split is called held_out, validation or test. JSON holds strings, or objects with the text under
+    `text_field`.
 
     Raises ValueError for a source that does not exist or has no text, NoHeldOutSplit if "held_out" is asked
     for and there is none.

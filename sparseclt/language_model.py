@@ -39,8 +39,8 @@ class LanguageModel:
     def __init__(self, bridge: Any, tokenizer: Any, *, layers: int | None = None, name: str = ""):
         """Wrap a `TransformerBridge`; use `load` or `from_hf`.
 
-        Raises ValueError if the model has fewer layers than `layers`, or is not one whose MLPs read, through a
-        norm, the sum of the embedding and all earlier attention and MLP outputs.
+        Raises ValueError if the model has fewer layers than `layers`, or is not one whose MLPs read, through
+        a norm, the sum of the embedding and all earlier attention and MLP outputs.
         """
         cfg = bridge.cfg
         if layers is not None and not 1 <= layers <= cfg.n_layers:
@@ -102,7 +102,7 @@ class LanguageModel:
     def from_hf(
         cls, hf_model: Any, tokenizer: Any, *, layers: int | None = None, name: str = ""
     ) -> "LanguageModel":
-        """Wrap a Hugging Face causal language model already built, which is frozen and hooked in place."""
+        """Wrap a Hugging Face causal language model already built; it is frozen and hooked in place."""
         from transformer_lens.model_bridge.sources import build_bridge_from_module
 
         hf_model.set_attn_implementation("eager")  # the others never form the attention pattern
@@ -132,8 +132,8 @@ class LanguageModel:
         """Logits [B, S, V] of a run in which each covered layer's MLP (attention) output is what
         `on_mlp(layer, live)` (`on_attn(layer, live)`) returns, [B, S, D].
 
-        `live` holds this run's activations as far as it has come. The last entry of its `mlp_out` (`attn_out`)
-        is, while the function runs, the model's own output for that layer, and afterwards what replaced it.
+        `live` holds this run's activations as far as it has come. The last of its `mlp_out` (`attn_out`) is,
+        while the function runs, the model's own output for that layer, and afterwards what replaced it.
         Attention's pattern and scale are there if `on_attn` is given. Differentiable with respect to what the
         functions return.
         """
@@ -239,20 +239,14 @@ def _close(a: Tensor, b: Tensor) -> bool:
 
 
 def _keep_float64(bridge: Any) -> None:
-    """Hugging Face computes RMSNorm and softmax in float32 whatever the model's dtype: use float64 instead."""
+    """Hugging Face computes RMSNorm and softmax in float32 whatever the dtype: undo what that costs."""
+
+    def rows_sum_to_one(pattern: Tensor, hook: Any) -> Tensor | None:
+        exact = pattern / pattern.sum(-1, keepdim=True)
+        return exact if _close(exact, pattern) else None  # rows that sum to less (attention sinks) stay
+
     for module in bridge.modules():
         if hasattr(module, "use_native_layernorm_autograd"):
             module.use_native_layernorm_autograd = False
     for block in bridge.blocks:
-        scores: list[Tensor] = []
-
-        def keep(value: Tensor, hook: Any, scores: list[Tensor] = scores) -> None:
-            scores.append(value)
-
-        def recompute(pattern: Tensor, hook: Any, scores: list[Tensor] = scores) -> Tensor | None:
-            exact = scores.pop().softmax(-1)
-            # A pattern that is more than a softmax of the scores (attention sinks) stays as it is.
-            return exact if _close(exact, pattern) else None
-
-        block.attn.hook_attn_scores.add_perma_hook(keep)
-        block.attn.hook_pattern.add_perma_hook(recompute)
+        block.attn.hook_pattern.add_perma_hook(rows_sum_to_one)

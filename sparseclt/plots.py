@@ -43,7 +43,7 @@ def loss_curves(metrics: Sequence[Mapping[str, Any]], path: str | Path) -> None:
     modules = [name for row in rows for name in row if name.startswith(("fvu_vanilla/", "fvu_sparse/"))]
     modules = list(dict.fromkeys(modules))
     for mode, label in _MODE.items():
-        line = _STYLE[mode] | {"marker": None}
+        line = _STYLE[mode] | ({"marker": None} if len(rows) > 1 else {})  # a lone point has no line to show
         own = [name for name in modules if name.startswith(f"fvu_{mode}/")]
         for i, name in enumerate(own):
             _draw(fvu, _points(rows, x, name), linewidth=0.9, alpha=0.2 + 0.4 * i / len(own), **line)
@@ -73,7 +73,7 @@ def fvu_against_c(
     """Plot FVU against C, the number of connections kept per latent.
 
     rows: {"C": int, "fvu_sparse", "fvu_vanilla", "fvu_pruned"} in any order; a missing or None FVU is left
-        out. "fvu_pruned" is the sparse FVU of the run without connections, pruned to C without further training.
+        out. "fvu_pruned" is the sparse FVU of the run without connections, pruned to C and not trained on.
     baseline: vanilla FVU of that run, a horizontal line; excess FVU is the distance to it.
     path: where to save; its suffix chooses the format (.png, .pdf, .svg).
 

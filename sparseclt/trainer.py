@@ -46,17 +46,17 @@ def build_clt(config: TrainConfig, language_model: LanguageModel) -> SparseCLT:
 def load_rows(config: TrainConfig, tokenizer: Any, split: Split) -> Tensor:
     """The token rows [R, S] of one split of the text that `config` names."""
     data = config.data
-
-    def rows_of(part: Split) -> Tensor:
-        documents = read_documents(data.source, part, data.text_field)
-        return token_rows(tokenizer, documents, data.row_length, max_tokens=data.max_tokens)
-
     try:
-        held_out = rows_of("held_out")
+        held_out = read_documents(data.source, "held_out", data.text_field)
     except NoHeldOutSplit:
-        train, held_out = split_held_out(rows_of("train"), data.held_out_fraction, config.seed)
-        return train if split == "train" else held_out
-    return rows_of("train") if split == "train" else held_out
+        documents = read_documents(data.source, "train", data.text_field)
+        rows = token_rows(tokenizer, documents, data.row_length, max_tokens=data.max_tokens)
+        return split_held_out(rows, data.held_out_fraction, config.seed)[split == "held_out"]
+    if split == "held_out":
+        most = max(data.held_out_tokens, data.row_length)
+        return token_rows(tokenizer, held_out, data.row_length, max_tokens=most)
+    documents = read_documents(data.source, "train", data.text_field)
+    return token_rows(tokenizer, documents, data.row_length, max_tokens=data.max_tokens)
 
 
 class Trainer:

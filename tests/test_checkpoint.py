@@ -300,6 +300,21 @@ def test_a_failing_write_after_a_crash_keeps_the_rescued_checkpoint(
     verify(saved)
 
 
+def test_a_failing_rename_puts_the_old_checkpoint_back(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rename = os.rename
+
+    def refuse_new(source: Path, target: Path) -> None:
+        if source.suffix == ".tmp":
+            raise OSError("no permission")
+        rename(source, target)
+
+    monkeypatch.setattr(checkpoint.os, "rename", refuse_new)
+    with pytest.raises(OSError, match="no permission"):
+        write(saved)
+    assert [path.name for path in saved.parent.iterdir()] == [saved.name]
+    verify(saved)
+
+
 def test_everything_is_on_disk_before_the_rename(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     synced: list[str] = []
     monkeypatch.setattr(checkpoint, "_fsync", lambda path: synced.append(path.name))

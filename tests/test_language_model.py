@@ -220,7 +220,7 @@ def test_live_holds_the_replaced_run_as_far_as_it_has_come(model, tokens):
     def on_mlp(layer: int, live: Activations) -> Tensor:
         lives.append(live)
         assert len(live.x) == len(live.scale) == len(live.mlp_out) == layer + 1
-        assert len(live.attn_out) >= layer + 1
+        assert len(live.attn_out) >= layer + 1 and live.attn_pattern == []
         torch.testing.assert_close(live.mlp_out[layer], real_mlp(model, layer, live.x[layer]), **EXACT)
         return torch.full_like(live.r_0, layer + 1.0)
 
@@ -262,7 +262,7 @@ def test_gradients_flow_through_replacements_and_later_activations(model, tokens
     gradients = torch.autograd.grad(loss, written, retain_graph=True)
     assert all(gradient.abs().max() > 0 for gradient in gradients)
     # Central difference along one direction, through everything behind layer 0.
-    direction, step = torch.randn_like(written[0]), 1e-5
+    direction, step = torch.randn_like(written[0]), 1e-3
     shifted = [
         model.cross_entropy(
             tokens, on_mlp=lambda layer, live, s=s: written[layer] + (layer == 0) * s * direction
@@ -270,7 +270,7 @@ def test_gradients_flow_through_replacements_and_later_activations(model, tokens
         for s in (step, -step)
     ]
     numeric = (shifted[0] - shifted[1]) / (2 * step)
-    torch.testing.assert_close((gradients[0] * direction).sum(), numeric, atol=1e-8, rtol=1e-5)
+    torch.testing.assert_close((gradients[0] * direction).sum(), numeric, atol=1e-5, rtol=1e-3)
     live = lives[-1]
     for later in (live.x[1], live.scale[1], live.attn_out[1]):
         (gradient,) = torch.autograd.grad(later.square().sum(), written[0], retain_graph=True)
@@ -339,10 +339,17 @@ def test_parallel_blocks_with_a_single_norm_read_the_norm_before_attention(token
 def llama_like(name: str):
     import transformers
 
+    sizes = {"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
     return getattr(transformers, f"{name}Config")(
-        vocab_size=50, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8,
-        intermediate_size=48, max_position_embeddings=24, bos_token_id=0, eos_token_id=0, pad_token_id=0,
-    )  # fmt: skip
+        vocab_size=50,
+        num_hidden_layers=2,
+        intermediate_size=48,
+        max_position_embeddings=24,
+        bos_token_id=0,
+        eos_token_id=0,
+        pad_token_id=0,
+        **sizes,
+    )
 
 
 def test_blocks_that_do_more_than_add_to_the_residual_stream_are_refused(tokenizer):

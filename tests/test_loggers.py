@@ -41,6 +41,7 @@ def test_every_line_is_one_json_object_with_exact_numbers(path: Path) -> None:
 def test_nan_and_infinity_are_recorded(path: Path) -> None:
     logger = JsonLinesLogger(path)
     logger.log(0, {"a": math.nan, "b": -math.inf})
+    logger.close()
     (row,) = read_metrics(path)
     assert math.isnan(row["a"]) and row["b"] == -math.inf
 
@@ -96,8 +97,10 @@ def test_a_malformed_line_is_named(path: Path, line: str) -> None:
 
 
 def test_a_metric_cannot_shadow_the_step(path: Path) -> None:
+    logger = JsonLinesLogger(path)
     with pytest.raises(ValueError, match='must not have the key "step"'):
-        JsonLinesLogger(path).log(1, {"step": 2.0})
+        logger.log(1, {"step": 2.0})
+    logger.close()
 
 
 class FakeRun:
