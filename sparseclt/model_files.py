@@ -57,9 +57,16 @@ def load_hf(path: Path) -> tuple[Any, Any]:
     """Model (float32) and tokenizer of a directory written by `save_pretrained`, or of a .gguf file."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
 
     extra: dict[str, Any] = {"local_files_only": True}
     if path.is_file():
         path, extra["gguf_file"] = path.parent, path.name
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, **extra)
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()  # a bar of its own would stand between ours
+    try:
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, **extra)
+    finally:
+        if shown:
+            logging.enable_progress_bar()
     return model, AutoTokenizer.from_pretrained(path, **extra)

@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from sparseclt.forward import ForwardPass
 from sparseclt.language_model import Activations, LanguageModel
 from sparseclt.loggers import JsonLinesLogger, make_loggers, truncate_after
 from sparseclt.model import Architecture, SparseCLT
+from sparseclt.prefetch import one_ahead
 from sparseclt.serialization import clt_tensors, load_clt_tensors, write_clt
 from sparseclt.sites import MODES, Mode
 
@@ -154,12 +156,20 @@ class Trainer:
         terms["loss"] = total
         return total, terms, passes
 
-    def train_step(self, tokens: Tensor) -> dict[str, float]:
-        """One optimiser step on `tokens` [B, S]; returns the loss terms and counters as numbers."""
-        step = self.step
-        activations = self.language_model.capture(
+    def capture(self, tokens: Tensor) -> Activations:
+        """The model's activations on `tokens` [B, S]: the one run of the model that both modes share."""
+        return self.language_model.capture(
             tokens.to(self.device), attention=self.config.clt.attention == "latents"
         )
+
+    def _batches(self) -> Iterator[Activations]:
+        """Captured batches for the steps that are left, one ahead where the loss does not run the model as well."""
+        batches = (self.capture(next(self.stream)) for _ in range(self.step, self.config.steps))
+        return batches if self.config.loss.cross_entropy else one_ahead(batches)
+
+    def train_step(self, activations: Activations) -> dict[str, float]:
+        """One optimiser step on a captured batch; returns the loss terms and counters as numbers."""
+        step = self.step
         self._check_activations(activations)
         if self.policy:
             self.policy.update(self.clt, self.activity["vanilla"], step)
@@ -220,17 +230,15 @@ class Trainer:
         (self.out / "config.json").write_text(json.dumps(to_dict(self.config), indent=2) + "\n")
         metrics_file = self.out / "metrics.jsonl"
         truncate_after(metrics_file, self.step)
-        loggers = [
-            JsonLinesLogger(metrics_file),
-            *make_loggers(self.config.loggers, self.out, to_dict(self.config)),
-        ]
+        named = make_loggers(self.config.loggers, self.out, to_dict(self.config))
+        loggers = [JsonLinesLogger(metrics_file), *named]
         bar = tqdm(
             total=self.config.steps, initial=self.step, desc="training", unit="step",
             disable=not self.config.progress,
         )  # fmt: skip
         try:
-            while self.step < self.config.steps:
-                metrics = self.train_step(next(self.stream))
+            for activations in self._batches():
+                metrics = self.train_step(activations)
                 bar.update()
                 last = self.step == self.config.steps
                 if last or self.step % self.config.log_every == 0:
@@ -256,7 +264,7 @@ class Trainer:
         for mode, activity in self.activity.items():
             for key, value in activity.state().items():
                 tensors[f"activity/{mode}/{key}"] = value
-        numbers = {"step": self.step, "position": self.stream.position}
+        numbers = {"step": self.step, "position": self.step * self.config.batch_rows}
         folder = self.out / "checkpoints"
         with checkpoint.atomic_directory(folder / f"step_{self.step:08d}") as directory:
             write_clt(directory, self.clt)

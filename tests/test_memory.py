@@ -55,7 +55,7 @@ def trainer(tmp_path, backend=None, rows: int = 40, attention: str = "frozen") -
 
 def run_steps(t: Trainer, steps: int) -> None:
     for _ in range(steps):
-        t.train_step(next(t.stream))
+        t.train_step(t.capture(next(t.stream)))
 
 
 def parameter_bytes(t: Trainer) -> int:

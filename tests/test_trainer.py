@@ -70,10 +70,10 @@ def test_a_resumed_run_equals_an_uninterrupted_one_to_the_bit(tmp_path, model, p
     first = trainer(tmp_path / "cut", model, connections=connections)
     original, stop_at = first.train_step, 6  # past the checkpoint of step 4
 
-    def stops(batch):
+    def stops(activations):
         if first.step == stop_at:
             raise KeyboardInterrupt
-        return original(batch)
+        return original(activations)
 
     first.train_step = stops
     with pytest.raises(KeyboardInterrupt):
@@ -140,7 +140,7 @@ def test_the_language_model_runs_once_a_step(tmp_path, model, monkeypatch):
 def test_cross_entropy_through_the_replaced_model_reaches_every_parameter(tmp_path, model):
     t = trainer(tmp_path, model, loss=LossConfig(cross_entropy=1.0, ramp=0.0))
     for _ in range(2):
-        metrics = t.train_step(next(t.stream))
+        metrics = t.train_step(t.capture(next(t.stream)))
     assert metrics["cross_entropy_sparse"] > 0
     activations = model.capture(ROWS[:2])
     total, terms, _ = t.loss(activations, 5)
@@ -165,11 +165,11 @@ def test_both_kinds_of_attention_train_save_and_load(tmp_path, model, attention)
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_non_finite_activations_stop_training_and_name_layer_and_step(tmp_path, model, monkeypatch, bad):
     t = trainer(tmp_path, model)
-    capture = model.capture
+    capture, batches = model.capture, iter(range(100))
 
     def poisoned(batch, **keywords):
         activations = capture(batch, **keywords)
-        if t.step == 5:
+        if next(batches) == 5:
             activations.mlp_out[1][0, 3, 2] = bad
         return activations
 
@@ -184,13 +184,13 @@ def test_non_finite_activations_stop_training_and_name_layer_and_step(tmp_path, 
 
 def test_a_non_finite_loss_stops_before_the_optimiser_step(tmp_path, model):
     t = trainer(tmp_path, model)
-    t.train_step(next(t.stream))
+    t.train_step(t.capture(next(t.stream)))
     with torch.no_grad():
         t.clt.transcoder(2).W_dec[0, 0, 0] = float("nan")
         t.clt.transcoder(2).b_enc[0] = 100.0
     before = [p.clone() for p in t.clt.parameters()]
     with pytest.raises(NonFiniteError, match="step 1: fvu_vanilla/mlp_2 is nan"):
-        t.train_step(next(t.stream))
+        t.train_step(t.capture(next(t.stream)))
     assert all(torch.equal(a.nan_to_num(7), b.nan_to_num(7)) for a, b in zip(before, t.clt.parameters(), strict=True))
 
 

@@ -1,0 +1,26 @@
+"""Sparse operations of a sparsely-connected cross-layer transcoder, each with an obvious reference.
+
+Letters in shapes: N tokens, D d_model, F latents, K active latents, C connections, U upstream latents,
+S active upstream slots, T targets, H heads. In `indices` and `connections`, -1 is an empty slot: worth zero
+and without gradient.
+"""
+
+from sparseclt.ops.backend import backends
+from sparseclt.ops.connected_encode import connected_encode
+from sparseclt.ops.connections import Connections
+from sparseclt.ops.select_connections import select_connections
+from sparseclt.ops.sparse_decode import sparse_decode
+from sparseclt.ops.topk_encode import topk_encode
+from sparseclt.ops.virtual_matmul import virtual_matmul
+from sparseclt.ops.virtual_weights import virtual_weights
+
+__all__ = [
+    "Connections",
+    "backends",
+    "connected_encode",
+    "select_connections",
+    "sparse_decode",
+    "topk_encode",
+    "virtual_matmul",
+    "virtual_weights",
+]

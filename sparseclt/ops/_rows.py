@@ -1,0 +1,107 @@
+"""Three products with gathered rows: every op of the torch backend, and its gradient, is built on them.
+
+A bag is a token with its active latents, or a latent with its connections: `weights` and `indices` [N, K]
+name K of the `rows` [R, D]. An index of -1 is an empty slot: worth zero in every sum, and zero as a result.
+Sums are `embedding_bag`s, with int32 indices where they fit: one pass gathers and adds, in a fixed order.
+The three products are not differentiable themselves.
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+SCRATCH_BYTES = 4 << 20  # working memory of an op: about what stays in a core's cache
+
+
+def chunks(total: int, bytes_each: int, scratch_bytes: int) -> Iterator[slice]:
+    """Consecutive slices of 0..total, each as long as the scratch allows (at least 1)."""
+    size = max(1, scratch_bytes // max(1, bytes_each))
+    return (slice(start, min(start + size, total)) for start in range(0, total, size))
+
+
+def _index_dtype(indices: Tensor, rows: int) -> torch.dtype:
+    return torch.int32 if max(indices.numel(), rows) < torch.iinfo(torch.int32).max else torch.int64
+
+
+def fill_empty(weights: Tensor, indices: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+    """Weights and indices fit for `embedding_bag`: an empty slot names row 0 with weight 0."""
+    ids = indices.clamp_min(0).to(_index_dtype(indices, rows))
+    return weights.masked_fill(indices < 0, 0), ids
+
+
+def gather_sum(weights: Tensor, indices: Tensor, rows: Tensor) -> Tensor:
+    """[N, D]: each bag's weighted sum of the rows that it names."""
+    if indices.numel() == 0 or len(rows) == 0:
+        return rows.new_zeros(len(indices), rows.shape[1])
+    weights, ids = fill_empty(weights, indices, len(rows))
+    return functional.embedding_bag(ids, rows, per_sample_weights=weights, mode="sum")
+
+
+def row_dots(bags: Tensor, indices: Tensor, rows: Tensor, scratch_bytes: int = SCRATCH_BYTES) -> Tensor:
+    """[N, K]: the dot product of each bag's own vector (`bags` [N, D]) with each row that it names."""
+    if indices.numel() == 0 or len(rows) == 0:
+        return rows.new_zeros(indices.shape)
+    ids = indices.clamp_min(0).to(_index_dtype(indices, len(rows)))
+    # The gradient of an embedding_bag's weights is this very product. The op is private to torch: guarded.
+    product = getattr(torch.ops.aten, "_embedding_bag_per_sample_weights_backward", None)
+    if product is not None:
+        N, K = indices.shape
+        bag_of = torch.arange(N, dtype=ids.dtype, device=ids.device)
+        dots = product(bags, rows, ids.flatten(), bag_of * K, bag_of.repeat_interleave(K), 0).view(N, K)
+    else:
+        dots = rows.new_empty(indices.shape)
+        for part in chunks(len(bags), indices.shape[1] * rows.shape[1] * rows.element_size(), scratch_bytes):
+            torch.sum(bags[part, None] * rows[ids[part]], -1, out=dots[part])
+    return dots.masked_fill_(indices < 0, 0)
+
+
+class Transpose(NamedTuple):
+    """Slots of `indices` [N, K] in the order of the rows that they name (CSC), empty slots first.
+
+    `order` [N*K]: positions in the flattened indices; `starts` [R+1]: where the empty slots, then each row's
+    slots, begin.
+    """
+
+    order: Tensor
+    starts: Tensor
+
+
+def transpose(indices: Tensor, rows: int) -> Transpose:
+    """The stable order of `indices` by row: the same indices give the same order on every run."""
+    dtype = _index_dtype(indices, rows)
+    keys, order = torch.sort(indices.flatten().to(dtype) + 1, stable=True)
+    starts = torch.searchsorted(keys, torch.arange(rows + 1, dtype=dtype, device=keys.device))
+    return Transpose(order.to(dtype), starts.to(dtype))
+
+
+def transposed_gather_sum(weights: Tensor, transposed: Transpose, bags: Tensor) -> Tensor:
+    """[R, D]: for each row, the weighted sum of the vectors `bags` [N, D] of the bags that name it."""
+    order, starts = transposed
+    if len(order) == 0:
+        return bags.new_zeros(len(starts) - 1, bags.shape[1])
+    sums = functional.embedding_bag(
+        order // weights.shape[1],
+        bags,
+        starts,
+        per_sample_weights=weights.flatten().index_select(0, order),
+        mode="sum",
+    )
+    return sums[1:]
+
+
+def dense(values: Tensor, indices: Tensor, count: int) -> Tensor:
+    """[N, count]: sparse rows spelled out, differentiable; slots that name the same column add up.
+
+    Empty slots go to a column of their own, which is cut off.
+    """
+    columns = torch.where(indices < 0, count, indices).long()
+    return values.new_zeros(len(values), count + 1).scatter_add(1, columns, values)[:, :count]
+
+
+def dense_columns(values: Tensor, indices: Tensor, count: int) -> Tensor:
+    """[count, N]: the transpose of `dense`, contiguous: written so, not transposed afterwards. Not differentiable."""
+    lines = torch.where(indices < 0, count, indices).long().T
+    return values.new_zeros(count + 1, len(values)).scatter_add_(0, lines, values.T)[:count]

@@ -1,0 +1,79 @@
+"""Checks of arguments, shared by the ops: each error names the argument, what was expected and what came."""
+
+from torch import Tensor
+
+_INDEX_DTYPES = ("torch.int32", "torch.int64")
+
+
+def check_tensors(**tensors: Tensor | None) -> None:
+    """All (but None) are floating-point tensors of the dtype and on the device of the first."""
+    first: tuple[str, Tensor] | None = None
+    for name, tensor in tensors.items():
+        if tensor is None:
+            continue
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name}: expected a torch.Tensor, got {type(tensor).__name__}")
+        if not tensor.is_floating_point():
+            raise TypeError(f"{name}: expected a floating-point dtype, got {tensor.dtype}")
+        if first is None:
+            first = name, tensor
+        elif tensor.dtype != first[1].dtype:
+            raise TypeError(f"{name}: expected {first[1].dtype}, the dtype of {first[0]}, got {tensor.dtype}; cast one")
+        else:
+            check_device(name, tensor, *first)
+
+
+def check_device(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
+    if tensor.device != other.device:
+        raise ValueError(f"{name}: expected on {other.device}, where {other_name} is, got {tensor.device}; move one")
+
+
+def check_shapes(**tensors: tuple[Tensor | None, str]) -> dict[str, int]:
+    """Compare shapes with letters, as in `x=(x, "N D")`; one size a letter. Returns the sizes."""
+    sizes: dict[str, tuple[int, str]] = {}
+    for name, (tensor, letters) in tensors.items():
+        if tensor is None:
+            continue
+        got, expected = tuple(tensor.shape), letters.split()
+        known = [f"{x}={sizes[x][0]} as in {sizes[x][1]}" for x in expected if x in sizes]
+        if len(got) != len(expected) or any(
+            x in sizes and sizes[x][0] != size for x, size in zip(expected, got, strict=True)
+        ):
+            where = f" ({', '.join(known)})" if known else ""
+            raise ValueError(f"{name}: expected shape [{', '.join(expected)}]{where}, got {got}")
+        for letter, size in zip(expected, got, strict=True):
+            sizes.setdefault(letter, (size, name))
+    return {letter: size for letter, (size, _) in sizes.items()}
+
+
+def shape_like(name: str, tensor: Tensor, *alternatives: str) -> str:
+    """The one of several letterings, as "F D" and "F T D", that has the tensor's number of axes."""
+    for letters in alternatives:
+        if len(letters.split()) == tensor.ndim:
+            return letters
+    expected = " or ".join(f"[{', '.join(letters.split())}]" for letters in alternatives)
+    raise ValueError(f"{name}: expected shape {expected}, got {tuple(tensor.shape)}")
+
+
+def check_indices(name: str, indices: Tensor) -> None:
+    """An integer tensor that can hold ids."""
+    if not isinstance(indices, Tensor):
+        raise TypeError(f"{name}: expected a torch.Tensor, got {type(indices).__name__}")
+    if str(indices.dtype) not in _INDEX_DTYPES:
+        raise TypeError(f"{name}: expected int32 or int64, got {indices.dtype}")
+
+
+def check_range(name: str, indices: Tensor, count: int, what: str) -> None:
+    """Every index is -1 (empty) or the id of one of `count` latents. Waits for the device."""
+    if indices.numel() == 0:
+        return
+    low, high = (int(bound) for bound in indices.aminmax())
+    if low < -1 or high >= count:
+        raise ValueError(f"{name}: expected ids from -1 (empty) to {count - 1} ({count} {what}), got {low}..{high}")
+
+
+def check_k(k: int, latents: int) -> None:
+    if not isinstance(k, int) or isinstance(k, bool):
+        raise TypeError(f"k: expected an int, got {type(k).__name__}")
+    if not 1 <= k <= latents:
+        raise ValueError(f"k: expected from 1 to F={latents} (latents of W_enc), got {k}")

@@ -1,0 +1,65 @@
+"""Which upstream latents each downstream latent reads."""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from sparseclt.ops._rows import Transpose, transpose
+from sparseclt.ops.checks import check_indices, check_range
+
+
+@dataclass(frozen=True, eq=False)
+class Connections:
+    """Connections of a module: `indices` [F, C] in 0..U-1 over all earlier modules side by side, -1: empty.
+
+    `upstream` is U. The indices are checked once, here, and must not be changed afterwards: their order by
+    upstream latent is sorted at the first backward pass and kept.
+    Raises TypeError (not int32 or int64), ValueError (not [F, C], an id out of range).
+    """
+
+    indices: Tensor
+    upstream: int
+
+    def __post_init__(self) -> None:
+        check_indices("connections", self.indices)
+        if self.indices.ndim != 2:
+            raise ValueError(f"connections: expected shape [F, C], got {tuple(self.indices.shape)}")
+        if self.upstream < 0:
+            raise ValueError(f"upstream: expected a number of latents >= 0, got {self.upstream}")
+        check_range("connections", self.indices, self.upstream, "upstream latents")
+
+    @property
+    def F(self) -> int:
+        """Downstream latents."""
+        return self.indices.shape[0]
+
+    @property
+    def C(self) -> int:
+        """Slots of each downstream latent."""
+        return self.indices.shape[1]
+
+    @cached_property
+    def transposed(self) -> Transpose:
+        """The slots in the order of their upstream latent (CSC)."""
+        return transpose(self.indices, self.upstream)
+
+    def to(self, device: torch.device | str) -> "Connections":
+        """The same connections on another device (itself when already there)."""
+        indices = self.indices.to(device)
+        return self if indices is self.indices else Connections(indices, self.upstream)
+
+
+def as_connections(connections: Tensor | Connections, upstream: int | None) -> Connections:
+    """A bare tensor is checked and wrapped, which needs `upstream`; an object must agree with it."""
+    if not isinstance(connections, Connections):
+        if upstream is None:
+            raise ValueError(
+                "upstream: expected the number of upstream latents U with a bare tensor, got None;"
+                " pass upstream=U or a Connections object"
+            )
+        return Connections(connections, upstream)
+    if upstream is not None and upstream != connections.upstream:
+        raise ValueError(f"upstream: expected {connections.upstream}, as in connections, got {upstream}")
+    return connections

@@ -1,0 +1,94 @@
+"""What the tests of the ops share: gradients under any backend and dtype, comparison, the largest allocation."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+Inputs = dict[str, Any]
+
+
+def rows(*shape: int, seed: int = 0) -> Tensor:
+    """Normal float64 numbers that float32 holds exactly."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).double()
+
+
+def ids(*shape: int, count: int, seed: int = 0, empty: float = 0.2) -> Tensor:
+    """Ids in 0..count-1 with duplicates, a share of them -1."""
+    generator = torch.Generator().manual_seed(seed)
+    indices = torch.randint(0, max(count, 1), shape, generator=generator)
+    drop = torch.rand(shape, generator=generator) < (empty if count else 1)
+    return indices.masked_fill(drop, -1)
+
+
+def outputs_and_gradients(op: Callable, inputs: Inputs, dtype: torch.dtype, **options: Any) -> dict[str, Tensor | None]:
+    """Outputs ("out0", ...) and the gradients of every floating input, for a fixed random cotangent."""
+    leaves = {
+        name: value.to(dtype).detach().requires_grad_()
+        if isinstance(value, Tensor) and value.is_floating_point()
+        else value
+        for name, value in inputs.items()
+    }
+    out = op(**leaves, **options)
+    outs = out if isinstance(out, tuple) else (out,)
+    wanted = {n: t for n, t in leaves.items() if isinstance(t, Tensor) and t.requires_grad}
+    cotangent = rows(*outs[0].shape, seed=99).to(dtype)
+    grads = torch.autograd.grad(outs[0], list(wanted.values()), cotangent, allow_unused=True)
+    result: dict[str, Tensor | None] = {f"out{i}": o.detach() for i, o in enumerate(outs)}
+    if len(outs) == 2:  # the latent in a slot worth zero is anyone's
+        result["out1"] = outs[1].masked_fill(outs[0] == 0, -1)
+    return result | dict(zip(wanted, grads, strict=True))
+
+
+def assert_matches_reference(op: Callable, inputs: Inputs, **options: Any) -> None:
+    """The torch backend equals the reference: to 1e-12 in float64; in float32, as near the float64 truth as it is."""
+    truth = outputs_and_gradients(op, inputs, torch.float64, backend="reference")
+    double = outputs_and_gradients(op, inputs, torch.float64, backend="torch", **options)
+    single = outputs_and_gradients(op, inputs, torch.float32, backend="torch", **options)
+    peer = outputs_and_gradients(op, inputs, torch.float32, backend="reference")
+    for name, true in truth.items():
+        if true is None:
+            assert double[name] is None and single[name] is None, name
+            continue
+        assert double[name].dtype == true.dtype and single[name].dtype == peer[name].dtype, name
+        assert double[name].shape == single[name].shape == true.shape, name
+        if true.numel() == 0:
+            continue
+        size = 1 + true.abs().max()
+        assert (double[name] - true).abs().max() <= 1e-12 * size, name
+        assert (single[name] - true).abs().max() <= 2 * (peer[name] - true).abs().max() + 1e-6 * size, name
+
+
+def assert_repeatable(op: Callable, inputs: Inputs, **options: Any) -> None:
+    """Three runs agree to the last bit, gradients too."""
+    first, *others = (outputs_and_gradients(op, inputs, torch.float32, backend="torch", **options) for _ in range(3))
+    for other in others:
+        for name, value in first.items():
+            assert value is None or torch.equal(value, other[name]), name
+
+
+class LargestAllocation(TorchDispatchMode):
+    """Remembers the largest storage, in elements, that any operation returned while it was active."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.elements, self.by = 0, ""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        out = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, Tensor):
+                elements = leaf.untyped_storage().nbytes() // leaf.element_size()
+                if elements > self.elements:
+                    self.elements, self.by = elements, str(func)
+        return out
+
+
+def largest_allocation(op: Callable, inputs: Inputs, **options: Any) -> int:
+    """Elements of the largest tensor met in a forward and backward pass of the torch backend, inputs included."""
+    with LargestAllocation() as largest:
+        outputs_and_gradients(op, inputs, torch.float32, backend="torch", **options)
+    return largest.elements

@@ -1,0 +1,27 @@
+import pytest
+import torch
+from op_helpers import ids, rows
+
+from sparseclt.ops import _rows
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("scratch_bytes", [1, 1 << 20])
+def test_row_dots_without_the_private_op_are_the_same(monkeypatch, dtype, scratch_bytes):
+    bags, indices, table = rows(7, 5).to(dtype), ids(7, 4, count=9), rows(9, 5, seed=1).to(dtype)
+    expected = _rows.row_dots(bags, indices, table)
+    monkeypatch.setattr(_rows.torch.ops, "aten", object())
+    torch.testing.assert_close(_rows.row_dots(bags, indices, table, scratch_bytes), expected)
+
+
+def test_a_transpose_of_a_transpose_is_the_dense_product():
+    weights, indices, bags = rows(7, 4), ids(7, 4, count=9), rows(7, 5, seed=1)
+    sums = _rows.transposed_gather_sum(weights, _rows.transpose(indices, 9), bags)
+    torch.testing.assert_close(sums, _rows.dense(weights, indices, 9).T @ bags)
+
+
+@pytest.mark.parametrize(("total", "scratch"), [(0, 10), (1, 0), (10, 25), (10, 1000)])
+def test_chunks_cover_everything_once(total, scratch):
+    parts = list(_rows.chunks(total, 10, scratch))
+    assert [i for part in parts for i in range(total)[part]] == list(range(total))
+    assert all(part.stop - part.start <= max(1, scratch // 10) for part in parts)
