@@ -22,6 +22,24 @@ if TYPE_CHECKING:
     from sparseclt.model import Architecture, SparseCLT
     from sparseclt.trainer import Trainer
 
+__all__ = [
+    "Architecture",
+    "CLTConfig",
+    "ConnectionConfig",
+    "DataConfig",
+    "LanguageModel",
+    "LearnedConnections",
+    "LossConfig",
+    "ModelConfig",
+    "OptimizerConfig",
+    "SparseCLT",
+    "TopConnections",
+    "TrainConfig",
+    "Trainer",
+    "evaluate",
+]
+__version__ = "0.1.0"
+
 _HOME = {
     "CLTConfig": "config",
     "ConnectionConfig": "config",
@@ -38,9 +56,6 @@ _HOME = {
     "SparseCLT": "model",
     "Trainer": "trainer",
 }
-
-__all__ = list(_HOME)
-__version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> Any:

@@ -1,6 +1,7 @@
 """What an attention module reads in sparsely-connected mode: the heads' OV circuits under the frozen pattern.
 
-    pre[q] = b_enc + W_enc bias + sum_h sum_k A[h,q,k] / scale[k] * (W_enc OV_h^T base[k] + sum_c V_h[i,c] z[k, conn[i,c]])
+    pre[q] = b_enc + W_enc bias
+             + sum_h sum_k A[h,q,k] / scale[k] * (W_enc OV_h^T base[k] + sum_c V_h[i,c] z[k, conn[i,c]])
 
 `base` is the embedding with the biases already written; everything is mixed by the pattern, at the key's
 scale. The [N, H, F] tensor never exists: sequences are taken a bounded chunk at a time, head after head, and
@@ -95,9 +96,7 @@ class _AttentionEncode(torch.autograd.Function):
             with torch.enable_grad():
                 inputs = [t.detach().requires_grad_() for t in (x[part], W_enc, b_enc, z_values[part], V)]
                 x_, W_, b_, z_, V_ = inputs
-                pre = _pre_activations(
-                    x_, W_, b_, z_, z_indices[part], V_, mix[part], ctx.connections, ctx.backend
-                )
+                pre = _pre_activations(x_, W_, b_, z_, z_indices[part], V_, mix[part], ctx.connections, ctx.backend)
                 selected = pre.gather(-1, indices[part])
                 dx[part], dW_, db_, dz[part], dV_ = torch.autograd.grad(selected, inputs, grad_values[part])
             dW += dW_
@@ -126,6 +125,4 @@ def attention_encode(
     `x` [B, S, D] (what attention writes for the embedding and the biases), `W_enc` [F, D], `b_enc` [F],
     `z_values` `z_indices` [B, S, A] upstream latents, `V` [H, F, C], `mix` [B, H, S, S] (constant).
     """
-    return _AttentionEncode.apply(
-        x, W_enc, b_enc, z_values, z_indices, V, mix, connections, k, backend, scratch_bytes
-    )
+    return _AttentionEncode.apply(x, W_enc, b_enc, z_values, z_indices, V, mix, connections, k, backend, scratch_bytes)

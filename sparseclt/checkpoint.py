@@ -164,9 +164,7 @@ def load_clt(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     return config, tensors
 
 
-def save_state(
-    directory: str | Path, tensors: Mapping[str, Tensor], numbers: Mapping[str, int | float | str]
-) -> None:
+def save_state(directory: str | Path, tensors: Mapping[str, Tensor], numbers: Mapping[str, int | float | str]) -> None:
     """Write training state, `state.safetensors` and `state.json`, into a directory from `atomic_directory`.
 
     Both come back exactly: tensors bit for bit, floats because JSON keeps Python's shortest exact form.

@@ -1,6 +1,7 @@
 """The `sparseclt` command."""
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
@@ -88,7 +89,13 @@ def main(arguments: list[str] | None = None) -> int:
         """
         _sweep(config, connections)
 
-    commands = {"train": train, "resume": resume, "repeat": repeat, "eval": evaluate, "sweep": sweep}
+    commands: dict[str, Callable[..., None]] = {
+        "train": train,
+        "resume": resume,
+        "repeat": repeat,
+        "eval": evaluate,
+        "sweep": sweep,
+    }
     try:
         tyro.extras.subcommand_cli_from_dict(
             commands, prog="sparseclt", description="Sparsely-connected cross-layer transcoders.", args=arguments

@@ -73,8 +73,10 @@ class ConnectionConfig:
 class LossConfig:
     """Weights of the loss terms."""
 
+    begin: float = 0.0
+    """Share of the steps in vanilla mode alone, before connections are first chosen."""
     ramp: float = 0.3
-    """Share of the steps over which the sparsely-connected terms grow from 0 to full weight."""
+    """Share of the steps over which, from then on, the sparsely-connected terms grow to full weight."""
     latent_agreement: float = 0.2
     """Weight of the FVU of sparsely-connected latents against vanilla ones."""
     aux: float = 1 / 32
@@ -141,7 +143,7 @@ class TrainConfig:
         _at_least(self.data, 2, "row_length")
         _at_least(self.clt, 1, "latents", "active")
         _share(self.connections, "anneal", "freeze")
-        _share(self.loss, "ramp")
+        _share(self.loss, "begin", "ramp")
         _share(self.optimizer, "warmup", "decay")
         if self.clt.active > self.clt.latents:
             raise ValueError(f"clt.active: expected at most clt.latents = {self.clt.latents}, got {self.clt.active}")

@@ -2,6 +2,7 @@
 
 import math
 from abc import ABC, abstractmethod
+
 import torch
 from torch import Tensor, nn
 
@@ -11,6 +12,7 @@ from sparseclt.attention import head_rows
 from sparseclt.config import ConnectionConfig, Importance
 from sparseclt.cross_layer import effective_decoders
 from sparseclt.model import SparseCLT
+
 
 def select_top_connections(
     clt: SparseCLT, magnitude: Tensor, C: int, backend: str | None = None
@@ -36,7 +38,9 @@ def check_connections(clt: SparseCLT, C: int) -> None:
     """A ValueError where no module has C upstream latents, saying how many there are."""
     most = max(m.upstream for m in clt)
     if not 1 <= C <= most:
-        raise ValueError(f"connections.per_latent: expected 1 to {most} (the upstream latents of the last module), got {C}")
+        raise ValueError(
+            f"connections.per_latent: expected 1 to {most} (the upstream latents of the last module), got {C}"
+        )
 
 
 def make_policy(config: ConnectionConfig, clt: SparseCLT, steps: int, backend: str | None) -> "ConnectionPolicy | None":
@@ -44,9 +48,7 @@ def make_policy(config: ConnectionConfig, clt: SparseCLT, steps: int, backend: s
     if config.policy == "none" or not any(module.upstream for module in clt):
         return None
     if config.policy == "dense-learned":
-        return LearnedConnections(
-            None, pressure=config.pressure, importance=config.importance, backend=backend
-        )
+        return LearnedConnections(None, pressure=config.pressure, importance=config.importance, backend=backend)
     check_connections(clt, config.per_latent)
     if config.policy == "learned":
         return LearnedConnections(
@@ -63,7 +65,7 @@ def make_policy(config: ConnectionConfig, clt: SparseCLT, steps: int, backend: s
 class ConnectionPolicy(ABC):
     """Chooses connections at the start of a step when they are due."""
 
-    def prepare(self, clt: SparseCLT) -> None:
+    def prepare(self, clt: SparseCLT) -> None:  # noqa: B027  most policies train nothing of their own
         """Give the modules the parameters that the policy trains, before an optimiser is made."""
 
     @abstractmethod

@@ -50,9 +50,7 @@ def read_documents(source: str, split: Split, text_field: str = "text") -> Itera
     return _read_hub(source.removeprefix("hf:"), split, text_field)
 
 
-def token_rows(
-    tokenizer: Any, documents: Iterable[str], row_length: int, *, max_tokens: int | None = None
-) -> Tensor:
+def token_rows(tokenizer: Any, documents: Iterable[str], row_length: int, *, max_tokens: int | None = None) -> Tensor:
     """Documents one after another, each begun by the BOS (or else EOS) token, as int32 rows [R, row_length].
 
     What is left over behind the last whole row is dropped. Reading ends with the first `max_tokens` tokens.
@@ -62,9 +60,7 @@ def token_rows(
         raise ValueError(f"row_length: expected at least 2 tokens, got {row_length}")
     start = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
     if start is None:
-        raise ValueError(
-            "tokenizer: expected one with a BOS or EOS token, to begin documents with, got neither"
-        )
+        raise ValueError("tokenizer: expected one with a BOS or EOS token, to begin documents with, got neither")
     ids, documents = array("i"), iter(documents)
     while max_tokens is None or len(ids) < max_tokens:
         texts = list(islice(documents, DOCUMENTS_AT_ONCE))
@@ -145,9 +141,7 @@ def _local_files(path: Path, split: Split) -> list[Path]:
         return [path]
     files = [f for f in sorted(path.iterdir()) if f.name.removesuffix(".gz").endswith((".txt", ".jsonl"))]
     if not files:
-        raise ValueError(
-            f"data.source: expected .txt or .jsonl files (or .gz of these), got none in {str(path)!r}"
-        )
+        raise ValueError(f"data.source: expected .txt or .jsonl files (or .gz of these), got none in {str(path)!r}")
     held_out = [f for f in files if f.name.split(".")[0] == "held_out"]
     if split == "train":
         return [f for f in files if f not in held_out]
@@ -159,9 +153,7 @@ def _local_files(path: Path, split: Split) -> list[Path]:
 def _read_files(files: list[Path], text_field: str) -> Iterator[str]:
     for file in files:
         if not file.name.removesuffix(".gz").endswith(SUFFIXES):
-            raise ValueError(
-                f"data.source: expected a .txt, .jsonl or .json file (or .gz), got {str(file)!r}"
-            )
+            raise ValueError(f"data.source: expected a .txt, .jsonl or .json file (or .gz), got {str(file)!r}")
     return (text for file in files for text in _read_file(file, text_field) if text.strip())
 
 
@@ -194,9 +186,7 @@ def _text(record: Any, text_field: str, where: str) -> str:
     if not isinstance(record, dict):
         raise ValueError(f"data.source: expected text or an object in {where}, got {type(record).__name__}")
     if text_field not in record:
-        raise ValueError(
-            f"data.text_field: expected one of the fields {sorted(record)} of {where}, got {text_field!r}"
-        )
+        raise ValueError(f"data.text_field: expected one of the fields {sorted(record)} of {where}, got {text_field!r}")
     if not isinstance(record[text_field], str):
         raise ValueError(
             f"data.text_field: expected a field of text, but {text_field!r} in {where} is "

@@ -23,9 +23,7 @@ def replacement(clt: SparseCLT, mode: Mode, backend: str | None = None) -> dict[
     sparsely-connected mode the frozen parts (norm scales, attention) are that run's own.
     """
     forward = ForwardPass(clt, mode, backend)
-    hooks: dict[str, Callable[..., Tensor]] = {
-        "on_mlp": lambda layer, live: forward.advance(Site("mlp", layer), live)
-    }
+    hooks: dict[str, Callable[..., Tensor]] = {"on_mlp": lambda layer, live: forward.advance(Site("mlp", layer), live)}
     if clt.architecture.attention == "latents":
         hooks["on_attn"] = lambda layer, live: forward.advance(Site("attn", layer), live)
     return hooks
@@ -172,9 +170,7 @@ def _mean(clt: SparseCLT, modules: list[dict[str, Any]]) -> dict[str, float]:
     mean = {}
     for name in sorted(names):
         values = [
-            row[name]
-            for row in modules
-            if row.get(name) is not None and (row["upstream"] or name != "excess_fvu")
+            row[name] for row in modules if row.get(name) is not None and (row["upstream"] or name != "excess_fvu")
         ]
         if values:
             mean[name] = sum(values) / len(values)

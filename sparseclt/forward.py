@@ -87,8 +87,9 @@ class ForwardPass:
         """
         module, reading = self.clt.transcoder(index), self._readings[index]
         k = k or self.architecture.active
-        W_enc = module.W_enc if self.mode == "vanilla" else self.clt.reading_rows(index)
-        b_enc, V, connections = module.b_enc, None, module.connections
+        W_enc: Tensor = module.W_enc if self.mode == "vanilla" else self.clt.reading_rows(index)
+        b_enc: Tensor = module.b_enc
+        V, connections = None, module.connections
         if self.mode == "sparse":
             V = self.virtual_weights[index]
             reading = self._connected_reading(module.site, reading, connected=V is not None)

@@ -99,9 +99,7 @@ class LanguageModel:
         return cls(bridge, bridge.tokenizer, layers=layers, name=name)
 
     @classmethod
-    def from_hf(
-        cls, hf_model: Any, tokenizer: Any, *, layers: int | None = None, name: str = ""
-    ) -> "LanguageModel":
+    def from_hf(cls, hf_model: Any, tokenizer: Any, *, layers: int | None = None, name: str = "") -> "LanguageModel":
         """Wrap a Hugging Face causal language model already built; it is frozen and hooked in place."""
         from transformer_lens.model_bridge.sources import build_bridge_from_module
 
@@ -141,9 +139,7 @@ class LanguageModel:
         live = Activations(tokens, torch.empty(0))
         return self._run(tokens, self._hooks(live, on_attn is not None, on_mlp, on_attn))
 
-    def cross_entropy(
-        self, tokens: Tensor, *, on_mlp: Replace | None = None, on_attn: Replace | None = None
-    ) -> Tensor:
+    def cross_entropy(self, tokens: Tensor, *, on_mlp: Replace | None = None, on_attn: Replace | None = None) -> Tensor:
         """Mean next-token cross-entropy in nats, [], with outputs replaced as in `replaced_logits`."""
         logits = self.replaced_logits(tokens, on_mlp=on_mlp, on_attn=on_attn)[:, :-1]
         targets = tokens[:, 1:].to(logits.device, torch.int64)
@@ -180,8 +176,7 @@ class LanguageModel:
     def _checked(self, tokens: Tensor) -> Tensor:
         if tokens.ndim != 2 or tokens.dtype not in (torch.int32, torch.int64):
             raise ValueError(
-                f"tokens: expected int32 or int64 of shape [B, S], "
-                f"got {tokens.dtype} of shape {tuple(tokens.shape)}"
+                f"tokens: expected int32 or int64 of shape [B, S], got {tokens.dtype} of shape {tuple(tokens.shape)}"
             )
         if self.info.context is not None and tokens.shape[1] > self.info.context:
             raise ValueError(

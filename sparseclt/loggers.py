@@ -80,9 +80,7 @@ def make_loggers(names: Sequence[str], run_dir: str | Path, config: dict[str, An
     Raises ValueError for an unknown name or a library that is not installed, before anything is opened.
     """
     if isinstance(names, str):
-        raise TypeError(
-            f"names must be a sequence of logger names, got the string {names!r}: use [{names!r}]"
-        )
+        raise TypeError(f"names must be a sequence of logger names, got the string {names!r}: use [{names!r}]")
     run_dir = Path(run_dir)
     for name in names:
         if name not in _OPENERS:
@@ -122,13 +120,9 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
         try:
             row = json.loads(line)
         except ValueError as error:
-            raise ValueError(
-                f"{path}, line {number} is not JSON ({error}): repair or remove the line"
-            ) from error
+            raise ValueError(f"{path}, line {number} is not JSON ({error}): repair or remove the line") from error
         if not isinstance(row, dict) or "step" not in row:
-            raise ValueError(
-                f'{path}, line {number} is not an object with a "step": repair or remove the line'
-            )
+            raise ValueError(f'{path}, line {number} is not an object with a "step": repair or remove the line')
         rows.append(row)
     return rows
 
@@ -172,6 +166,4 @@ def _import(name: str) -> Any:
     try:
         return importlib.import_module("torch.utils.tensorboard" if name == "tensorboard" else name)
     except ImportError as error:
-        raise ValueError(
-            f"the logger {name!r} needs a library that is missing: pip install {name}"
-        ) from error
+        raise ValueError(f"the logger {name!r} needs a library that is missing: pip install {name}") from error

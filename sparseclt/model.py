@@ -91,8 +91,7 @@ class SparseCLT(nn.Module):
 
     def readers(self) -> list[Reader]:
         return [
-            Reader(i, m.site, self.upstream[i], m.connections, self.attention_of(m.site))
-            for i, m in enumerate(self)
+            Reader(i, m.site, self.upstream[i], m.connections, self.attention_of(m.site)) for i, m in enumerate(self)
         ]
 
     def attention_of(self, site: Site) -> AttentionWeights | None:

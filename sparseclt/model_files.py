@@ -33,9 +33,7 @@ def locate(name_or_path: str | Path) -> Path | None:
     path = Path(name_or_path).expanduser()
     if not path.exists():
         if isinstance(name_or_path, Path) or looks_like_path(name_or_path):
-            raise ValueError(
-                f"model.path: expected {EXPECTED}, got {str(name_or_path)!r}, which does not exist"
-            )
+            raise ValueError(f"model.path: expected {EXPECTED}, got {str(name_or_path)!r}, which does not exist")
         return None
     if path.is_file():
         if path.suffix != ".gguf":

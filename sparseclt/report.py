@@ -91,10 +91,7 @@ def _table(rows: Sequence[Mapping[str, Any]], columns: Mapping[str, tuple[str, s
         )
         return f"| {' | '.join(padded)} |"
 
-    rule = [
-        "-" * width if is_left else "-" * (width - 1) + ":"
-        for width, is_left in zip(widths, left, strict=True)
-    ]
+    rule = ["-" * width if is_left else "-" * (width - 1) + ":" for width, is_left in zip(widths, left, strict=True)]
     return "\n".join([line(titles), line(rule), *(line(cells) for cells in body)])
 
 

@@ -70,7 +70,12 @@ def from_pretrained(path: Path) -> SparseCLT:
     attention = None
     if architecture.attention == "latents":
         attention = [
-            AttentionWeights(*(tensors[f"attn.{layer}.{name}"] for name in ("W_V", "W_O", "bias")), architecture.centred)
+            AttentionWeights(
+                tensors[f"attn.{layer}.W_V"],
+                tensors[f"attn.{layer}.W_O"],
+                tensors[f"attn.{layer}.bias"],
+                architecture.centred,
+            )
             for layer in range(architecture.layers)
         ]
     clt = SparseCLT(architecture, attention)

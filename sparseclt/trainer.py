@@ -22,7 +22,7 @@ from sparseclt.language_model import Activations, LanguageModel
 from sparseclt.loggers import JsonLinesLogger, make_loggers, truncate_after
 from sparseclt.model import Architecture, SparseCLT
 from sparseclt.prefetch import one_ahead
-from sparseclt.serialization import clt_tensors, load_clt_tensors, write_clt
+from sparseclt.serialization import load_clt_tensors, write_clt
 from sparseclt.sites import MODES, Mode
 
 
@@ -69,9 +69,7 @@ class Trainer:
     `language_model` and `rows` ([R, S] token ids) may be given instead of what `config` names.
     """
 
-    def __init__(
-        self, config: TrainConfig, *, language_model: LanguageModel | None = None, rows: Tensor | None = None
-    ):
+    def __init__(self, config: TrainConfig, *, language_model: LanguageModel | None = None, rows: Tensor | None = None):
         self.config, self.out = config, Path(config.out)
         device = config.device
         if device == "auto":
@@ -111,7 +109,8 @@ class Trainer:
 
     def ramp(self, step: int) -> float:
         """rho: the weight of the sparsely-connected terms."""
-        return min(1.0, step / max(1.0, self.config.loss.ramp * self.config.steps))
+        c, steps = self.config.loss, self.config.steps
+        return min(1.0, max(0.0, step - c.begin * steps) / max(1.0, c.ramp * steps))
 
     def loss(self, activations: Activations, step: int) -> tuple[Tensor, dict[str, Tensor], dict[Mode, ForwardPass]]:
         """The loss of a batch, its terms by name, and the forward pass of each mode that ran."""
@@ -158,9 +157,7 @@ class Trainer:
 
     def capture(self, tokens: Tensor) -> Activations:
         """The model's activations on `tokens` [B, S]: the one run of the model that both modes share."""
-        return self.language_model.capture(
-            tokens.to(self.device), attention=self.config.clt.attention == "latents"
-        )
+        return self.language_model.capture(tokens.to(self.device), attention=self.config.clt.attention == "latents")
 
     def _batches(self) -> Iterator[Activations]:
         """Captured batches for the steps that are left, one ahead where the loss does not run the model as well."""
@@ -171,7 +168,7 @@ class Trainer:
         """One optimiser step on a captured batch; returns the loss terms and counters as numbers."""
         step = self.step
         self._check_activations(activations)
-        if self.policy:
+        if self.policy and step >= self.config.loss.begin * self.config.steps:
             self.policy.update(self.clt, self.activity["vanilla"], step)
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate(step)
@@ -184,7 +181,9 @@ class Trainer:
         norm = torch.nn.utils.clip_grad_norm_(self.clt.parameters(), self.config.optimizer.clip or math.inf)
         if not torch.isfinite(norm):
             bad = next(n for n, p in self.clt.named_parameters() if p.grad is not None and not p.grad.isfinite().all())
-            raise NonFiniteError(f"step {step}: the gradient of {bad} is not finite; stopped before the optimiser's step")
+            raise NonFiniteError(
+                f"step {step}: the gradient of {bad} is not finite; stopped before the optimiser's step"
+            )
         self.optimizer.step()
         for mode, forward in passes.items():
             self.activity[mode].update(forward.latents)
@@ -279,8 +278,7 @@ class Trainer:
         if path is None:
             raise ValueError(f"resume: expected a run directory with a checkpoint, found none below {run}")
         saved = from_dict(json.loads((run / "config.json").read_text()))
-        free = {"out": "", "device": "", "loggers": (), "progress": True, "keep_checkpoints": 1}
-        if replace(saved, **free) != replace(self.config, **free):
+        if _what_matters(saved) != _what_matters(self.config):
             raise ValueError(f"resume: the configuration differs from that of {run}; start from Trainer.from_run(run)")
         _, clt_state = checkpoint.load_clt(path)
         load_clt_tensors(self.clt, clt_state)
@@ -305,6 +303,11 @@ class Trainer:
     def from_run(cls, run: str | Path) -> "Trainer":
         """A trainer with the configuration of run directory `run`, to resume or to repeat it."""
         return cls(read_config(run))
+
+
+def _what_matters(config: TrainConfig) -> TrainConfig:
+    """The configuration without what has no influence on the weights."""
+    return replace(config, out="", device="", loggers=(), progress=True, keep_checkpoints=1)
 
 
 def read_config(run: str | Path) -> TrainConfig:

@@ -157,15 +157,11 @@ def test_files_follow_the_circuit_tracer_layout(saved: Path) -> None:
 
 def test_no_file_holds_a_pickle(saved: Path) -> None:
     assert {file.suffix for file in saved.iterdir()} == {".safetensors", ".json", ".yaml"}
-    assert not re.search(
-        r"pickle|torch\.(load|save)\b", Path(checkpoint.__file__).read_text().split('"""', 2)[2]
-    )
+    assert not re.search(r"pickle|torch\.(load|save)\b", Path(checkpoint.__file__).read_text().split('"""', 2)[2])
 
 
 @pytest.mark.parametrize("name", CLT_FILES)
-@pytest.mark.parametrize(
-    "damage", ["missing", "truncated", "flipped first", "flipped middle", "flipped last"]
-)
+@pytest.mark.parametrize("damage", ["missing", "truncated", "flipped first", "flipped middle", "flipped last"])
 def test_damage_to_any_file_is_noticed_and_named(saved: Path, name: str, damage: str) -> None:
     verify(saved)
     file = saved / name
@@ -187,9 +183,7 @@ def test_damage_to_any_file_is_noticed_and_named(saved: Path, name: str, damage:
 
 def test_a_file_cannot_drop_out_of_the_manifest_unnoticed(saved: Path) -> None:
     manifest = saved / "manifest.json"
-    manifest.write_text(
-        manifest.read_text().replace('"W_enc_0', '"W_enc_1')
-    )  # a duplicate key wins in silence
+    manifest.write_text(manifest.read_text().replace('"W_enc_0', '"W_enc_1'))  # a duplicate key wins in silence
     with pytest.raises(CheckpointError, match="manifest.json is damaged"):
         verify(saved)
 
@@ -362,9 +356,7 @@ BAD_TENSORS = [
 
 
 @pytest.mark.parametrize(("message", "change"), BAD_TENSORS, ids=[message for message, _ in BAD_TENSORS])
-def test_tensors_outside_the_layout_are_refused_before_writing(
-    tmp_path: Path, message: str, change: dict
-) -> None:
+def test_tensors_outside_the_layout_are_refused_before_writing(tmp_path: Path, message: str, change: dict) -> None:
     with pytest.raises(ValueError, match=message):
         save_clt(tmp_path, CONFIG, clt_tensors() | change)
     assert list(tmp_path.iterdir()) == []

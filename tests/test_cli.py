@@ -118,6 +118,7 @@ def test_the_flags_are_these():
         "data.held_out_tokens", "data.held_out_fraction", "clt.latents", "clt.active", "clt.attention",
         "connections.policy", "connections.per_latent", "connections.start", "connections.anneal",
         "connections.refresh_every", "connections.freeze", "connections.importance", "connections.pressure",
+        "loss.begin",
         "loss.ramp", "loss.latent_agreement", "loss.aux", "loss.aux_active", "loss.dead_after",
         "loss.cross_entropy", "optimizer.learning_rate", "optimizer.warmup", "optimizer.decay", "optimizer.betas",
         "optimizer.clip", "steps", "batch_rows", "seed", "device", "backend", "log_every", "checkpoint_every",

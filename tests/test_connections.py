@@ -80,7 +80,9 @@ def test_learned_connections_open_and_close_by_the_sign_of_their_logit(model):
     policy = LearnedConnections(6, start_step=2)
     policy.prepare(clt)
     activity = active(clt, model)
-    assert not policy.update(clt, activity, 1) and policy.update(clt, activity, 2) and not policy.update(clt, activity, 3)
+    assert (
+        not policy.update(clt, activity, 1) and policy.update(clt, activity, 2) and not policy.update(clt, activity, 3)
+    )
     module = clt.transcoder(2)
     with torch.no_grad():
         module.logits[:, :2] = -0.5
@@ -102,7 +104,14 @@ def test_learned_connections_get_the_sigmoids_gradient_open_or_closed(model):
     p = torch.sigmoid(module.logits.detach())
     torch.testing.assert_close(module.logits.grad[:, 1:], (raw * p * (1 - p))[:, 1:].float())
     assert module.logits.grad[:, 0].all()
-    expected = 0.25 * (torch.sigmoid(clt.transcoder(1).logits).sum(1).mean() + torch.sigmoid(clt.transcoder(2).logits).sum(1).mean()) / 2
+    expected = (
+        0.25
+        * (
+            torch.sigmoid(clt.transcoder(1).logits).sum(1).mean()
+            + torch.sigmoid(clt.transcoder(2).logits).sum(1).mean()
+        )
+        / 2
+    )
     torch.testing.assert_close(policy.pressure(clt), expected)
 
 

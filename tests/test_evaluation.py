@@ -4,10 +4,10 @@ import pytest
 import torch
 from clts import connect_random, language_model, open_all, random_clt, tokens
 
+from sparseclt.config import TrainConfig
 from sparseclt.evaluation import evaluate, replacement, splitting
 from sparseclt.losses import fvu, targets
 from sparseclt.pipeline import fvu_against_c
-from sparseclt.config import TrainConfig
 
 ROWS = tokens(rows=6, length=12)
 

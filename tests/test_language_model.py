@@ -177,11 +177,7 @@ def test_attention_weights_reproduce_the_attention_output_of_every_layer(model, 
         written = torch.einsum("bhqe,hef->bqf", heads, weights.W_O) + weights.bias
         torch.testing.assert_close(written, live.attn_out[layer], **EXACT)
         torch.testing.assert_close(attention_write(live.residual(layer), mix, weights), written, **EXACT)
-        assert (
-            weights.W_V.shape == (4, 32, 8)
-            and weights.W_O.shape == (4, 8, 32)
-            and weights.bias.shape == (32,)
-        )
+        assert weights.W_V.shape == (4, 32, 8) and weights.W_O.shape == (4, 8, 32) and weights.bias.shape == (32,)
         assert weights.centred == model.info.centred
 
 
@@ -264,9 +260,7 @@ def test_gradients_flow_through_replacements_and_later_activations(model, tokens
     # Central difference along one direction, through everything behind layer 0.
     direction, step = torch.randn_like(written[0]), 1e-3
     shifted = [
-        model.cross_entropy(
-            tokens, on_mlp=lambda layer, live, s=s: written[layer] + (layer == 0) * s * direction
-        )
+        model.cross_entropy(tokens, on_mlp=lambda layer, live, s=s: written[layer] + (layer == 0) * s * direction)
         for s in (step, -step)
     ]
     numeric = (shifted[0] - shifted[1]) / (2 * step)
@@ -355,9 +349,7 @@ def llama_like(name: str):
 def test_blocks_that_do_more_than_add_to_the_residual_stream_are_refused(tokenizer):
     hf = tiny_models.hf_model("gpt2")
     hf.transformer.h[0].register_forward_hook(lambda module, arguments, output: output * 0.5)
-    with pytest.raises(
-        ValueError, match="model.path: expected an MLP that reads the plain sum .* which layer 1"
-    ):
+    with pytest.raises(ValueError, match="model.path: expected an MLP that reads the plain sum .* which layer 1"):
         LanguageModel.from_hf(hf, tokenizer)
 
 
@@ -388,9 +380,7 @@ def test_load_reads_a_saved_directory_in_float32(tmp_path, tokenizer, tokens):
     assert model.info.n_layers == 1 and model.info.name == str(tmp_path)
     assert model.tokenizer("w3 w4")["input_ids"] == [3, 4]
     with torch.no_grad():
-        torch.testing.assert_close(
-            model.replaced_logits(tokens), hf.float()(tokens).logits, atol=2e-5, rtol=1e-5
-        )
+        torch.testing.assert_close(model.replaced_logits(tokens), hf.float()(tokens).logits, atol=2e-5, rtol=1e-5)
 
 
 def test_paths_that_do_not_exist_are_named():

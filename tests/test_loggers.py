@@ -115,9 +115,7 @@ class FakeRun:
 
 
 @pytest.mark.parametrize("name", ["wandb", "trackio"])
-def test_run_adapters_pass_config_metrics_and_step(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_run_adapters_pass_config_metrics_and_step(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[Any] = []
 
     def init(**kwargs: Any) -> FakeRun:
@@ -134,9 +132,7 @@ def test_run_adapters_pass_config_metrics_and_step(
     assert type(calls[1][1]["fvu"]) is float
 
 
-def test_tensorboard_adapter_writes_scalars_and_config(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_tensorboard_adapter_writes_scalars_and_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[Any] = []
 
     class SummaryWriter:
@@ -169,9 +165,7 @@ def test_a_missing_library_is_named_with_its_pip_command(
 
 
 def test_an_unknown_name_lists_the_known_ones(tmp_path: Path) -> None:
-    with pytest.raises(
-        ValueError, match="unknown logger 'mlflow', expected any of wandb, trackio, tensorboard"
-    ):
+    with pytest.raises(ValueError, match="unknown logger 'mlflow', expected any of wandb, trackio, tensorboard"):
         make_loggers(["mlflow"], tmp_path, {})
     with pytest.raises(TypeError, match="got the string 'wandb'"):
         make_loggers("wandb", tmp_path, {})

@@ -89,7 +89,9 @@ def test_peak_memory_of_a_step_stays_below_one_dense_matrix(tmp_path):
     t.optimizer.zero_grad(set_to_none=True)
     with peak_allocation() as peak:
         run_steps(t, 1)
-    gradients = 2 * parameter_bytes(t)  # of the decoders there are two for a moment: from decoding and from virtual weights
+    gradients = 2 * parameter_bytes(
+        t
+    )  # of the decoders there are two for a moment: from decoding and from virtual weights
     transient = peak[0] - gradients
     assert transient < F * F * 4, f"{transient / 2**20:.0f} MiB"
     assert math.isfinite(transient) and peak[0] > gradients / 2, "the record is there"

@@ -50,9 +50,7 @@ def legend(figure: Figure) -> list[str]:
     return [text.get_text() for text in figure.legends[0].get_texts()]
 
 
-def test_loss_curves_show_both_modes_single_modules_and_dead_latents(
-    tmp_path: Path, figures: list[Figure]
-) -> None:
+def test_loss_curves_show_both_modes_single_modules_and_dead_latents(tmp_path: Path, figures: list[Figure]) -> None:
     loss_curves(METRICS, tmp_path / "new" / "loss.png")
     assert (tmp_path / "new" / "loss.png").read_bytes().startswith(b"\x89PNG")
     fvu, dead = figures[0].axes
@@ -68,9 +66,7 @@ def test_loss_curves_show_both_modes_single_modules_and_dead_latents(
     assert [[y for _, y in data(line)] for line in dead.get_lines()] == [[0.1] * 5, [0.2] * 5]
 
 
-def test_rows_without_fvu_and_values_that_are_not_finite_are_left_out(
-    tmp_path: Path, figures: list[Figure]
-) -> None:
+def test_rows_without_fvu_and_values_that_are_not_finite_are_left_out(tmp_path: Path, figures: list[Figure]) -> None:
     rows = [
         {"step": 1, "loss": 2.0},
         {"step": 2, "fvu_vanilla": 0.5},

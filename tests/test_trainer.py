@@ -101,7 +101,9 @@ def test_a_run_killed_in_the_middle_leaves_a_checkpoint_that_continues(tmp_path,
         t.train_step = lambda batch: os.kill(os.getpid(), signal.SIGKILL) if t.step == 6 else step(batch)
         t.fit()
     """)
-    done = subprocess.run([sys.executable, "-c", script], env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())})
+    done = subprocess.run(
+        [sys.executable, "-c", script], env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    )
     assert done.returncode == -signal.SIGKILL
     whole, resumed = trainer(tmp_path / "whole", model), trainer(tmp_path / "cut", model)
     whole.fit()
@@ -144,9 +146,7 @@ def test_cross_entropy_through_the_replaced_model_reaches_every_parameter(tmp_pa
     assert metrics["cross_entropy_sparse"] > 0
     activations = model.capture(ROWS[:2])
     total, terms, _ = t.loss(activations, 5)
-    gradients = torch.autograd.grad(
-        terms["cross_entropy_sparse"], [p for p in t.clt.parameters()], allow_unused=True
-    )
+    gradients = torch.autograd.grad(terms["cross_entropy_sparse"], [p for p in t.clt.parameters()], allow_unused=True)
     assert all(g is not None and g.abs().sum() > 0 for g in gradients)
 
 

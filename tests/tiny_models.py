@@ -47,11 +47,7 @@ def hf_model(family: str | Any, seed: int = 0, dtype: torch.dtype = torch.float6
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(seed)
-    model = (
-        AutoModelForCausalLM.from_config(config(family) if isinstance(family, str) else family)
-        .to(dtype)
-        .eval()
-    )
+    model = AutoModelForCausalLM.from_config(config(family) if isinstance(family, str) else family).to(dtype).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter += 0.2 * torch.randn_like(parameter)

@@ -147,7 +147,10 @@ def main() -> None:
     tokenizer = train_tokenizer(train)
     train_ids, held_out_ids = pack(tokenizer, train), pack(tokenizer, held_out)
     held_out_bytes = sum(len(text.encode()) for text in held_out)
-    print(f"{len(train)} training documents, {len(train_ids):,} tokens; {len(held_out)} held out, {len(held_out_ids):,} tokens")
+    print(
+        f"{len(train)} training documents, {len(train_ids):,} tokens; "
+        f"{len(held_out)} held out, {len(held_out_ids):,} tokens"
+    )
 
     model = train_model(train_ids, args.steps).half()
     args.out.mkdir(parents=True, exist_ok=True)

@@ -93,15 +93,18 @@ def transposed_gather_sum(weights: Tensor, transposed: Transpose, bags: Tensor) 
 
 
 def dense(values: Tensor, indices: Tensor, count: int) -> Tensor:
-    """[N, count]: sparse rows spelled out, differentiable; slots that name the same column add up.
-
-    Empty slots go to a column of their own, which is cut off.
-    """
-    columns = torch.where(indices < 0, count, indices).long()
-    return values.new_zeros(len(values), count + 1).scatter_add(1, columns, values)[:, :count]
+    """[N, count]: sparse rows spelled out, differentiable; slots that name the same column add up."""
+    if count == 0:
+        return values[:, :0]
+    columns, values = indices.clamp_min(0).long(), values.masked_fill(indices < 0, 0)
+    return values.new_zeros(len(values), count).scatter_add(1, columns, values)
 
 
 def dense_columns(values: Tensor, indices: Tensor, count: int) -> Tensor:
-    """[count, N]: the transpose of `dense`, contiguous: written so, not transposed afterwards. Not differentiable."""
-    lines = torch.where(indices < 0, count, indices).long().T
-    return values.new_zeros(count + 1, len(values)).scatter_add_(0, lines, values.T)[:count]
+    """[count, N]: `dense(...).T`, contiguous: written so, not transposed afterwards. Not differentiable."""
+    N = len(values)
+    if count == 0:
+        return values.new_zeros(0, N)
+    places = indices.clamp_min(0).long() * N + torch.arange(N, device=indices.device)[:, None]
+    values = values.masked_fill(indices < 0, 0)
+    return values.new_zeros(count * N).scatter_add_(0, places.flatten(), values.flatten()).view(count, N)

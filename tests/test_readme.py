@@ -1,0 +1,36 @@
+"""The README's Python runs as it stands."""
+
+import os
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+BLOCKS = re.findall(r"```python\n(.*?)```", (Path(__file__).parents[1] / "README.md").read_text(), re.S)
+
+
+def test_the_training_example_trains_and_measures(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (code,) = [block for block in BLOCKS if "Trainer" in block]
+    quick = code.replace("steps=1000,", "steps=3, progress=False,").replace(", held_out)", ", held_out[:4])")
+    assert "steps=3" in quick and "held_out[:4]" in quick
+    exec(compile(quick, "README.md", "exec"), {})
+    assert os.path.exists("runs/first/clt/sparseclt.json") and "fvu_sparse" in capsys.readouterr().out
+
+
+def test_the_sae_example_learns():
+    (code,) = [block for block in BLOCKS if "topk_encode" in block]
+    scope: dict = {}
+    exec(compile(code, "README.md", "exec"), scope)
+    torch.manual_seed(0)
+    sae, x = scope["TopKSAE"](16, 64, 8), torch.randn(256, 16)
+    optimizer = torch.optim.Adam(sae.parameters(), 1e-2)
+    losses = []
+    for _ in range(40):
+        loss = (sae(x) - x).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.5 * losses[0] and losses[-1] == pytest.approx(min(losses), rel=0.2)
