@@ -73,9 +73,9 @@ class ConnectionConfig:
 class LossConfig:
     """Weights of the loss terms."""
 
-    begin: float = 0.0
+    begin: float = 0.2
     """Share of the steps in vanilla mode alone, before connections are first chosen."""
-    ramp: float = 0.3
+    ramp: float = 0.2
     """Share of the steps over which, from then on, the sparsely-connected terms grow to full weight."""
     latent_agreement: float = 0.2
     """Weight of the FVU of sparsely-connected latents against vanilla ones."""
@@ -83,7 +83,7 @@ class LossConfig:
     """Weight of AuxK, for latents dead in either mode."""
     aux_active: int = 64
     """Dead latents that AuxK lets speak for each token."""
-    dead_after: int = 10_000
+    dead_after: int = 5_000
     """Tokens without firing after which a latent counts as dead."""
     cross_entropy: float = 0.0
     """Weight of the next-token cross-entropy of the replaced model, in each mode."""
@@ -97,7 +97,7 @@ class OptimizerConfig:
     """Peak learning rate."""
     warmup: float = 0.02
     """Share of the steps in which it rises."""
-    decay: float = 0.3
+    decay: float = 0.5
     """Share of the steps, at the end, in which it falls to zero."""
     betas: tuple[float, float] = (0.9, 0.999)
     """Adam's betas."""
@@ -117,7 +117,7 @@ class TrainConfig:
     connections: ConnectionConfig = field(default_factory=ConnectionConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    steps: int = 1500
+    steps: int = 900
     """Training steps."""
     batch_rows: int = 4
     """Rows of text in a step."""

@@ -59,12 +59,18 @@ class SparseCLT(nn.Module):
             Transcoder(site, a.d_model, a.latents, self._targets(site), upstream * a.latents)
             for site, upstream in zip(self.sites, self.upstream, strict=True)
         )
-        self.attention_weights = attention_weights
-        if a.attention == "latents" and (attention_weights is None or len(attention_weights) != a.layers):
+        if a.attention == "frozen":
+            return
+        if attention_weights is None or len(attention_weights) != a.layers:
             raise ValueError(
                 f"attention_weights: attention='latents' needs the OV circuits of all {a.layers} layers "
                 "(LanguageModel.attention_weights)"
             )
+        for module in self:
+            if module.site.kind == "attn":
+                for name in ("W_V", "W_O", "bias"):
+                    value = getattr(attention_weights[module.site.layer], name)
+                    module.register_buffer(name, value, persistent=False)
 
     def _targets(self, site: Site) -> int:
         return self.architecture.layers - site.layer if site.kind == "mlp" else 1
@@ -95,9 +101,12 @@ class SparseCLT(nn.Module):
         ]
 
     def attention_of(self, site: Site) -> AttentionWeights | None:
-        if site.kind == "mlp" or self.attention_weights is None:
+        """The frozen OV circuits of an attention site; None for an MLP."""
+        if site.kind == "mlp":
             return None
-        return self.attention_weights[site.layer]
+        module = self.transcoder(self.sites.index(site))
+        W_V, W_O, bias = (module.get_buffer(name) for name in ("W_V", "W_O", "bias"))
+        return AttentionWeights(W_V, W_O, bias, self.architecture.centred)
 
     def virtual_weights(self, backend: str | None = None) -> list[Tensor | None]:
         """V of every module ([F, C]; attention [H, F, C]), learned masks applied; None without upstream."""

@@ -28,7 +28,7 @@ def config(out: Path, **changes) -> TrainConfig:
         out=str(out), steps=8, batch_rows=2, checkpoint_every=4, log_every=1, progress=False,
         clt=CLTConfig(latents=24, active=3), data=DataConfig(row_length=12),
         connections=ConnectionConfig(per_latent=5, start=9, refresh_every=3),
-        loss=LossConfig(dead_after=60, aux_active=4),
+        loss=LossConfig(begin=0.0, dead_after=60, aux_active=4),
     )  # fmt: skip
     return replace(base, **changes)
 
@@ -140,7 +140,7 @@ def test_the_language_model_runs_once_a_step(tmp_path, model, monkeypatch):
 
 
 def test_cross_entropy_through_the_replaced_model_reaches_every_parameter(tmp_path, model):
-    t = trainer(tmp_path, model, loss=LossConfig(cross_entropy=1.0, ramp=0.0))
+    t = trainer(tmp_path, model, loss=LossConfig(cross_entropy=1.0, begin=0.0, ramp=0.0))
     for _ in range(2):
         metrics = t.train_step(t.capture(next(t.stream)))
     assert metrics["cross_entropy_sparse"] > 0

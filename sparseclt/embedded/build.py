@@ -20,8 +20,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 SEED = 0
 VOCAB, CONTEXT, LAYERS, WIDTH, HEADS = 4096, 128, 4, 128, 4
-BATCH_ROWS, LEARNING_RATE, WARMUP, WEIGHT_DECAY = 32, 3e-3, 100, 0.1
-STEPS = 1600
+BATCH_ROWS, LEARNING_RATE, WARMUP, WEIGHT_DECAY = 32, 3e-3, 50, 0.1
+STEPS = 700
 HELD_OUT_EVERY = 12  # of the documents in order of date, every twelfth is held out
 CORPUS_BYTES = 3_600_000  # training text that is shipped for the transcoder
 END_OF_TEXT = "<|endoftext|>"
