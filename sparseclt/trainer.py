@@ -23,7 +23,7 @@ from sparseclt.loggers import JsonLinesLogger, make_loggers, truncate_after
 from sparseclt.model import Architecture, SparseCLT
 from sparseclt.prefetch import one_ahead
 from sparseclt.serialization import load_clt_tensors, write_clt
-from sparseclt.sites import MODES, Mode
+from sparseclt.sites import MODES, Mode, Site
 
 
 class NonFiniteError(ValueError):
@@ -114,46 +114,45 @@ class Trainer:
 
     def loss(self, activations: Activations, step: int) -> tuple[Tensor, dict[str, Tensor], dict[Mode, ForwardPass]]:
         """The loss of a batch, its terms by name, and the forward pass of each mode that ran."""
-        c, clt = self.config.loss, self.clt
+        clt, rho = self.clt, self.ramp(step)
         real = losses.targets(clt, activations)
         passes: dict[Mode, ForwardPass] = {"vanilla": clt(activations, "vanilla", backend=self.config.backend)}
-        rho = self.ramp(step)
+        total, terms = self._mode_loss("vanilla", passes["vanilla"], real)
         if self.policy and clt.connected:
             passes["sparse"] = clt(activations, "sparse", backend=self.config.backend)
-        weights: dict[Mode, float] = {"vanilla": 1.0, "sparse": rho}
-        total, terms = torch.zeros((), device=self.device), {}
-        for mode, forward in passes.items():
-            for site in clt.sites:
-                terms[f"fvu_{mode}/{site.name}"] = losses.fvu(real[site], forward.output(site))
-            mode_loss = torch.stack([terms[f"fvu_{mode}/{site.name}"] for site in clt.sites]).sum()
-            dead = self.activity[mode].dead(c.dead_after)
-            if c.aux and dead.any():
-                errors = {site: real[site] - forward.output(site) for site in clt.sites}
-                aux = losses.aux_k(forward, errors, dead, c.aux_active)
-                if aux is not None:
-                    terms[f"aux_{mode}"] = aux
-                    mode_loss = mode_loss + c.aux * aux
-            if c.cross_entropy:
-                terms[f"cross_entropy_{mode}"] = self.language_model.cross_entropy(
-                    activations.tokens, **replacement(clt, mode, self.config.backend)
-                )
-                mode_loss = mode_loss + c.cross_entropy * terms[f"cross_entropy_{mode}"]
-            total = total + weights[mode] * mode_loss
-        if "sparse" in passes:
-            agreement = torch.stack(
-                [
-                    losses.latent_fvu(sparse, vanilla, self.config.clt.latents)
-                    for sparse, vanilla in zip(passes["sparse"].latents, passes["vanilla"].latents, strict=True)
-                ]
-            ).sum()
-            terms["latent_agreement"] = agreement
-            total = total + rho * c.latent_agreement * agreement
-            pressure = self.policy.pressure(clt) if self.policy else None
+            sparse, sparse_terms = self._mode_loss("sparse", passes["sparse"], real)
+            terms |= sparse_terms
+            pairs = zip(passes["sparse"].latents, passes["vanilla"].latents, strict=True)
+            agreement = [losses.latent_fvu(z, target, self.config.clt.latents) for z, target in pairs]
+            terms["latent_agreement"] = torch.stack(agreement).sum()
+            sparse = sparse + self.config.loss.latent_agreement * terms["latent_agreement"]
+            pressure = self.policy.pressure(clt)
             if pressure is not None:
                 terms["pressure"] = pressure
-                total = total + rho * pressure
+                sparse = sparse + pressure
+            total = total + rho * sparse
         terms["loss"] = total
         return total, terms, passes
+
+    def _mode_loss(
+        self, mode: Mode, forward: ForwardPass, real: dict[Site, Tensor]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """What one mode adds to the loss: FVU of every site, AuxK, cross-entropy; and the terms by name."""
+        c, sites = self.config.loss, self.clt.sites
+        terms = {f"fvu_{mode}/{site.name}": losses.fvu(real[site], forward.output(site)) for site in sites}
+        total = torch.stack(list(terms.values())).sum()
+        dead = self.activity[mode].dead(c.dead_after)
+        if c.aux and dead.any():
+            errors = {site: real[site] - forward.output(site) for site in sites}
+            aux = losses.aux_k(forward, errors, dead, c.aux_active)
+            if aux is not None:
+                terms[f"aux_{mode}"] = aux
+                total = total + c.aux * aux
+        if c.cross_entropy:
+            hooks = replacement(self.clt, mode, self.config.backend)
+            terms[f"cross_entropy_{mode}"] = self.language_model.cross_entropy(forward.activations.tokens, **hooks)
+            total = total + c.cross_entropy * terms[f"cross_entropy_{mode}"]
+        return total, terms
 
     def capture(self, tokens: Tensor) -> Activations:
         """The model's activations on `tokens` [B, S]: the one run of the model that both modes share."""

@@ -47,7 +47,8 @@ def trainer(tmp_path, backend=None, rows: int = 40) -> Trainer:
     config = TrainConfig(
         out=str(tmp_path), batch_rows=rows, backend=backend, progress=False,
         clt=CLTConfig(latents=F, active=8), data=DataConfig(row_length=ROW),
-        connections=ConnectionConfig(per_latent=4, refresh_every=REFRESH), loss=LossConfig(begin=0.0, dead_after=1, aux_active=4),
+        connections=ConnectionConfig(per_latent=4, refresh_every=REFRESH),
+        loss=LossConfig(begin=0.0, dead_after=1, aux_active=4),
     )  # fmt: skip
     return Trainer(config, language_model=language_model("gpt2", torch.float32), rows=tokens(rows, ROW))
 
