@@ -41,7 +41,8 @@ def evaluate_run(run: str | Path, language_model: LanguageModel | None = None) -
     if clt.connected and any(module.upstream for module in clt):
         few = rows[: max(1, PRUNING_TOKENS // rows.shape[1])]
         result["fvu_against_C"] = fvu_against_c(clt, language_model, few, _ladder(clt), config)
-        plots.fvu_against_c(result["fvu_against_C"], run / "fvu_against_c.png")
+        title = "The trained CLT with its connections chosen anew for each C, not trained on"
+        plots.fvu_against_c(result["fvu_against_C"], run / "fvu_against_c.png", title=title)
     (run / "evaluation.json").write_text(json.dumps(result, indent=2) + "\n")
     (run / "table.md").write_text(report.evaluation_table(result) + "\n")
     plots.loss_curves(read_metrics(run / "metrics.jsonl"), run / "loss.png")
