@@ -56,8 +56,8 @@ class ConnectionConfig:
     per_latent: int = 32
     """Connections kept for each latent (C); with policy learned, candidates."""
     start: int | None = None
-    """Connections at the start; C falls from here geometrically. None: as per_latent."""
-    anneal: float = 0.3
+    """Connections at the start; C falls from here geometrically. None: twice per_latent."""
+    anneal: float = 0.5
     """Share of the steps over which C falls."""
     refresh_every: int = 50
     """Steps between two choices of connections."""
@@ -83,7 +83,7 @@ class LossConfig:
     """Weight of AuxK, for latents dead in either mode."""
     aux_active: int = 64
     """Dead latents that AuxK lets speak for each token."""
-    dead_after: int = 5_000
+    dead_after: int = 3_000
     """Tokens without firing after which a latent counts as dead."""
     cross_entropy: float = 0.0
     """Weight of the next-token cross-entropy of the replaced model, in each mode."""
@@ -117,7 +117,7 @@ class TrainConfig:
     connections: ConnectionConfig = field(default_factory=ConnectionConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    steps: int = 900
+    steps: int = 850
     """Training steps."""
     batch_rows: int = 4
     """Rows of text in a step."""

@@ -56,7 +56,7 @@ def make_policy(config: ConnectionConfig, clt: SparseCLT, steps: int, backend: s
             importance=config.importance, backend=backend,
         )  # fmt: skip
     return TopConnections(
-        config.per_latent, start=config.start, anneal_steps=round(config.anneal * steps),
+        config.per_latent, start=config.start or 2 * config.per_latent, anneal_steps=round(config.anneal * steps),
         refresh_every=config.refresh_every, freeze_at=round(config.freeze * steps),
         importance=config.importance, backend=backend,
     )  # fmt: skip
