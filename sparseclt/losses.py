@@ -52,7 +52,7 @@ def aux_k(forward: ForwardPass, errors: dict[Site, Tensor], dead: Tensor, k: int
         if not len(rows):
             continue
         latents = forward.encode(index, rows, min(k, len(rows)))
-        written = ops.sparse_decode(latents.values, latents.indices, module.W_dec[rows], None, backend=forward.backend)
+        written = ops.sparse_decode(latents.values, latents.indices, module.W_dec[rows], backend=forward.backend)
         for target, part in enumerate(written.unbind(1)):
             to = Site(module.site.kind, module.site.layer + target)
             explained[to] = explained[to] + part if to in explained else part

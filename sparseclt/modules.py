@@ -68,4 +68,4 @@ class Transcoder(nn.Module):
 
     def decode(self, latents: Latents, backend: str | None = None) -> Tensor:
         """What the latents write to each target, without bias: [N, T, D]."""
-        return ops.sparse_decode(latents.values, latents.indices, self.W_dec, None, backend=backend)
+        return ops.sparse_decode(latents.values, latents.indices, self.W_dec, backend=backend)
