@@ -3,7 +3,7 @@
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from typing import Any, Literal, get_type_hints
 
-Importance = Literal["mean", "rms"]
+Importance = Literal["coactivation", "mean", "rms"]
 
 
 @dataclass(frozen=True)
@@ -56,15 +56,18 @@ class ConnectionConfig:
     per_latent: int = 32
     """Connections kept for each latent (C); with policy learned, candidates."""
     start: int | None = None
-    """Connections at the start; C falls from here geometrically. None: twice per_latent."""
+    """Connections at the start, from where C falls geometrically. None: per_latent, throughout."""
     anneal: float = 0.5
     """Share of the steps over which C falls."""
     refresh_every: int = 50
     """Steps between two choices of connections."""
     freeze: float = 1.0
     """Share of the steps after which the connections stay as they are."""
-    importance: Importance = "mean"
-    """The statistic s of an upstream latent in its importance |V| x s."""
+    importance: Importance = "coactivation"
+    """The s of an upstream latent in its importance |V| x s: its mean over the tokens on which the reading latent
+    fires, its mean over all tokens, or its root mean square."""
+    recent_tokens: int = 16_384
+    """Tokens over which co-activation is counted."""
     pressure: float = 1e-3
     """Weight of the learned policies' pressure, for each connection that a latent is expected to keep open."""
 

@@ -12,25 +12,38 @@ from sparseclt.attention import head_rows
 from sparseclt.config import ConnectionConfig, Importance
 from sparseclt.cross_layer import effective_decoders
 from sparseclt.model import SparseCLT
+from sparseclt.ops._rows import chunks
+
+SELECTION_BYTES = 32 << 20  # importances alive at a time
 
 
 def select_top_connections(
-    clt: SparseCLT, magnitude: Tensor, C: int, backend: str | None = None
+    clt: SparseCLT, activity: Activity, C: int, importance: Importance = "coactivation", backend: str | None = None
 ) -> list[Tensor | None]:
     """For every module the C upstream latents [F, C] that matter most to each of its latents.
 
-    Importance of (i, j) is |V[i, j]| x s_j, over heads the root of the sum of squares for an attention reader;
-    `magnitude` [M, F] holds s. A module with fewer than C upstream latents keeps all of them; None without any.
-    Streams tiles: nothing of size F x U is allocated.
+    Importance of (i, j) is |V[i, j]| x s, over heads the root of the sum of squares for an attention reader. s is
+    the running "mean" or "rms" of z_j, or with "coactivation" the mean of z_j over the tokens on which latent i
+    fires; an attention reader, whose upstream latents lie on other tokens, then takes the plain mean.
+    A module with fewer than C upstream latents keeps all of them; None without any. Streams tiles: nothing of size
+    F x U is allocated.
     """
     chosen: list[Tensor | None] = [None] * len(clt.sites)
     decoders = [m.W_dec.detach() for m in clt]
     for reader, E in effective_decoders(clt.readers(), clt.sites, decoders):
-        rows = clt.reading_rows(reader.index).detach()
+        rows, keep = clt.reading_rows(reader.index).detach(), min(C, len(E))
+        if importance == "coactivation" and reader.attention is None:
+            parts = []
+            for part in chunks(len(rows), len(E) * rows.element_size(), SELECTION_BYTES):
+                s = activity.coactivation(reader.index, part, reader.upstream_modules).to(E.dtype)
+                parts.append(ops.select_connections(rows[part], E, s, keep, backend=backend))
+            chosen[reader.index] = torch.cat(parts)
+            continue
         if reader.attention is not None:
             rows = torch.stack([head_rows(rows, reader.attention, h) for h in range(len(reader.attention.W_V))])
+        magnitude = activity.magnitude("rms" if importance == "rms" else "mean")
         s = magnitude[: reader.upstream_modules].flatten().to(E.dtype)
-        chosen[reader.index] = ops.select_connections(rows, E, s, min(C, len(E)), backend=backend)
+        chosen[reader.index] = ops.select_connections(rows, E, s, keep, backend=backend)
     return chosen
 
 
@@ -56,7 +69,7 @@ def make_policy(config: ConnectionConfig, clt: SparseCLT, steps: int, backend: s
             importance=config.importance, backend=backend,
         )  # fmt: skip
     return TopConnections(
-        config.per_latent, start=config.start or 2 * config.per_latent, anneal_steps=round(config.anneal * steps),
+        config.per_latent, start=config.start, anneal_steps=round(config.anneal * steps),
         refresh_every=config.refresh_every, freeze_at=round(config.freeze * steps),
         importance=config.importance, backend=backend,
     )  # fmt: skip
@@ -78,7 +91,8 @@ class ConnectionPolicy(ABC):
 
 
 class TopConnections(ConnectionPolicy):
-    """The C upstream latents of largest importance |V| x s for each latent, chosen anew every `refresh_every` steps.
+    """The C most important upstream latents of each latent (`select_top_connections`), chosen anew every
+    `refresh_every` steps.
 
     C falls geometrically from `start` to `per_latent` until step `anneal_steps`. From step `freeze_at` on the
     connections stay as they are, so that the weights settle.
@@ -92,7 +106,7 @@ class TopConnections(ConnectionPolicy):
         anneal_steps: int = 0,
         refresh_every: int = 50,
         freeze_at: int | None = None,
-        importance: Importance = "mean",
+        importance: Importance = "coactivation",
         backend: str | None = None,
     ):
         self.per_latent, self.start = per_latent, start or per_latent
@@ -116,10 +130,7 @@ class TopConnections(ConnectionPolicy):
             return False
         if not activity.weight:
             return False
-        chosen = select_top_connections(clt, activity.magnitude(self.importance), self.at(step), self.backend)
-        for module, connections in zip(clt, chosen, strict=True):
-            if connections is not None:
-                module.connect(connections)
+        clt.connect(select_top_connections(clt, activity, self.at(step), self.importance, self.backend))
         return True
 
 
@@ -138,7 +149,7 @@ class LearnedConnections(ConnectionPolicy):
         *,
         pressure: float = 1.0,
         start_step: int = 0,
-        importance: Importance = "mean",
+        importance: Importance = "coactivation",
         backend: str | None = None,
     ):
         self.candidates, self.weight, self.start_step = candidates, pressure, start_step
@@ -155,12 +166,7 @@ class LearnedConnections(ConnectionPolicy):
         if clt.connected or step < self.start_step or (self.candidates is not None and not activity.weight):
             return False
         most = max(module.upstream for module in clt)
-        magnitude = activity.magnitude(self.importance)
-        for module, connections in zip(
-            clt, select_top_connections(clt, magnitude, self.candidates or most, self.backend), strict=True
-        ):
-            if connections is not None:
-                module.connect(connections)
+        clt.connect(select_top_connections(clt, activity, self.candidates or most, self.importance, self.backend))
         return True
 
     def pressure(self, clt: SparseCLT) -> Tensor | None:

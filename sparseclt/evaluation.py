@@ -1,11 +1,14 @@
 """How well a CLT does on held-out text, in each mode."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from sparseclt.activity import Activity, RecentLatents
+from sparseclt.config import Importance
+from sparseclt.connections import select_top_connections
 from sparseclt.forward import ForwardPass
 from sparseclt.language_model import Activations, LanguageModel
 from sparseclt.losses import targets
@@ -50,6 +53,25 @@ class _ModeStatistics:
             self.fired[m] += torch.bincount(latents.indices[on], minlength=self.fired.shape[1]).cpu()
 
 
+class _Variance:
+    """Squared distance of every site's real output from its mean, summed over batches."""
+
+    def __init__(self, clt: SparseCLT):
+        M, D = len(clt.sites), clt.architecture.d_model
+        self.total, self.square = torch.zeros(M, D, dtype=torch.float64), torch.zeros(M, dtype=torch.float64)
+        self.tokens = 0
+
+    def add(self, real: dict[Site, Tensor]) -> None:
+        for m, y in enumerate(real.values()):
+            self.total[m] += y.double().sum(0).cpu()
+            self.square[m] += y.double().square().sum().cpu()
+        self.tokens += len(y)
+
+    def value(self) -> Tensor:
+        """[M]"""
+        return self.square - self.total.square().sum(1) / self.tokens
+
+
 @torch.no_grad()
 def evaluate(
     clt: SparseCLT,
@@ -71,32 +93,22 @@ def evaluate(
     """
     modes: list[Mode] = ["vanilla", "sparse"] if clt.connected and any(m.upstream for m in clt) else ["vanilla"]
     statistics = {mode: _ModeStatistics(clt) for mode in modes}
-    M, D = len(clt.sites), clt.architecture.d_model
-    total, square, tokens = torch.zeros(M, D, dtype=torch.float64), torch.zeros(M, dtype=torch.float64), 0
+    M, variance = len(clt.sites), _Variance(clt)
     entropies: dict[str, float] = {}
-    device = next(clt.parameters()).device
-    for batch in rows.split(batch_rows):
-        batch = batch.to(device)
-        activations = language_model.capture(batch, attention=clt.architecture.attention == "latents")
+    for batch, activations in _captures(clt, language_model, rows, batch_rows):
         real = targets(clt, activations)
-        for m, site in enumerate(clt.sites):
-            total[m] += real[site].double().sum(0).cpu()
-            square[m] += real[site].double().square().sum().cpu()
-        tokens += batch.numel()
+        variance.add(real)
         for mode in modes:
             statistics[mode].add(clt(activations, mode, backend=backend), real)
         if cross_entropy:
             for name, value in _cross_entropies(clt, language_model, batch, modes, backend).items():
                 entropies[name] = entropies.get(name, 0.0) + value * len(batch) / len(rows)
-    variance = square - total.square().sum(1) / tokens
-    modules = [
-        _module_row(clt, m, {mode: statistics[mode] for mode in modes}, variance[m].item(), tokens) for m in range(M)
-    ]
+    modules = [_module_row(clt, m, statistics, variance) for m in range(M)]
     V = clt.virtual_weights(backend) if "sparse" in modes else [None] * M
     for m, row in enumerate(modules):
         row |= _structure(clt, m, V[m], statistics)
     return {
-        "tokens": tokens,
+        "tokens": variance.tokens,
         "C": max((m.connections.C for m in clt if m.connections), default=0),
         "modules": modules,
         "mean": _mean(clt, modules),
@@ -118,11 +130,17 @@ def _cross_entropies(clt, language_model, tokens, modes, backend) -> dict[str, f
     return result
 
 
-def _module_row(clt, m: int, statistics: dict[Mode, _ModeStatistics], variance: float, tokens: int) -> dict[str, Any]:
+def _captures(clt: SparseCLT, language_model: LanguageModel, rows: Tensor, batch_rows: int):
+    """Batches of `rows` with the model's activations on them."""
+    for batch in rows.to(next(clt.parameters()).device).split(batch_rows):
+        yield batch, language_model.capture(batch, attention=clt.architecture.attention == "latents")
+
+
+def _module_row(clt, m: int, statistics: dict[Mode, _ModeStatistics], variance: _Variance) -> dict[str, Any]:
     row: dict[str, Any] = {"name": clt.sites[m].name, "upstream": clt.transcoder(m).upstream}
     for mode, s in statistics.items():
-        row[f"fvu_{mode}"] = s.squared_error[m].item() / variance
-        row[f"l0_{mode}"] = s.active[m].item() / tokens
+        row[f"fvu_{mode}"] = (s.squared_error / variance.value())[m].item()
+        row[f"l0_{mode}"] = s.active[m].item() / variance.tokens
         row[f"dead_{mode}"] = (s.fired[m] == 0).double().mean().item()
     if "sparse" in statistics:
         row["excess_fvu"] = row["fvu_sparse"] - row["fvu_vanilla"]
@@ -163,6 +181,54 @@ def splitting(decoders: Tensor, tile: int = 1024) -> float:
             best = torch.maximum(best, cosine.amax(1))
         nearest.append(best)
     return (torch.cat(nearest) > SPLIT_COSINE).double().mean().item()
+
+
+@torch.no_grad()
+def fvu_against_c(
+    clt: SparseCLT,
+    language_model: LanguageModel,
+    rows: Tensor,
+    Cs: Sequence[int],
+    *,
+    importance: Importance = "coactivation",
+    batch_rows: int = 16,
+    backend: str | None = None,
+) -> list[dict[str, Any]]:
+    """Choose each C's most important connections of the trained weights, without training on, and measure.
+
+    Connections are chosen on every other row of `rows` [R, S] and measured on the rest. One row a C: {"C",
+    "fvu_vanilla", "fvu_sparse", "excess_fvu"}, means over modules as in `evaluate`. The CLT's own connections are
+    put back.
+    """
+    if len(rows) < 2:
+        raise ValueError(f"rows: expected at least 2, one to choose on and one to measure on, got {len(rows)}")
+    M, a = len(clt.sites), clt.architecture
+    recent = RecentLatents(M, a.active, rows[::2].numel(), next(clt.parameters()).device)
+    activity = Activity(M, a.latents, device=next(clt.parameters()).device, recent=recent)
+    for _, activations in _captures(clt, language_model, rows[::2], batch_rows):
+        activity.update(clt(activations, "vanilla", backend=backend).latents)
+    chosen = {C: select_top_connections(clt, activity, C, importance, backend) for C in Cs}
+    variance, vanilla, sparse = _Variance(clt), _ModeStatistics(clt), {C: _ModeStatistics(clt) for C in Cs}
+    own = [(module.connections, module.logits) for module in clt]
+    try:
+        for module in clt:
+            module.logits = None
+        for _, activations in _captures(clt, language_model, rows[1::2], batch_rows):
+            real = targets(clt, activations)
+            variance.add(real)
+            vanilla.add(clt(activations, "vanilla", backend=backend), real)
+            for C in Cs:
+                clt.connect(chosen[C])
+                sparse[C].add(clt(activations, "sparse", backend=backend), real)
+    finally:
+        for module, (connections, logits) in zip(clt, own, strict=True):
+            module.connections, module.logits = connections, logits
+    points = []
+    for C in Cs:
+        statistics: dict[Mode, _ModeStatistics] = {"vanilla": vanilla, "sparse": sparse[C]}
+        mean = _mean(clt, [_module_row(clt, m, statistics, variance) for m in range(M)])
+        points.append({"C": C, **{name: mean[name] for name in ("fvu_vanilla", "fvu_sparse", "excess_fvu")}})
+    return points
 
 
 def _mean(clt: SparseCLT, modules: list[dict[str, Any]]) -> dict[str, float]:

@@ -1,5 +1,6 @@
 """SparseCLT: a cross-layer transcoder that runs in vanilla and in sparsely-connected mode."""
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -87,6 +88,12 @@ class SparseCLT(nn.Module):
     def connected(self) -> bool:
         """Whether every module with upstream modules has its connections."""
         return all(m.connections is not None for m in self if m.upstream)
+
+    def connect(self, connections: Sequence[Tensor | None]) -> None:
+        """Give every module its connections [F, C]; None leaves a module as it is."""
+        for module, chosen in zip(self, connections, strict=True):
+            if chosen is not None:
+                module.connect(chosen)
 
     def reading_rows(self, index: int) -> Tensor:
         """Encoder rows [F, D] as they meet the residual stream, a decoder row, or (attention) its output."""

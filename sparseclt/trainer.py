@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from sparseclt import checkpoint, losses
-from sparseclt.activity import Activity
+from sparseclt.activity import Activity, RecentLatents
 from sparseclt.config import TrainConfig, from_dict, to_dict
 from sparseclt.connections import make_policy
 from sparseclt.data import NoHeldOutSplit, RowStream, Split, read_documents, split_held_out, token_rows
@@ -92,9 +92,13 @@ class Trainer:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(config.seed + 1)
                 self.policy.prepare(self.clt)
+        M = len(self.clt.sites)
         self.activity: dict[Mode, Activity] = {
-            mode: Activity(len(self.clt.sites), config.clt.latents, device=self.device) for mode in MODES
+            mode: Activity(M, config.clt.latents, device=self.device) for mode in MODES
         }
+        if self.policy and config.connections.importance == "coactivation":
+            recent = RecentLatents(M, config.clt.active, config.connections.recent_tokens, self.device)
+            self.activity["vanilla"].recent = recent
         o = config.optimizer
         self.optimizer = torch.optim.Adam(self.clt.parameters(), lr=o.learning_rate, betas=o.betas, fused=True)
         self.step = 0

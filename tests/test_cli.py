@@ -117,7 +117,7 @@ def test_the_flags_are_these():
         "out", "model.path", "model.layers", "data.source", "data.text_field", "data.row_length", "data.max_tokens",
         "data.held_out_tokens", "data.held_out_fraction", "clt.latents", "clt.active", "clt.attention",
         "connections.policy", "connections.per_latent", "connections.start", "connections.anneal",
-        "connections.refresh_every", "connections.freeze", "connections.importance", "connections.pressure",
+        "connections.refresh_every", "connections.freeze", "connections.importance", "connections.recent_tokens", "connections.pressure",
         "loss.begin",
         "loss.ramp", "loss.latent_agreement", "loss.aux", "loss.aux_active", "loss.dead_after",
         "loss.cross_entropy", "optimizer.learning_rate", "optimizer.warmup", "optimizer.decay", "optimizer.betas",

@@ -4,7 +4,8 @@ import pytest
 import torch
 from clts import language_model, random_clt, tokens
 
-from sparseclt.activity import Activity
+from sparseclt import connections
+from sparseclt.activity import RARE, Activity, RecentLatents
 from sparseclt.attention import head_rows
 from sparseclt.connections import LearnedConnections, TopConnections, select_top_connections
 from sparseclt.modules import Latents
@@ -16,13 +17,14 @@ def model():
 
 
 def active(clt, model) -> Activity:
-    activity = Activity(len(clt.sites), clt.architecture.latents)
+    M, a = len(clt.sites), clt.architecture
+    activity = Activity(M, a.latents, recent=RecentLatents(M, a.active, tokens().numel()))
     activity.update(clt(model.capture(tokens(), attention=True), "vanilla").latents)
     return activity
 
 
-def importance(clt, index, magnitude):
-    """|V| x s, dense: root of the sum over heads of squares for attention."""
+def virtual_strength(clt, index):
+    """|V|, dense: root of the sum over heads of squares for attention."""
     module = clt.transcoder(index)
     upstream = [clt.transcoder(u) for u in range(clt.upstream[index])]
     E = torch.cat(
@@ -31,28 +33,61 @@ def importance(clt, index, magnitude):
     )  # fmt: skip
     rows, weights = clt.reading_rows(index), clt.attention_of(module.site)
     heads = [rows] if weights is None else [head_rows(rows, weights, h) for h in range(len(weights.W_V))]
-    V = torch.stack([r @ E.T for r in heads]).square().sum(0).sqrt()
-    return V * magnitude[: len(upstream)].flatten().double()
+    return torch.stack([r @ E.T for r in heads]).square().sum(0).sqrt()
 
 
+@pytest.mark.parametrize("statistic", ["mean", "rms", "coactivation"])
 @pytest.mark.parametrize("attention", ["frozen", "latents"])
-def test_top_connections_are_those_of_largest_importance(model, attention):
+def test_top_connections_are_those_of_largest_importance(model, attention, statistic):
     clt = random_clt(model, attention)
-    magnitude = active(clt, model).magnitude("mean")
-    chosen = select_top_connections(clt, magnitude, 4)
+    activity = active(clt, model)
+    chosen = select_top_connections(clt, activity, 4, statistic)
+    z = clt(model.capture(tokens(), attention=True), "vanilla").latents
+    z = torch.stack([latents.dense(clt.architecture.latents) for latents in z])  # [M, N, F]
     assert chosen[0] is None
     for index in range(1, len(clt.sites)):
-        expected = importance(clt, index, magnitude).topk(4).values
-        got = importance(clt, index, magnitude).gather(1, chosen[index])
-        torch.testing.assert_close(got.sort(descending=True).values, expected, msg=clt.sites[index].name)
+        before = z[: clt.upstream[index]].transpose(0, 1).flatten(1)  # [N, U]
+        s = before.square().mean(0).sqrt() if statistic == "rms" else before.mean(0)
+        if statistic == "coactivation" and clt.sites[index].kind == "mlp":
+            on = (z[index] > 0).double()
+            assert (on.sum(0) < RARE).any() and (on.sum(0) >= RARE).any()
+            s = torch.where(on.sum(0)[:, None] < RARE, s, on.T @ before / on.sum(0)[:, None])
+        importance = virtual_strength(clt, index) * s
+        got = importance.gather(1, chosen[index])
+        torch.testing.assert_close(
+            got.sort(descending=True).values, importance.topk(4).values, msg=clt.sites[index].name, rtol=1e-5, atol=0
+        )
+
+
+def test_coactivation_is_selected_in_tiles(model, monkeypatch):
+    clt = random_clt(model)
+    whole = select_top_connections(clt, active(clt, model), 4)
+    monkeypatch.setattr(connections, "SELECTION_BYTES", 3 * 40 * 8)
+    tiled = select_top_connections(clt, active(clt, model), 4)
+    assert all(torch.equal(a, b) for a, b in zip(whole[1:], tiled[1:], strict=True))
 
 
 def test_a_latent_that_never_fires_is_not_chosen_before_one_that_does(model):
     clt = random_clt(model)
-    magnitude = active(clt, model).magnitude("rms")
-    silent = magnitude[0] == 0
+    activity = active(clt, model)
+    silent = activity.magnitude("rms")[0] == 0
     assert silent.any() and (~silent).sum() >= 4
-    assert not silent[select_top_connections(clt, magnitude, 4)[1]].any()
+    assert not silent[select_top_connections(clt, activity, 4, "rms")[1]].any()
+
+
+def test_recent_latents_are_a_ring():
+    recent = RecentLatents(2, 1, 3)
+    for n in range(1, 6):  # token n: latent n % 2 of module 0 fires at n, latent 0 of module 1 always
+        recent.add(
+            [
+                Latents(torch.tensor([[float(n)]]), torch.tensor([[n % 2]])),
+                Latents(torch.ones(1, 1), torch.zeros(1, 1, dtype=torch.int64)),
+            ]
+        )
+    sums, fired = recent.sums_when_active(1, slice(0, 2), 1, 2)
+    assert sums.tolist() == [[4.0, 8.0], [0.0, 0.0]] and fired.tolist() == [3, 0], "tokens 3, 4, 5 are left"
+    recent.add([Latents(torch.arange(8.0)[:, None], torch.zeros(8, 1, dtype=torch.int64))] * 2)
+    assert sorted(recent.values[0].flatten().tolist()) == [5.0, 6.0, 7.0], "more tokens than the ring holds"
 
 
 def test_c_falls_geometrically_and_stays():

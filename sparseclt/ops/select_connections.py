@@ -23,12 +23,14 @@ def select_connections(
     root of the sum over heads of squared virtual weights stands for the absolute value.
 
     `W_enc` [F, D] or [H, F, D] downstream encoder, `E` [U, D] effective decoders of all upstream latents,
-    `importance` [U], at least 0. `scratch_bytes` bounds the scores alive at a time (one latent's at least).
+    `importance` [U], or [F, U] one for each pair, at least 0. `scratch_bytes` bounds the scores alive at a time
+    (one latent's at least).
     Raises ValueError (shapes, C outside 1..U, devices, backend), TypeError (dtypes).
     """
     check_tensors(W_enc=W_enc, E=E, importance=importance)
     letters = shape_like("W_enc", W_enc, "F D", "H F D")
-    sizes = check_shapes(W_enc=(W_enc, letters), E=(E, "U D"), importance=(importance, "U"))
+    pairs = shape_like("importance", importance, "U", "F U")
+    sizes = check_shapes(W_enc=(W_enc, letters), E=(E, "U D"), importance=(importance, pairs))
     if not 1 <= C <= sizes["U"]:
         raise ValueError(f"C: expected from 1 to {sizes['U']} (there are {sizes['U']} upstream latents), got {C}")
     with torch.no_grad():
@@ -57,5 +59,5 @@ def select_connections_torch(W_enc: Tensor, E: Tensor, importance: Tensor, C: in
             for head in range(1, H):
                 score += (W_enc[head, part] @ E.T).square_()
             score.sqrt_()
-        connections[part] = score.mul_(importance).topk(C).indices
+        connections[part] = score.mul_(importance if importance.dim() == 1 else importance[part]).topk(C).indices
     return connections
