@@ -207,7 +207,7 @@ def fvu_against_c(
     activity = Activity(M, a.latents, device=next(clt.parameters()).device, recent=recent)
     for _, activations in _captures(clt, language_model, rows[::2], batch_rows):
         activity.update(clt(activations, "vanilla", backend=backend).latents)
-    chosen = {C: select_top_connections(clt, activity, C, importance, backend) for C in Cs}
+    chosen = select_top_connections(clt, activity, max(Cs), importance, backend)  # best first: C's are the first C
     variance, vanilla, sparse = _Variance(clt), _ModeStatistics(clt), {C: _ModeStatistics(clt) for C in Cs}
     own = [(module.connections, module.logits) for module in clt]
     try:
@@ -218,7 +218,7 @@ def fvu_against_c(
             variance.add(real)
             vanilla.add(clt(activations, "vanilla", backend=backend), real)
             for C in Cs:
-                clt.connect(chosen[C])
+                clt.connect([None if best is None else best[:, :C] for best in chosen])
                 sparse[C].add(clt(activations, "sparse", backend=backend), real)
     finally:
         for module, (connections, logits) in zip(clt, own, strict=True):
