@@ -49,7 +49,7 @@ def linear(x: Tensor, W: Tensor, bias: Tensor | None, out: Tensor, scratch_bytes
 def top_k(scores: Tensor, k: int, zeros_free: bool = True) -> tuple[Tensor, Tensor]:
     """The k largest of each row [n, F], descending, ties to the lowest index, NaN largest: values, indices [n, k].
 
-    Equivalent to the first k columns of `scores.sort(1, descending=True, stable=True)`. `zeros_free`: which of
+    Equivalent to the first k columns of `scores.sort(dim=1, descending=True, stable=True)`. `zeros_free`: which of
     several zeros is taken does not matter.
 
     `torch.topk` promises no order among equals. With one more element than asked for, a row without equal
@@ -68,7 +68,7 @@ def top_k(scores: Tensor, k: int, zeros_free: bool = True) -> tuple[Tensor, Tens
         equal = (rows == last) | (rows.isnan() & last.isnan())
         free = k - better.sum(1, keepdim=True)
         chosen = (better | (equal & (equal.cumsum(1) <= free))).nonzero()[:, 1].view(-1, k)  # k a row, ascending
-        picked, order = rows.gather(1, chosen).sort(1, descending=True, stable=True)
+        picked, order = rows.gather(1, chosen).sort(dim=1, descending=True, stable=True)
         values = values.index_copy(0, again, picked)
         indices = indices.index_copy(0, again, chosen.gather(1, order))
     return values, indices

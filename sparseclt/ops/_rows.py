@@ -85,16 +85,17 @@ def transpose(indices: Tensor, rows: int) -> Transpose:
 def transposed_gather_sum(weights: Tensor, transposed: Transpose, bags: Tensor) -> Tensor:
     """[R, D]: for each row, the weighted sum of the vectors `bags` [N, D] of the bags that name it."""
     order, starts = transposed
-    if len(order) == 0:
+    filled = int(starts[1]) if len(starts) > 1 else len(order)  # where the empty slots end
+    if filled == len(order):
         return bags.new_zeros(len(starts) - 1, bags.shape[1])
-    sums = functional.embedding_bag(
+    order = order[filled:]
+    return functional.embedding_bag(
         order // weights.shape[1],
         bags,
-        starts,
+        starts[1:] - filled,
         per_sample_weights=weights.flatten().index_select(0, order),
         mode="sum",
     )
-    return sums[1:]
 
 
 def dense(values: Tensor, indices: Tensor, count: int) -> Tensor:

@@ -53,7 +53,7 @@ def batchtopk_encode_reference(x: Tensor, W_enc: Tensor, b_enc: Tensor | None, k
 def slots_of(dense: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
     """The kept entries of [N, F] as padded slots, each row in descending order. Differentiable."""
     S = int(kept.sum(1).max()) if len(kept) else 0
-    order = dense.detach().masked_fill(~kept, -torch.inf).sort(1, descending=True, stable=True).indices[:, :S]
+    order = dense.detach().masked_fill(~kept, -torch.inf).sort(dim=1, descending=True, stable=True).indices[:, :S]
     filled = kept.gather(1, order)
     return dense.gather(1, order).masked_fill(~filled, 0), order.masked_fill(~filled, -1)
 

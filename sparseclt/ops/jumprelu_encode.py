@@ -50,7 +50,7 @@ def jumprelu_encode(
     if backend == "reference":
         return jumprelu_encode_reference(x, W_enc, b_enc, threshold, bandwidth)
     scratch = check_scratch(scratch_bytes, backend)
-    values, indices, l0 = _jumprelu_encode(x, W_enc, b_enc, threshold, float(bandwidth), scratch, backend)
+    values, indices, l0, _ = _jumprelu_encode(x, W_enc, b_enc, threshold, float(bandwidth), scratch, backend)
     return values, indices, l0
 
 
@@ -98,15 +98,18 @@ def _run(
     bandwidth: float,
     scratch_bytes: int,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The last result: which slots are within the rectangle around their threshold, boolean [N, S]."""
     wide = threshold.to(accumulation_dtype(x.dtype))
     forward = implementation("jumprelu_encode", backend).forward
     pre, indices = forward(x, W_enc, b_enc, wide - bandwidth / 2, scratch_bytes)
-    empty = indices < 0
-    values = pre.masked_fill((pre <= gather(wide, indices)) | empty, 0)
-    order = values.masked_fill(empty, -torch.inf).sort(1, descending=True, stable=True).indices
+    empty, at = indices < 0, gather(wide, indices)
+    values = pre.masked_fill((pre <= at) | empty, 0)
+    within = (pre - at < bandwidth / 2) & ~empty
+    order = values.masked_fill(empty, -torch.inf).sort(dim=1, descending=True, stable=True).indices
     values = values.gather(1, order)
-    return values.to(x.dtype), indices.gather(1, order), (values > 0).sum(1).to(wide.dtype)
+    l0 = (values > 0).sum(1).to(wide.dtype)
+    return values.to(x.dtype), indices.gather(1, order), l0, within.gather(1, order)
 
 
 def gather(numbers: Tensor, indices: Tensor) -> Tensor:
@@ -116,26 +119,29 @@ def gather(numbers: Tensor, indices: Tensor) -> Tensor:
     return numbers[indices.clamp_min(0)]
 
 
-def _fake(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return *fake_slots(x), x.new_empty(len(x), dtype=accumulation_dtype(x.dtype))
+def _fake(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    values, indices = fake_slots(x)
+    l0 = x.new_empty(len(x), dtype=accumulation_dtype(x.dtype))
+    return values, indices, l0, torch.empty_like(indices, dtype=torch.bool)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     x, W_enc, _, threshold, ctx.bandwidth, _, ctx.backend = inputs
-    values, indices, _ = output
-    ctx.save_for_backward(values, indices, x, W_enc, threshold)
-    ctx.mark_non_differentiable(indices)
+    values, indices, _, within = output
+    ctx.save_for_backward(values, indices, within, x, W_enc, threshold)
+    ctx.mark_non_differentiable(indices, within)
 
 
-def _differentiate(ctx: Any, grad_values: Tensor, _: Tensor, grad_l0: Tensor) -> tuple[Tensor | None, ...]:
-    values, indices, x, W_enc, threshold = ctx.saved_tensors
+def _differentiate(
+    ctx: Any, grad_values: Tensor, _: Tensor, grad_l0: Tensor, __: Tensor
+) -> tuple[Tensor | None, ...]:
+    values, indices, within, x, W_enc, threshold = ctx.saved_tensors
     needed = list(ctx.needs_input_grad[:3])
     grads = encode_backward(grad_values, values, indices, x, W_enc, needed, ctx.backend)
     d_threshold = None
     if ctx.needs_input_grad[3]:
         # A latent's threshold collects from its slots as its bias does.
-        at, wide = gather(threshold.to(grad_l0.dtype), indices), values.to(grad_l0.dtype)
-        within = ((wide == 0) | (wide - at < ctx.bandwidth / 2)) & (indices >= 0)
+        at = gather(threshold.to(grad_l0.dtype), indices)
         step = 1 / ctx.bandwidth if ctx.bandwidth else 0.0
         grad = (grad_values * at + grad_l0[:, None]) * -step
         only_bias = [False, False, True]
@@ -146,7 +152,7 @@ def _differentiate(ctx: Any, grad_values: Tensor, _: Tensor, grad_l0: Tensor) ->
 
 _jumprelu_encode = define(
     "jumprelu_encode(Tensor x, Tensor W_enc, Tensor? b_enc, Tensor threshold, float bandwidth, SymInt scratch_bytes,"
-    " str backend) -> (Tensor, Tensor, Tensor)",
+    " str backend) -> (Tensor, Tensor, Tensor, Tensor)",
     _run,
     _fake,
     _differentiate,

@@ -52,7 +52,7 @@ def connection_scores(W_enc: Tensor, E: Tensor, importance: Tensor) -> Tensor:
 
 def select_connections_reference(W_enc: Tensor, E: Tensor, importance: Tensor, C: int) -> Tensor:
     scores = connection_scores(W_enc, E, importance)
-    return scores.sort(1, descending=True, stable=True).indices[:, :C].contiguous()
+    return scores.sort(dim=1, descending=True, stable=True).indices[:, :C].contiguous()
 
 
 def forward_torch(W_enc: Tensor, E: Tensor, importance: Tensor, C: int, scratch_bytes: int) -> Tensor:

@@ -77,7 +77,7 @@ def select_reference(pre: Tensor, k: int, activation: Activation = "topk") -> tu
         indices = torch.stack([b.indices + f for b, f in zip(best, first, strict=True)], 1)
         return torch.stack([b.values for b in best], 1), indices
     score = pre.abs() if activation == "abstopk" else pre.relu()
-    indices = score.sort(1, descending=True, stable=True).indices[:, :k]
+    indices = score.sort(dim=1, descending=True, stable=True).indices[:, :k]
     return (pre if activation == "abstopk" else score).gather(1, indices), indices
 
 
