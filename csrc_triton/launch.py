@@ -45,6 +45,16 @@ class AheadOfTime(NamedTuple):
     options: dict[str, int]
 
 
+def ahead_of_time_case(
+    name: str, kernel: Any, types: list[str], constexprs: dict[str, Any], options: dict[str, int]
+) -> AheadOfTime:
+    """`types` are those of the arguments that are not in `constexprs`, in the kernel's own order."""
+    rest = iter(types)
+    signature = {arg: "constexpr" if arg in constexprs else next(rest) for arg in kernel.arg_names}
+    assert next(rest, None) is None, f"{name}: more types than arguments"
+    return AheadOfTime(name, kernel, signature, constexprs, options)
+
+
 def cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
