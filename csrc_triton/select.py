@@ -22,7 +22,7 @@ from torch import Tensor
 from .launch import AheadOfTime
 from .scores import LOWEST, float_key
 
-MAX_BLOCK = 4096  # keys of a row held in registers at a time: 32 a thread; longer rows are read again at each bit
+MAX_BLOCK = 4096  # keys of a row held in registers at a time; longer rows are read again at each bit
 MIN_TILE = 2048  # short rows share a program
 PLACE_TILE = 4096  # comparisons at a time when the survivors are put in order
 
@@ -101,7 +101,7 @@ def select_kernel(
         reached = tl.sum((key >= trial[:, None]).to(tl.int32), axis=1)
         if not ONE_BLOCK:
             for start in range(BLOCK, candidates, BLOCK):
-                _, more = _load_keys(
+                more_column, more = _load_keys(
                     source, parents, rows, start, n, columns, candidates, source_row, parents_row,
                     GROUP, HAS_PARENTS, IS_KEY, ABSOLUTE, BLOCK,
                 )  # fmt: skip
@@ -112,7 +112,7 @@ def select_kernel(
     above = tl.sum((key > bound[:, None]).to(tl.int32), axis=1)
     if not ONE_BLOCK:
         for start in range(BLOCK, candidates, BLOCK):
-            _, more = _load_keys(
+            more_column, more = _load_keys(
                 source, parents, rows, start, n, columns, candidates, source_row, parents_row,
                 GROUP, HAS_PARENTS, IS_KEY, ABSOLUTE, BLOCK,
             )  # fmt: skip
@@ -201,7 +201,7 @@ class SelectConfig:
 def select_config(candidates: int) -> SelectConfig:
     block = min(max(16, triton.next_power_of_2(candidates)), MAX_BLOCK)
     rows = max(1, MIN_TILE // block)
-    return SelectConfig(rows, block, candidates <= block, 8 if block == MAX_BLOCK else 4)
+    return SelectConfig(rows, block, candidates <= block, 16 if block == MAX_BLOCK else 8)  # 8 keys a thread
 
 
 @dataclass(frozen=True)
