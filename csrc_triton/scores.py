@@ -223,6 +223,40 @@ def connection_scores_kernel(
     )
 
 
+MAXIMA_ROWS, MAXIMA_COLUMNS = 16, 512
+
+
+@triton.jit
+def maxima_kernel(
+    scores,  # [n, F] fp32
+    maxima,  # [n, ceil(F / GROUP)] int32 keys, out
+    n,
+    F,
+    scores_row,
+    maxima_row,
+    GROUP: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    rows = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
+    columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    valid = (rows < n) & (columns < F)
+    key = float_key(tl.load(scores + rows * scores_row + columns, mask=valid, other=0.0), False)
+    key = tl.where(valid, key, LOWEST)
+    largest = tl.max(tl.reshape(key, (ROWS, COLUMNS // GROUP, GROUP)), axis=2)
+    groups = tl.program_id(1) * (COLUMNS // GROUP) + tl.arange(0, COLUMNS // GROUP)[None, :]
+    tl.store(maxima + rows * maxima_row + groups, largest, mask=(rows < n) & (groups < tl.cdiv(F, GROUP)))
+
+
+def group_maxima(scores: Tensor, maxima: Tensor, group: int) -> None:
+    """Group maxima of scores [n, F] that were changed after `encoder_scores` wrote them."""
+    n, F = scores.shape
+    maxima_kernel[cdiv(n, MAXIMA_ROWS), cdiv(F, MAXIMA_COLUMNS)](
+        scores, maxima, n, F, scores.stride(0), maxima.stride(0),
+        GROUP=group, ROWS=MAXIMA_ROWS, COLUMNS=MAXIMA_COLUMNS, num_warps=8,
+    )  # fmt: skip
+
+
 def tile_config(dtype: torch.dtype) -> TileConfig:
     return FLOAT32 if dtype == torch.float32 else HALF
 
@@ -309,3 +343,10 @@ def _ahead(
     name = kernel.__name__.removesuffix("_kernel")
     which = "".join(f" {f.lower()}" for f, on in flags.items() if on is True)
     return AheadOfTime(f"{name} {element} {config.precision}{which}", kernel, signature, constexprs, config.options)
+
+
+def ahead_of_time_maxima() -> list[AheadOfTime]:
+    flags = {"GROUP": 16, "ROWS": MAXIMA_ROWS, "COLUMNS": MAXIMA_COLUMNS}
+    types = {"scores": "*fp32:16", "maxima": "*i32:16", "n": "i32", "F": "i32"}
+    signature = {n: "constexpr" if n in flags else types.get(n, "i32:16") for n in maxima_kernel.arg_names}
+    return [AheadOfTime("maxima", maxima_kernel, signature, flags, {"num_warps": 8, "num_stages": 3})]

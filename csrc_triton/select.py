@@ -24,6 +24,7 @@ from .scores import LOWEST, float_key
 
 MAX_BLOCK = 4096  # keys of a row held in registers at a time; longer rows are read again at each bit
 MIN_TILE = 2048  # short rows share a program
+LONG = 1024  # slots from which on torch.sort puts them in order: counting takes k x k comparisons
 PLACE_TILE = 4096  # comparisons at a time when the survivors are put in order
 
 
@@ -271,6 +272,13 @@ def place(
     """Slots [n, k] in descending order (of magnitude, if `absolute`); negative values stored as 0 if `relu`."""
     n, k = ids.shape
     if n == 0 or k == 0:
+        return
+    if k > LONG:
+        key = (values.abs() if absolute else values).masked_fill(ids < 0, -torch.inf)
+        order = key.sort(dim=1, descending=True, stable=True).indices  # stable: ties keep the order of the ids
+        out_ids.copy_(ids.gather(1, order))
+        if out_values is not None:
+            out_values.copy_((values.relu() if relu else values).gather(1, order))
         return
     config = place_config(k)
     target = values if out_values is None else out_values

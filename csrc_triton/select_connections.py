@@ -3,8 +3,9 @@
 import torch
 from torch import Tensor
 
+from . import select
 from .launch import AheadOfTime, launcher
-from .scores import connection_scores
+from .scores import ahead_of_time_connections, connection_scores
 from .stream import SCRATCH_BYTES, streamed_topk
 
 
@@ -21,3 +22,7 @@ def forward(W_enc: Tensor, E: Tensor, importance: Tensor, C: int, scratch_bytes:
 
     streamed_topk(fill, W_enc.shape[1], len(E), C, scratch_bytes, None, connections)
     return connections
+
+
+def ahead_of_time() -> list[AheadOfTime]:
+    return ahead_of_time_connections() + select.ahead_of_time()

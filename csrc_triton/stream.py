@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .launch import cdiv
-from .select import group_size, place, select
+from .select import LONG, group_size, place, select
 
 SCRATCH_BYTES = 64 << 20
 ROWS_WANTED = 1024
@@ -37,6 +37,7 @@ def plan(N: int, columns: int, k: int, scratch_bytes: int, whole_rows: bool = Fa
     piece = columns if whole_rows else min(max(piece, ALIGNMENT, k), columns)
     pieces = cdiv(columns, piece)
     row_bytes = 4 * (piece + _most_groups(piece, columns, k) + k + 2 * k * (pieces + (pieces > 1)))
+    row_bytes += 32 * k if k > LONG else 0  # torch.sort
     rows = min(max(scratch_bytes // row_bytes, 1), N)
     return Blocks(rows if rows in (N, 1) or rows < ALIGNMENT else rows // ALIGNMENT * ALIGNMENT, piece, pieces)
 
