@@ -1,0 +1,1 @@
+"""Triton kernels and their launchers, one file an op. Needs torch and triton alone; the folder can be copied as it stands."""
