@@ -276,7 +276,7 @@ def d_weights_kernel(
         tl.int64
     )
     low, high = _list(z_starts, id, id >= 0, z_total, U)
-    low += tl.minimum(p * part, high - low)
+    low += p * part
     high = tl.where(p + 1 < tl.num_programs(1), tl.minimum(high, low + part), high)
     sums = tl.zeros([BLOCK, LISTS], tl.float32)
     for start in range(0, tl.max(high - low, 0), BLOCK):
