@@ -6,9 +6,6 @@ from harness import DEVICE, Guarded, assert_same_bits, rows, strided
 from torch import Tensor
 
 from csrc_triton import ragged as kernels
-from csrc_triton import stream
-
-BUDGETS = pytest.mark.parametrize("scratch_bytes", [stream.SCRATCH_BYTES, 2000], ids=["whole", "chunks"])
 
 
 def inputs(N: int, D: int, F: int) -> dict[str, Tensor]:
@@ -37,8 +34,9 @@ def batch_kept(true: Tensor, total: int) -> Tensor:
     return (kept & ~(flat <= 0)).view_as(true)
 
 
-@BUDGETS
-@pytest.mark.parametrize("k", [1, 4, 60])  # of 70 latents, of which about half are positive
+@pytest.mark.parametrize(
+    ("k", "scratch_bytes"), [(1, 2000), (4, 64 << 20), (60, 2000)]  # of 70 latents, about half positive
+)
 def test_batchtopk_keeps_the_largest_of_the_batch(k: int, scratch_bytes: int) -> None:
     case = inputs(9, 8, 70)
     case["x"][3] *= 20  # one token takes most of the slots, more than 4 k
@@ -48,11 +46,11 @@ def test_batchtopk_keeps_the_largest_of_the_batch(k: int, scratch_bytes: int) ->
     assert_slots(values, indices, batch_kept(true, 9 * k), true)
 
 
-@BUDGETS
-def test_batchtopk_ties_go_to_the_first_token_and_the_lowest_latent(scratch_bytes: int) -> None:
+@pytest.mark.parametrize("k", [2, 9])
+def test_batchtopk_ties_go_to_the_first_token_and_the_lowest_latent(k: int) -> None:
     case = {name: value.round().clamp(-1, 1) for name, value in inputs(9, 3, 70).items()}
     true = pre(**case)
-    for k in (2, 9):
+    for scratch_bytes in (64 << 20, 2000):
         values, indices = kernels.batchtopk(**case, k=k, scratch_bytes=scratch_bytes)
         assert_slots(values, indices, batch_kept(true, 9 * k), true)
 
@@ -65,8 +63,7 @@ def test_batchtopk_keeps_nan_first() -> None:
     assert int((indices >= 0).sum()) == 8 and int(values.isnan().sum()) == 4
 
 
-@BUDGETS
-@pytest.mark.parametrize("bandwidth", [0.0, 0.8])
+@pytest.mark.parametrize(("bandwidth", "scratch_bytes"), [(0.0, 2000), (0.8, 64 << 20)])
 def test_jumprelu_keeps_what_is_above_its_threshold(bandwidth: float, scratch_bytes: int) -> None:
     case, threshold = inputs(9, 8, 70), rows(70, seed=3)
     threshold = (8 * threshold).round() / 8
