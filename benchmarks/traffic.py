@@ -115,6 +115,7 @@ def costs(x: Sizes, walks: float) -> dict[str, Cost]:
     encoder = (x.N + x.F) * x.D * x.e + x.N * x.K * (x.e + 8) + x.F * x.e
     product = 2 * x.N * x.F * x.D
     tiles = x.N * x.K * (x.e + 8) + _tiles(x.N, x.F, x)
+    read = min(walks, sums) * x.e  # of the gradient of pre, where a latent and a connection meet
     unit = "bf16" if x.e == 2 else "fp32"
     lists = kept * (x.p + x.e)
     select = (x.F + x.U) * x.D * x.e + x.U * 4 + kept * 8
@@ -130,12 +131,14 @@ def costs(x: Sizes, walks: float) -> dict[str, Cost]:
             2 * walks, z_lists + slots * x.e + walks * (x.p + x.e) + pre, z_lists + slots * x.e + lists + sums * x.e
         ),
         "virtual_matmul dz": Cost(
-            2 * walks, z_lists + slots * x.e + walks * (x.p + 2 * x.e), z_lists + slots * x.e + lists + sums * x.e
+            2 * walks,
+            z_lists + slots * x.e + walks * (x.p + 2 * x.e),
+            z_lists + slots * x.e + min(lists, walks * (x.p + x.e)) + read,
         ),
         "virtual_matmul dV": Cost(
             2 * walks,
             kept * (x.p + x.i + 2 * x.p + x.e) + walks * (x.p + 2 * x.e),
-            kept * (x.p + x.i + x.e) + slots * (x.p + x.e) + sums * x.e,
+            kept * (x.p + x.i + x.e) + slots * (x.p + x.e) + read,
         ),
         "connected_encode forward": Cost(
             product + 2 * walks,
