@@ -35,7 +35,8 @@ def batch_kept(true: Tensor, total: int) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    ("k", "scratch_bytes"), [(1, 2000), (4, 64 << 20), (60, 2000)]  # of 70 latents, about half positive
+    ("k", "scratch_bytes"),
+    [(1, 2000), (4, 64 << 20), (60, 2000)],  # of 70 latents, about half positive
 )
 def test_batchtopk_keeps_the_largest_of_the_batch(k: int, scratch_bytes: int) -> None:
     case = inputs(9, 8, 70)
@@ -82,9 +83,7 @@ def test_jumprelu_gradients_are_straight_through() -> None:
     values, indices = kernels.jumprelu(**case, threshold=threshold, bandwidth=bandwidth)
     grad = rows(*values.shape, seed=4)
     with Guarded():
-        ours = kernels.jumprelu_backward(
-            grad, values, indices, case["x"], case["W_enc"], threshold, bandwidth
-        )
+        ours = kernels.jumprelu_backward(grad, values, indices, case["x"], case["W_enc"], threshold, bandwidth)
     true, limit = pre(**case), threshold.double()
     dense = torch.zeros(6, 20, dtype=torch.float64, device=DEVICE)
     dense.scatter_add_(1, indices.clamp_min(0), grad.double().masked_fill(indices < 0, 0))
