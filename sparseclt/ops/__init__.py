@@ -6,8 +6,11 @@ and without gradient.
 """
 
 from sparseclt.ops.backend import backends
+from sparseclt.ops.batchtopk_encode import batchtopk_encode
 from sparseclt.ops.connected_encode import connected_encode
 from sparseclt.ops.connections import Connections
+from sparseclt.ops.jumprelu_encode import jumprelu_encode
+from sparseclt.ops.ragged import pad_rows, unpad_rows
 from sparseclt.ops.select_connections import select_connections
 from sparseclt.ops.sparse_decode import sparse_decode
 from sparseclt.ops.topk_encode import topk_encode
@@ -17,10 +20,14 @@ from sparseclt.ops.virtual_weights import virtual_weights
 __all__ = [
     "Connections",
     "backends",
+    "batchtopk_encode",
     "connected_encode",
+    "jumprelu_encode",
+    "pad_rows",
     "select_connections",
     "sparse_decode",
     "topk_encode",
+    "unpad_rows",
     "virtual_matmul",
     "virtual_weights",
 ]

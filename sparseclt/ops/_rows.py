@@ -2,8 +2,8 @@
 
 A bag is a token with its active latents, or a latent with its connections: `weights` and `indices` [N, K]
 name K of the `rows` [R, D]. An index of -1 is an empty slot: worth zero in every sum, and zero as a result.
-Sums are `embedding_bag`s, with int32 indices where they fit: one pass gathers and adds, in a fixed order.
-The three products are not differentiable themselves.
+Sums are `embedding_bag`s, with int32 indices where they fit: one pass gathers and adds, in a fixed order, in
+float32 for fp16 and bf16 rows, rounded once. The three products are not differentiable themselves.
 """
 
 from collections.abc import Iterator
@@ -14,6 +14,11 @@ from torch import Tensor
 from torch.nn import functional
 
 SCRATCH_BYTES = 4 << 20  # working memory of an op: about what stays in a core's cache
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """In which dtype numbers of a dtype are added up: float32 for fp16 and bf16."""
+    return torch.promote_types(dtype, torch.float32)
 
 
 def chunks(total: int, bytes_each: int, scratch_bytes: int) -> Iterator[slice]:
@@ -80,16 +85,17 @@ def transpose(indices: Tensor, rows: int) -> Transpose:
 def transposed_gather_sum(weights: Tensor, transposed: Transpose, bags: Tensor) -> Tensor:
     """[R, D]: for each row, the weighted sum of the vectors `bags` [N, D] of the bags that name it."""
     order, starts = transposed
-    if len(order) == 0:
+    filled = int(starts[1]) if len(starts) > 1 else len(order)  # where the empty slots end
+    if filled == len(order):
         return bags.new_zeros(len(starts) - 1, bags.shape[1])
-    sums = functional.embedding_bag(
+    order = order[filled:]
+    return functional.embedding_bag(
         order // weights.shape[1],
         bags,
-        starts,
+        starts[1:] - filled,
         per_sample_weights=weights.flatten().index_select(0, order),
         mode="sum",
     )
-    return sums[1:]
 
 
 def dense(values: Tensor, indices: Tensor, count: int) -> Tensor:

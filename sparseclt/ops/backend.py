@@ -1,37 +1,120 @@
-"""Which implementation of an op runs: one table, filled as the ops are defined, one look-up a call."""
+"""Which implementation of an op runs.
 
+A backend gives each op a plain forward and a plain backward function; `registration` makes them one operator
+with fake tensors and autograd. `reference` stays outside it: ordinary differentiable torch, one function an op.
+The choice is made at each call, by name or from the tensor.
+"""
+
+import importlib
+import os
 from collections.abc import Callable
-from typing import Any, TypeVar
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Any
 
-AUTOMATIC = "torch"
-
-_Implementation = TypeVar("_Implementation", bound=Callable[..., Any])
-_implementations: dict[tuple[str, str], Callable[..., Any]] = {}
-
-
-def implements(op: str, backend: str) -> Callable[[_Implementation], _Implementation]:
-    """Decorator: the function is what `backend` runs for `op`. It is called with checked arguments."""
-
-    def register(implementation: _Implementation) -> _Implementation:
-        _implementations[op, backend] = implementation
-        return implementation
-
-    return register
+import torch
+from torch import Tensor
 
 
-def lookup(op: str, backend: str | None) -> Callable[..., Any]:
-    """The implementation of `op` named `backend`, the automatic choice for None.
+@dataclass(frozen=True)
+class Optional:
+    """A backend that is imported when first asked for: `module` registers it and needs `package`."""
 
-    Raises ValueError, listing what exists, for a backend that is unknown or has no such op.
-    """
-    name = AUTOMATIC if backend is None else backend
-    try:
-        return _implementations[op, name]
-    except KeyError:
-        known = ", ".join(repr(b) for o, b in _implementations if o == op)
-        raise ValueError(f"backend of {op}: expected one of {known} or None (automatic), got {name!r}") from None
+    module: str
+    package: str
+    install: str
+    dtypes: tuple[torch.dtype, ...]
+    devices: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """What a backend runs for an op, with checked arguments. `csc`: its forward pass reads the order of the
+    connections by upstream latent, so that it is worth sorting without a gradient, too."""
+
+    forward: Callable[..., Any]
+    backward: Callable[..., Any] | None = None
+    csc: bool = False
+
+    @property
+    def gradients(self) -> Callable[..., Any]:
+        assert self.backward is not None, "an op without a gradient"
+        return self.backward
+
+
+OPTIONAL = {
+    "triton": Optional(
+        "sparseclt.ops._triton",
+        "triton",
+        "pip install 'sparseclt[triton]'",
+        (torch.float32, torch.float16, torch.bfloat16),
+        ("cuda",),  # ROCm calls itself cuda
+    )
+}
+# Triton reads this when it is imported: as late as here it must have been decided.
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+INSTALLED = {name for name, optional in OPTIONAL.items() if find_spec(optional.package) is not None}
+
+_implementations: dict[tuple[str, str], Implementation] = {}
+
+
+def register(
+    op: str,
+    backend: str,
+    forward: Callable[..., Any],
+    backward: Callable[..., Any] | None = None,
+    *,
+    csc: bool = False,
+) -> None:
+    """Let `backend` run `op`."""
+    _implementations[op, backend] = Implementation(forward, backward, csc)
 
 
 def backends() -> tuple[str, ...]:
-    """Names accepted by every op's `backend` argument."""
-    return tuple(dict.fromkeys(name for _, name in _implementations))
+    """Names accepted by every op's `backend` argument, whether or not they can run here."""
+    return tuple(dict.fromkeys((*(name for _, name in _implementations), *OPTIONAL)))
+
+
+def choose(op: str, backend: str | None, tensor: Tensor) -> str:
+    """The backend that runs `op` on `tensor`: the one named. For None, `triton` on a CUDA or ROCm tensor of a dtype
+    that it takes, where it is installed, and `torch` elsewhere (float64 too).
+
+    Raises ValueError for a name that is unknown or cannot run there, ImportError where it is not installed,
+    TypeError for a dtype that it does not take.
+    """
+    if backend is None:
+        on_device = tensor.device.type in OPTIONAL["triton"].devices
+        return "triton" if on_device and _refusal("triton", tensor) is None else "torch"
+    if backend in OPTIONAL:
+        if (refusal := _refusal(backend, tensor)) is not None:
+            raise refusal
+        return backend
+    if (op, backend) not in _implementations:
+        known = ", ".join(repr(name) for name in backends())
+        raise ValueError(f"backend of {op}: expected one of {known} or None (automatic), got {backend!r}")
+    return backend
+
+
+def _refusal(backend: str, tensor: Tensor) -> Exception | None:
+    """Why an optional backend cannot run on `tensor`; None where it can."""
+    optional = OPTIONAL[backend]
+    if backend not in INSTALLED:
+        return ImportError(f"backend={backend!r} needs {optional.package}: {optional.install}")
+    if tensor.device.type not in optional.devices and not (INTERPRETED and tensor.device.type == "cpu"):
+        return ValueError(
+            f"backend={backend!r}: expected tensors on {' or '.join(optional.devices)}, got {tensor.device.type}; on"
+            " the CPU it runs in Triton's interpreter only: set the environment variable TRITON_INTERPRET=1 before"
+            " Python starts, or take backend='torch'"
+        )
+    if tensor.dtype not in optional.dtypes:
+        return TypeError(
+            f"backend={backend!r}: expected one of {optional.dtypes}, got {tensor.dtype}; take backend='torch'"
+        )
+    return None
+
+
+def implementation(op: str, backend: str) -> Implementation:
+    """What `backend`, as `choose` gave it, runs for `op`. Imports an optional backend when first used."""
+    if (op, backend) not in _implementations:
+        importlib.import_module(OPTIONAL[backend].module)
+    return _implementations[op, backend]

@@ -1,8 +1,14 @@
 """Checks of arguments, shared by the ops: each error names the argument, what was expected and what came."""
 
+from collections.abc import Sequence
+
+import torch
 from torch import Tensor
 
-_INDEX_DTYPES = ("torch.int32", "torch.int64")
+from sparseclt.ops._rows import SCRATCH_BYTES
+
+_INDEX_DTYPES = (torch.int32, torch.int64)
+_SCRATCH_BYTES = {"triton": 64 << 20}  # of GPU memory, to keep the GPU busy
 
 
 def check_tensors(**tensors: Tensor | None) -> None:
@@ -59,7 +65,7 @@ def check_indices(name: str, indices: Tensor) -> None:
     """An integer tensor that can hold ids."""
     if not isinstance(indices, Tensor):
         raise TypeError(f"{name}: expected a torch.Tensor, got {type(indices).__name__}")
-    if str(indices.dtype) not in _INDEX_DTYPES:
+    if indices.dtype not in _INDEX_DTYPES:
         raise TypeError(f"{name}: expected int32 or int64, got {indices.dtype}")
 
 
@@ -72,8 +78,30 @@ def check_range(name: str, indices: Tensor, count: int, what: str) -> None:
         raise ValueError(f"{name}: expected ids from -1 (empty) to {count - 1} ({count} {what}), got {low}..{high}")
 
 
+def check_ids(name: str, indices: Tensor, count: int, what: str) -> None:
+    """`check_range` where it is cheap: on the CPU. Reads values: a kernel's business, not that of what is traced."""
+    if indices.device.type == "cpu" and not torch.compiler.is_compiling():
+        check_range(name, indices, count, what)
+
+
 def check_k(k: int, latents: int) -> None:
     if not isinstance(k, int) or isinstance(k, bool):
         raise TypeError(f"k: expected an int, got {type(k).__name__}")
     if not 1 <= k <= latents:
         raise ValueError(f"k: expected from 1 to F={latents} (latents of W_enc), got {k}")
+
+
+def check_name(argument: str, name: str, names: Sequence[str]) -> None:
+    if name not in names:
+        raise ValueError(f"{argument}: expected one of {', '.join(map(repr, names))}, got {name!r}")
+
+
+def check_scratch(scratch_bytes: int | None, backend: str, default: int = SCRATCH_BYTES) -> int:
+    """The scratch asked for, or for None what suits the backend (`default`: the torch backend)."""
+    if scratch_bytes is None:
+        return _SCRATCH_BYTES.get(backend, default)
+    if not isinstance(scratch_bytes, int) or isinstance(scratch_bytes, bool):
+        raise TypeError(f"scratch_bytes: expected an int or None, got {type(scratch_bytes).__name__}")
+    if scratch_bytes < 0:
+        raise ValueError(f"scratch_bytes: expected at least 0, got {scratch_bytes}")
+    return scratch_bytes

@@ -5,11 +5,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparseclt.ops._rows import SCRATCH_BYTES, chunks, dense, transpose, transposed_gather_sum
-from sparseclt.ops.backend import implements, lookup
-from sparseclt.ops.checks import check_k, check_shapes, check_tensors
+from sparseclt.ops._encode import encode, encoder_gradients
+from sparseclt.ops._registration import define, fake_gradients, if_needed, present
+from sparseclt.ops._rows import accumulation_dtype, chunks, dense, transpose, transposed_gather_sum
+from sparseclt.ops.backend import choose, implementation, register
+from sparseclt.ops.checks import check_ids, check_k, check_scratch, check_shapes, check_tensors
 from sparseclt.ops.connections import Connections
-from sparseclt.ops.topk_encode import encoder_gradients
+from sparseclt.ops.topk_encode import select_reference
 from sparseclt.ops.virtual_matmul import add_upstream, check_upstream, gather_slots, virtual_matmul_reference
 
 
@@ -26,19 +28,20 @@ def connected_encode(
     *,
     upstream: int | None = None,
     backend: str | None = None,
-    scratch_bytes: int = SCRATCH_BYTES,
+    scratch_bytes: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Latents of a module in sparsely-connected mode: values [N, K], descending, and indices [N, K] int64.
 
-    Equivalent to `relu((r0 @ W_enc.T + virtual_matmul(z, V)) / scale[:, None] + b_enc).topk(k)`. A slot whose
-    value is zero has no gradient; `scale` is a constant. The [N, F] pre-activations never exist, forward or
-    backward: tokens are taken a chunk at a time.
+    Equivalent to `relu((r0 @ W_enc.T + virtual_matmul(z, V)) / scale[:, None] + b_enc).topk(k)`. Ties, NaN and
+    what has a gradient are as in `topk_encode`; `scale` is a constant. The [N, F] pre-activations never exist,
+    forward or backward: tokens are taken a chunk at a time.
 
     `r0` [N, D] what does not come from latents (embedding, written biases); `W_enc` [F, D]; `b_enc` [F] or
     None; `z_values` `z_indices` [N, S], `V` and `connections` [F, C], `upstream` as in `virtual_matmul` (a
     module without upstream: S = 0 and U = 0); `scale` [N] the reader's frozen normalisation scale, above 0.
-    `scratch_bytes` bounds each working buffer (one token's at least).
-    Raises ValueError (shapes, k outside 1..F, ids out of range, devices, backend), TypeError (dtypes).
+    `scratch_bytes` bounds each working buffer (one token's at least; None: what suits the backend).
+    Raises ValueError (shapes, k outside 1..F, ids out of range, devices, backend), TypeError (dtypes),
+    ImportError (backend not installed).
     """
     check_tensors(r0=r0, W_enc=W_enc, b_enc=b_enc, z_values=z_values, V=V, scale=scale)
     connections = check_upstream(z_values, z_indices, V, connections, upstream)
@@ -51,12 +54,20 @@ def connected_encode(
         scale=(scale, "N"),
     )
     check_k(k, sizes["F"])
-    run = lookup("connected_encode", backend)
-    return run(r0, W_enc, b_enc, z_values, z_indices, V, connections, scale, k, scratch_bytes)
+    backend = choose("connected_encode", backend, r0)
+    if backend == "reference":
+        return connected_encode_reference(r0, W_enc, b_enc, z_values, z_indices, V, connections, scale, k)
+    order = starts = None
+    if implementation("connected_encode", backend).csc:
+        order, starts = connections.transposed
+    values, indices = _connected_encode(
+        r0, W_enc, b_enc, z_values, z_indices, V, scale, connections.indices, order, starts,
+        connections.upstream, k, check_scratch(scratch_bytes, backend), backend,
+    )  # fmt: skip
+    return values, indices
 
 
-@implements("connected_encode", "reference")
-def connected_encode_reference(
+def connected_pre_activations(
     r0: Tensor,
     W_enc: Tensor,
     b_enc: Tensor | None,
@@ -65,93 +76,157 @@ def connected_encode_reference(
     V: Tensor,
     connections: Connections,
     scale: Tensor,
-    k: int,
-    scratch_bytes: int = 0,
-) -> tuple[Tensor, Tensor]:
+) -> Tensor:
+    """[N, F], for references."""
     pre = r0 @ W_enc.T + virtual_matmul_reference(z_values, z_indices, V, connections)
     pre = pre / scale.detach()[:, None]
-    values, indices = (pre if b_enc is None else pre + b_enc).relu().topk(k)
-    return values, indices
+    return pre if b_enc is None else pre + b_enc
 
 
-@implements("connected_encode", "torch")
-def connected_encode_torch(*args: Any) -> tuple[Tensor, Tensor]:
-    return _ConnectedEncode.apply(*args)
+def connected_encode_reference(*args: Any) -> tuple[Tensor, Tensor]:
+    *inputs, k = args
+    return select_reference(connected_pre_activations(*inputs), k)
 
 
-class _ConnectedEncode(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        r0: Tensor,
-        W_enc: Tensor,
-        b_enc: Tensor | None,
-        z_values: Tensor,
-        z_indices: Tensor,
-        V: Tensor,
-        connections: Connections,
-        scale: Tensor,
-        k: int,
-        scratch_bytes: int,
-    ) -> tuple[Tensor, Tensor]:
-        values = r0.new_empty(len(r0), k)
-        indices = torch.empty(len(r0), k, dtype=torch.int64, device=r0.device)
-        scratch = r0.new_empty(0)
-        for part in chunks(len(r0), len(W_enc) * r0.element_size(), scratch_bytes):
-            if part.start == 0:
-                scratch = r0.new_empty(part.stop, len(W_enc))
-            pre = torch.mm(r0[part], W_enc.T, out=scratch[: part.stop - part.start])
-            add_upstream(pre, z_values[part], z_indices[part], V, connections, scratch_bytes)
-            pre /= scale[part, None]
-            if b_enc is not None:
-                pre += b_enc
-            values[part], indices[part] = pre.relu_().topk(k)
-        ctx.save_for_backward(r0, W_enc, z_values, z_indices, V, scale, values, indices)
-        ctx.connections, ctx.scratch_bytes = connections, scratch_bytes
-        ctx.mark_non_differentiable(indices)
-        return values, indices
+def forward_torch(
+    r0: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor | None,
+    z_values: Tensor,
+    z_indices: Tensor,
+    V: Tensor,
+    scale: Tensor,
+    connections: Tensor,
+    order: Tensor | None,
+    starts: Tensor | None,
+    upstream: int,
+    k: int,
+    scratch_bytes: int,
+) -> tuple[Tensor, Tensor]:
+    def finish(pre: Tensor, part: slice) -> None:
+        add_upstream(pre, z_values[part], z_indices[part], V, connections, upstream, scratch_bytes)
+        pre /= scale[part, None]
+        if b_enc is not None:
+            pre += b_enc
 
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad_values: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        r0, W_enc, z_values, z_indices, V, scale, values, indices = ctx.saved_tensors
-        needed = ctx.needs_input_grad
-        grad = grad_values * (values > 0)
-        scaled = grad / scale[:, None]
-        dr0, dW, db = encoder_gradients(grad, scaled, indices, r0, W_enc, needed)
-        dz = torch.zeros_like(z_values) if needed[3] else None
-        dV = torch.zeros_like(V) if needed[5] else None
-        U, C = ctx.connections.upstream, V.shape[1]
-        if U > 0 and C > 0:
-            token_bytes = (2 * U + 3 * indices.shape[1] * C) * V.element_size()
-            for part in chunks(len(r0), token_bytes, ctx.scratch_bytes):
-                _add_upstream_gradients(dz, dV, scaled, indices, z_values, z_indices, V, ctx.connections, part)
-        return dr0, dW, db, dz, None, dV, None, None, None, None
+    return encode(r0, W_enc, None, k, "topk", scratch_bytes, finish)
+
+
+def backward_torch(
+    grad_values: Tensor,
+    values: Tensor,
+    indices: Tensor,
+    r0: Tensor,
+    W_enc: Tensor,
+    z_values: Tensor,
+    z_indices: Tensor,
+    V: Tensor,
+    scale: Tensor,
+    connections: Tensor,
+    order: Tensor | None,
+    starts: Tensor | None,
+    upstream: int,
+    scratch_bytes: int,
+    needed: list[bool],
+) -> tuple[Tensor | None, ...]:
+    """Gradients of r0, W_enc, b_enc, z_values and V from that of the selected values [N, K]."""
+    dtype, wide = V.dtype, accumulation_dtype(V.dtype)
+    grad = grad_values.masked_fill(values == 0, 0)
+    scaled = grad / scale[:, None]
+    dr0, dW, db = encoder_gradients(grad, scaled, indices, r0, W_enc, needed)
+    scaled, z_values, V = scaled.to(wide), z_values.to(wide), V.to(wide)
+    dz = z_values.new_zeros(z_values.shape) if needed[3] else None
+    dV = V.new_zeros(V.shape) if needed[4] else None
+    C = V.shape[1]
+    if upstream > 0 and C > 0:
+        token_bytes = (2 * upstream + 3 * indices.shape[1] * C) * V.element_size()
+        for part in chunks(len(r0), token_bytes, scratch_bytes):
+            read = (connections, upstream, indices[part], scaled[part])
+            _add_upstream_gradients(dz, dV, *read, z_values[part], z_indices[part], V, part)
+    return dr0, dW, db, dz if dz is None else dz.to(dtype), dV if dV is None else dV.to(dtype)
 
 
 def _add_upstream_gradients(
     dz: Tensor | None,
     dV: Tensor | None,
+    connections: Tensor,
+    upstream: int,
+    selected: Tensor,
     grad: Tensor,
-    indices: Tensor,
     z_values: Tensor,
-    z_indices: Tensor,
+    slots: Tensor,
     V: Tensor,
-    connections: Connections,
     part: slice,
 ) -> None:
     """Gradients through the connections of the selected latents only, for a chunk of tokens.
 
     A few thousand pairs a token instead of all F x C, which pays from small F on.
     """
-    selected, grad, slots = indices[part], grad[part], z_indices[part]
     n, K = selected.shape
     latents = selected.flatten()  # index_select copies whole rows, several times faster than indexing
-    read = connections.indices.index_select(0, latents).view(n, -1)  # [n, K*C] upstream ids
+    read = connections.index_select(0, latents).view(n, -1)  # [n, K*C] upstream ids
     if dV is not None:
-        z = dense(z_values[part], slots, connections.upstream)
+        z = dense(z_values, slots, upstream)
         by_latent = transpose(selected, len(V))
         dV += transposed_gather_sum(grad.reshape(-1, 1), by_latent, gather_slots(z, read).view(n * K, -1))
     if dz is not None:
         written = (grad[:, :, None] * V.index_select(0, latents).view(n, K, -1)).view(n, -1)
-        dz[part] = gather_slots(dense(written, read, connections.upstream), slots)
+        dz[part] = gather_slots(dense(written, read, upstream), slots)
+
+
+register("connected_encode", "reference", connected_encode_reference)
+register("connected_encode", "torch", forward_torch, backward_torch)
+
+
+def _run(*args: Any) -> tuple[Tensor, Tensor]:
+    *arguments, backend = args
+    check_ids("z_indices", arguments[4], arguments[10], "upstream latents")
+    return implementation("connected_encode", backend).forward(*arguments)
+
+
+def _fake(r0: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    k = args[-3]
+    return r0.new_empty(len(r0), k), r0.new_empty(len(r0), k, dtype=torch.int64)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    r0, W_enc, _, *rest, ctx.upstream, _, ctx.scratch_bytes, ctx.backend = inputs
+    ctx.save_for_backward(*output, r0, W_enc, *rest)
+    ctx.mark_non_differentiable(output[1])
+
+
+def _differentiate(ctx: Any, grad_values: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    need = ctx.needs_input_grad
+    needed = [*need[:4], need[5]]
+    grads = _backward(grad_values, *ctx.saved_tensors, ctx.upstream, ctx.scratch_bytes, needed, ctx.backend)
+    dr0, dW, db, dz, dV = if_needed(needed, grads)
+    return dr0, dW, db, dz, None, dV, *[None] * 8
+
+
+def _run_backward(*args: Any) -> tuple[Tensor, ...]:
+    return present(*implementation("connected_encode", args[-1]).gradients(*args[:-1]))
+
+
+def _fake_backward(*args: Any) -> tuple[Tensor, ...]:
+    r0, W_enc, z_values, _, V = args[3:8]
+    return fake_gradients(args[-2], r0, W_enc, W_enc.new_empty(len(W_enc)), z_values, V)
+
+
+_UPSTREAM = (
+    "Tensor z_values, Tensor z_indices, Tensor V, Tensor scale, Tensor connections, Tensor? order, Tensor? starts,"
+    " SymInt upstream"
+)
+_backward = define(
+    "connected_encode_backward(Tensor grad_values, Tensor values, Tensor indices, Tensor r0, Tensor W_enc,"
+    f" {_UPSTREAM}, SymInt scratch_bytes, bool[] needed, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _run_backward,
+    _fake_backward,
+)
+_connected_encode = define(
+    f"connected_encode(Tensor r0, Tensor W_enc, Tensor? b_enc, {_UPSTREAM}, SymInt k, SymInt scratch_bytes,"
+    " str backend) -> (Tensor, Tensor)",
+    _run,
+    _fake,
+    _differentiate,
+    _save,
+)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from sparseclt.ops._rows import Transpose, transpose
+from sparseclt.ops.backend import implementation
 from sparseclt.ops.checks import check_indices, check_range
 
 
@@ -14,9 +15,9 @@ from sparseclt.ops.checks import check_indices, check_range
 class Connections:
     """Connections of a module: `indices` [F, C] in 0..U-1 over all earlier modules side by side, -1: empty.
 
-    `upstream` is U. The indices are checked once, here, and must not be changed afterwards: their order by
-    upstream latent is sorted at the first backward pass and kept.
-    Raises TypeError (not int32 or int64), ValueError (not [F, C], an id out of range).
+    `upstream` is U. The indices are checked once, here (not while compiling), and must not be changed
+    afterwards: their order by upstream latent is sorted when first needed and kept.
+    Raises TypeError (not int32 or int64), ValueError (not [F, C], an id out of range or twice in a row).
     """
 
     indices: Tensor
@@ -28,7 +29,9 @@ class Connections:
             raise ValueError(f"connections: expected shape [F, C], got {tuple(self.indices.shape)}")
         if self.upstream < 0:
             raise ValueError(f"upstream: expected a number of latents >= 0, got {self.upstream}")
-        check_range("connections", self.indices, self.upstream, "upstream latents")
+        if not torch.compiler.is_compiling():
+            check_range("connections", self.indices, self.upstream, "upstream latents")
+            check_distinct(self.indices)
 
     @property
     def F(self) -> int:
@@ -51,6 +54,18 @@ class Connections:
         return self if indices is self.indices else Connections(indices, self.upstream)
 
 
+def check_distinct(indices: Tensor) -> None:
+    """No row names an upstream latent twice: kernels write the connections of one upstream latent side by side."""
+    ids = indices.sort(1).values
+    twice = (ids[:, 1:] == ids[:, :-1]) & (ids[:, 1:] >= 0)
+    if twice.any():
+        row, slot = twice.nonzero()[0].tolist()
+        raise ValueError(
+            f"connections: expected distinct ids in each row (besides -1, empty), got {int(ids[row, slot])} twice in"
+            f" row {row}; add up its weights and set the other slot to -1"
+        )
+
+
 def as_connections(connections: Tensor | Connections, upstream: int | None) -> Connections:
     """A bare tensor is checked and wrapped, which needs `upstream`; an object must agree with it."""
     if not isinstance(connections, Connections):
@@ -63,3 +78,16 @@ def as_connections(connections: Tensor | Connections, upstream: int | None) -> C
     if upstream is not None and upstream != connections.upstream:
         raise ValueError(f"upstream: expected {connections.upstream}, as in connections, got {upstream}")
     return connections
+
+
+def csc(
+    connections: Connections, op: str, backend: str, *differentiated: Tensor
+) -> tuple[Tensor | None, Tensor | None]:
+    """The connections' cached order and starts for an operator, where a pass of it reads them.
+
+    The backward pass does when one of `differentiated` has a gradient, the forward pass of some backends always.
+    """
+    gradient = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in differentiated)
+    if gradient or implementation(op, backend).csc:
+        return connections.transposed
+    return None, None

@@ -2,12 +2,13 @@
 
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.nn import functional
 
+from sparseclt.ops._registration import define, fake_gradients, if_needed, present
 from sparseclt.ops._rows import (
-    SCRATCH_BYTES,
+    Transpose,
+    accumulation_dtype,
     chunks,
     dense,
     dense_columns,
@@ -15,9 +16,9 @@ from sparseclt.ops._rows import (
     row_dots,
     transposed_gather_sum,
 )
-from sparseclt.ops.backend import implements, lookup
-from sparseclt.ops.checks import check_device, check_indices, check_range, check_shapes, check_tensors
-from sparseclt.ops.connections import Connections, as_connections
+from sparseclt.ops.backend import choose, implementation, register
+from sparseclt.ops.checks import check_device, check_ids, check_indices, check_scratch, check_shapes, check_tensors
+from sparseclt.ops.connections import Connections, as_connections, csc
 
 
 def virtual_matmul(
@@ -28,7 +29,7 @@ def virtual_matmul(
     *,
     upstream: int | None = None,
     backend: str | None = None,
-    scratch_bytes: int = SCRATCH_BYTES,
+    scratch_bytes: int | None = None,
 ) -> Tensor:
     """The upstream latents' part of the pre-activations: [N, F].
 
@@ -36,13 +37,20 @@ def virtual_matmul(
 
     `z_values` `z_indices` [N, S]: active latents of all upstream modules side by side, ids in 0..U-1 (int32
     or int64, duplicates add up, -1 is an empty slot); `V` [F, C] virtual weights; `connections` [F, C] ids
-    in 0..U-1 or -1, a `Connections` or a tensor (then give `upstream`, U). `scratch_bytes` bounds the working
-    memory (one token's at least).
+    in 0..U-1 or -1, distinct in a row, a `Connections` or a tensor (then give `upstream`, U). `scratch_bytes`
+    bounds the working memory (one token's at least; None: what suits the backend).
     Raises ValueError (shapes, ids out of range: z_indices are read on the CPU only, U missing, devices,
-    backend), TypeError (dtypes).
+    backend), TypeError (dtypes), ImportError (backend not installed).
     """
     connections = check_upstream(z_values, z_indices, V, connections, upstream)
-    return lookup("virtual_matmul", backend)(z_values, z_indices, V, connections, scratch_bytes)
+    backend = choose("virtual_matmul", backend, V)
+    if backend == "reference":
+        return virtual_matmul_reference(z_values, z_indices, V, connections)
+    order, starts = csc(connections, "virtual_matmul", backend, z_values)
+    scratch = check_scratch(scratch_bytes, backend)
+    return _virtual_matmul(
+        z_values, z_indices, V, connections.indices, order, starts, connections.upstream, scratch, backend
+    )
 
 
 def check_upstream(
@@ -60,75 +68,131 @@ def check_upstream(
     )
     check_device("z_indices", z_indices, "z_values", z_values)
     check_device("connections", connections.indices, "z_values", z_values)
-    if z_indices.device.type == "cpu":
-        check_range("z_indices", z_indices, connections.upstream, "upstream latents")
     return connections
 
 
-@implements("virtual_matmul", "reference")
-def virtual_matmul_reference(
-    z_values: Tensor, z_indices: Tensor, V: Tensor, connections: Connections, scratch_bytes: int = 0
-) -> Tensor:
+def virtual_matmul_reference(z_values: Tensor, z_indices: Tensor, V: Tensor, connections: Connections) -> Tensor:
     U = connections.upstream
+    check_ids("z_indices", z_indices, U, "upstream latents")
     return dense(z_values, z_indices, U) @ dense(V, connections.indices, U).T
 
 
-@implements("virtual_matmul", "torch")
-def virtual_matmul_torch(
-    z_values: Tensor, z_indices: Tensor, V: Tensor, connections: Connections, scratch_bytes: int
+def forward_torch(
+    z_values: Tensor,
+    z_indices: Tensor,
+    V: Tensor,
+    connections: Tensor,
+    order: Tensor | None,
+    starts: Tensor | None,
+    upstream: int,
+    scratch_bytes: int,
 ) -> Tensor:
-    return _VirtualMatmul.apply(z_values, z_indices, V, connections, scratch_bytes)
+    pre = V.new_zeros(len(z_values), len(V))
+    add_upstream(pre, z_values, z_indices, V, connections, upstream, scratch_bytes)
+    return pre
 
 
 def add_upstream(
-    pre: Tensor, z_values: Tensor, z_indices: Tensor, V: Tensor, connections: Connections, scratch_bytes: int
+    pre: Tensor,
+    z_values: Tensor,
+    z_indices: Tensor,
+    V: Tensor,
+    connections: Tensor,
+    upstream: int,
+    scratch_bytes: int,
 ) -> None:
-    """Adds the upstream part to `pre` [N, F] in place.
+    """Adds the upstream part to `pre` [N, F] in place, rounding once.
 
     Each latent gathers the columns of dense z^T that it is connected to, a chunk of tokens at a time.
     """
-    if connections.upstream == 0 or connections.C == 0 or z_values.shape[1] == 0:
+    if upstream == 0 or V.shape[1] == 0 or z_values.shape[1] == 0:
         return
-    weights, ids = fill_empty(V, connections.indices, connections.upstream)
-    for part in chunks(len(pre), _token_bytes(V, connections), scratch_bytes):
-        z = dense_columns(z_values[part], z_indices[part], connections.upstream)
+    z_values, V = (t.to(accumulation_dtype(t.dtype)) for t in (z_values, V))
+    weights, ids = fill_empty(V, connections, upstream)
+    for part in chunks(len(pre), _token_bytes(V, upstream), scratch_bytes):
+        z = dense_columns(z_values[part], z_indices[part], upstream)
         pre[part] += functional.embedding_bag(ids, z, per_sample_weights=weights, mode="sum").T
 
 
-def _token_bytes(V: Tensor, connections: Connections) -> int:
-    return (connections.upstream + len(V)) * V.element_size()
+def _token_bytes(V: Tensor, upstream: int) -> int:
+    return (upstream + len(V)) * V.element_size()
 
 
-class _VirtualMatmul(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, z_values: Tensor, z_indices: Tensor, V: Tensor, connections: Connections, scratch_bytes: int
-    ) -> Tensor:
-        pre = V.new_zeros(len(z_values), len(V))
-        add_upstream(pre, z_values, z_indices, V, connections, scratch_bytes)
-        ctx.save_for_backward(z_values, z_indices, V)
-        ctx.connections, ctx.scratch_bytes = connections, scratch_bytes
-        return pre
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        z_values, z_indices, V = ctx.saved_tensors
-        connections, U = ctx.connections, ctx.connections.upstream
-        dz = torch.zeros_like(z_values) if ctx.needs_input_grad[0] else None
-        dV = torch.zeros_like(V) if ctx.needs_input_grad[2] else None
-        if U > 0:
-            for part in chunks(len(grad), _token_bytes(V, connections), ctx.scratch_bytes):
-                grad_T = grad[part].T.contiguous()
-                if dV is not None:
-                    z = dense_columns(z_values[part], z_indices[part], U)
-                    dV += row_dots(grad_T, connections.indices, z)
-                if dz is not None:
-                    dense_dz = transposed_gather_sum(V, connections.transposed, grad_T).T
-                    dz[part] = gather_slots(dense_dz, z_indices[part])
-        return dz, None, dV, None, None
+def backward_torch(
+    grad: Tensor,
+    z_values: Tensor,
+    z_indices: Tensor,
+    V: Tensor,
+    connections: Tensor,
+    order: Tensor | None,
+    starts: Tensor | None,
+    upstream: int,
+    scratch_bytes: int,
+    needed: list[bool],
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of z_values [N, S] and V [F, C] from that of the pre-activations [N, F]."""
+    dtype, wide = V.dtype, accumulation_dtype(V.dtype)
+    z_values, V = z_values.to(wide), V.to(wide)
+    dz = z_values.new_zeros(z_values.shape) if needed[0] else None
+    dV = V.new_zeros(V.shape) if needed[1] else None
+    if upstream > 0:
+        for part in chunks(len(grad), _token_bytes(V, upstream), scratch_bytes):
+            grad_T = grad[part].to(wide).T.contiguous()
+            if dV is not None:
+                dV += row_dots(grad_T, connections, dense_columns(z_values[part], z_indices[part], upstream))
+            if dz is not None:
+                assert order is not None and starts is not None
+                dense_dz = transposed_gather_sum(V, Transpose(order, starts), grad_T).T
+                dz[part] = gather_slots(dense_dz, z_indices[part])
+    return dz if dz is None else dz.to(dtype), dV if dV is None else dV.to(dtype)
 
 
 def gather_slots(rows: Tensor, indices: Tensor) -> Tensor:
     """[N, S]: the entries of `rows` [N, U] at `indices`, 0 at empty slots."""
     return rows.gather(1, indices.clamp_min(0).long()).masked_fill_(indices < 0, 0)
+
+
+register("virtual_matmul", "reference", virtual_matmul_reference)
+register("virtual_matmul", "torch", forward_torch, backward_torch)
+
+
+def _run(z_values: Tensor, z_indices: Tensor, V: Tensor, *rest: Any) -> Tensor:
+    *arguments, backend = rest
+    check_ids("z_indices", z_indices, arguments[-2], "upstream latents")
+    return implementation("virtual_matmul", backend).forward(z_values, z_indices, V, *arguments)
+
+
+def _fake(z_values: Tensor, z_indices: Tensor, V: Tensor, *rest: Any) -> Tensor:
+    return V.new_empty(len(z_values), len(V))
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    *tensors, ctx.upstream, ctx.scratch_bytes, ctx.backend = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    needed = [ctx.needs_input_grad[0], ctx.needs_input_grad[2]]
+    grads = _backward(grad, *ctx.saved_tensors, ctx.upstream, ctx.scratch_bytes, needed, ctx.backend)
+    dz, dV = if_needed(needed, grads)
+    return dz, None, dV, *[None] * 6
+
+
+def _run_backward(*args: Any) -> tuple[Tensor, ...]:
+    return present(*implementation("virtual_matmul", args[-1]).gradients(*args[:-1]))
+
+
+def _fake_backward(grad: Tensor, z_values: Tensor, z_indices: Tensor, V: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    return fake_gradients(rest[-2], z_values, V)
+
+
+_ARGUMENTS = (
+    "Tensor z_values, Tensor z_indices, Tensor V, Tensor connections, Tensor? order, Tensor? starts,"
+    " SymInt upstream, SymInt scratch_bytes"
+)
+_backward = define(
+    f"virtual_matmul_backward(Tensor grad, {_ARGUMENTS}, bool[] needed, str backend) -> (Tensor, Tensor)",
+    _run_backward,
+    _fake_backward,
+)
+_virtual_matmul = define(f"virtual_matmul({_ARGUMENTS}, str backend) -> Tensor", _run, _fake, _differentiate, _save)

@@ -8,20 +8,29 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from sparseclt import selftest
+from sparseclt.ops import _registration
+
 Inputs = dict[str, Any]
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# Compiled backends that run here: on a GPU, or (triton) interpreted.
+COMPILED = [name for name in ("triton",) if selftest.runnable(name, torch.float32, DEVICE)]
+BACKENDS = ["torch", *COMPILED]
 
 
 def rows(*shape: int, seed: int = 0) -> Tensor:
     """Normal float64 numbers that float32 holds exactly."""
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).double()
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).double().to(DEVICE)
 
 
 def ids(*shape: int, count: int, seed: int = 0, empty: float = 0.2) -> Tensor:
     """Ids in 0..count-1 with duplicates, a share of them -1."""
-    generator = torch.Generator().manual_seed(seed)
-    indices = torch.randint(0, max(count, 1), shape, generator=generator)
-    drop = torch.rand(shape, generator=generator) < (empty if count else 1)
-    return indices.masked_fill(drop, -1)
+    return selftest.ids(*shape, count=count, seed=seed, empty=empty).to(DEVICE)
+
+
+def distinct_ids(F: int, C: int, count: int, seed: int = 0, empty: float = 0.2) -> Tensor:
+    """Ids [F, C] in 0..count-1, distinct in a row, a share of them -1."""
+    return selftest.distinct_ids(F, C, count, seed, empty).to(DEVICE)
 
 
 def outputs_and_gradients(op: Callable, inputs: Inputs, dtype: torch.dtype, **options: Any) -> dict[str, Tensor | None]:
@@ -38,7 +47,7 @@ def outputs_and_gradients(op: Callable, inputs: Inputs, dtype: torch.dtype, **op
     cotangent = rows(*outs[0].shape, seed=99).to(dtype)
     grads = torch.autograd.grad(outs[0], list(wanted.values()), cotangent, allow_unused=True)
     result: dict[str, Tensor | None] = {f"out{i}": o.detach() for i, o in enumerate(outs)}
-    if len(outs) == 2:  # the latent in a slot worth zero is anyone's
+    if len(outs) > 1:  # the latent in a slot worth zero is anyone's
         result["out1"] = outs[1].masked_fill(outs[0] == 0, -1)
     return result | dict(zip(wanted, grads, strict=True))
 
@@ -78,7 +87,12 @@ class LargestAllocation(TorchDispatchMode):
         self.elements, self.by = 0, ""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        out = func(*args, **(kwargs or {}))
+        kernel = _registration.kernels.get(func.name())
+        if kernel is None:
+            out = func(*args, **(kwargs or {}))
+        else:  # one of ours: look inside
+            with self:
+                out = kernel(*args, **(kwargs or {}))
         for leaf in tree_leaves(out):
             if isinstance(leaf, Tensor):
                 elements = leaf.untyped_storage().nbytes() // leaf.element_size()

@@ -3,6 +3,7 @@ import torch
 from op_helpers import (
     assert_matches_reference,
     assert_repeatable,
+    distinct_ids,
     ids,
     largest_allocation,
     outputs_and_gradients,
@@ -33,7 +34,7 @@ def inputs(N, D, F, K, S, U, C, bias=True):
         "z_values": rows(N, S, seed=4).abs(),
         "z_indices": ids(N, S, count=U, seed=5),
         "V": rows(F, C, seed=6),
-        "connections": ids(F, C, count=U, seed=7),
+        "connections": distinct_ids(F, C, count=U, seed=7),
         "scale": rows(N, seed=8).abs() + 0.5,
         "k": K,
         "upstream": U,
@@ -153,7 +154,7 @@ BAD = {
     "scale's device": ({"scale": rows(3).to("meta")}, ValueError, r"scale: expected on cpu"),
     "id too large": ({"z_indices": torch.full((3, 4), 6)}, ValueError, r"z_indices: .*6 upstream latents"),
     "other connections": (
-        {"connections": Connections(ids(7, 2, count=6), 6)},
+        {"connections": Connections(distinct_ids(7, 2, count=6), 6)},
         ValueError,
         r"connections: .*C=3 as in V",
     ),

@@ -30,6 +30,15 @@ def test_both_backends_equal_the_formula_whatever_the_chunk(shape, scratch_bytes
         assert connections.dtype == torch.int64 and torch.equal(connections, expected)
 
 
+@pytest.mark.parametrize("scratch_bytes", [1, 7000, 1 << 22])
+@pytest.mark.parametrize("backend", ["reference", "torch"])
+def test_an_importance_for_each_pair(backend, scratch_bytes):
+    case = inputs(*SHAPES["odd"])
+    case["importance"] = rows(77, 300, seed=4).abs()
+    expected = (case["importance"] * (case["W_enc"] @ case["E"].T).abs()).topk(9).indices
+    assert torch.equal(select_connections(**case, backend=backend, scratch_bytes=scratch_bytes), expected)
+
+
 def test_non_contiguous_inputs_give_the_same():
     case = inputs(*SHAPES["heads"])
     strided = case | {"W_enc": case["W_enc"].mT.contiguous().mT, "E": case["E"].T.contiguous().T}

@@ -105,7 +105,7 @@ BAD = {
         r"b_dec: expected shape \[D\] \(D=4 as in W_dec\), got \(3,\)",
     ),
     "another dtype": ({"W_dec": rows(5, 4).float()}, TypeError, r"W_dec: expected torch.float64"),
-    "unknown backend": ({"backend": "triton"}, ValueError, r"backend of sparse_decode: .*'reference', 'torch'"),
+    "unknown backend": ({"backend": "x"}, ValueError, r"backend of sparse_decode: .*'reference', 'torch'"),
 }
 
 

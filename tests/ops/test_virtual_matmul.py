@@ -1,6 +1,6 @@
 import pytest
 import torch
-from op_helpers import assert_matches_reference, assert_repeatable, ids, largest_allocation, rows
+from op_helpers import assert_matches_reference, assert_repeatable, distinct_ids, ids, largest_allocation, rows
 
 from sparseclt.ops import Connections, virtual_matmul
 
@@ -22,7 +22,7 @@ def inputs(N, S, F, U, C):
         "z_values": rows(N, S, seed=1).abs(),
         "z_indices": ids(N, S, count=U, seed=2),
         "V": rows(F, C, seed=3),
-        "connections": ids(F, C, count=U, seed=4),
+        "connections": distinct_ids(F, C, count=U, seed=4),
         "upstream": U,
     }
 
@@ -79,7 +79,11 @@ def test_repeatable():
 BAD = {
     "U missing": ({"upstream": None}, ValueError, r"upstream: expected .*bare tensor, got None; pass upstream=U"),
     "U below 0": ({"upstream": -1}, ValueError, r"upstream: expected .*>= 0, got -1"),
-    "another U": ({"connections": Connections(ids(5, 3, count=6), 9)}, ValueError, r"upstream: expected 9.* got 6"),
+    "another U": (
+        {"connections": Connections(distinct_ids(5, 3, count=6), 9)},
+        ValueError,
+        r"upstream: expected 9.* got 6",
+    ),
     "id too large": ({"z_indices": torch.full((3, 4), 6)}, ValueError, r"z_indices: .*6 upstream latents.* got 6..6"),
     "connection too large": ({"connections": torch.full((5, 3), 6)}, ValueError, r"connections: .* got 6..6"),
     "float ids": ({"z_indices": rows(3, 4)}, TypeError, r"z_indices: expected int32 or int64"),

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from op_helpers import assert_matches_reference, assert_repeatable, ids, largest_allocation, rows
+from op_helpers import assert_matches_reference, assert_repeatable, distinct_ids, largest_allocation, rows
 
 from sparseclt.ops import Connections, virtual_weights
 
@@ -15,7 +15,7 @@ SHAPES = {  # F, D, U, C
 
 
 def inputs(F, D, U, C):
-    return {"W_enc": rows(F, D, seed=1), "E": rows(U, D, seed=2), "connections": ids(F, C, count=U, seed=3)}
+    return {"W_enc": rows(F, D, seed=1), "E": rows(U, D, seed=2), "connections": distinct_ids(F, C, count=U, seed=3)}
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
@@ -64,12 +64,16 @@ BAD = {
         r"connections: .*5 upstream latents.* got 5..5",
     ),
     "other rows": (
-        {"connections": ids(5, 3, count=5)},
+        {"connections": distinct_ids(5, 3, count=5)},
         ValueError,
         r"connections: expected shape \[F, C\] \(F=4 as in",
     ),
     "float ids": ({"connections": rows(4, 3)}, TypeError, r"connections: expected int32 or int64"),
-    "another U": ({"connections": Connections(ids(4, 3, count=5), 9)}, ValueError, r"E: expected 9 rows.* got 5"),
+    "another U": (
+        {"connections": Connections(distinct_ids(4, 3, count=5), 9)},
+        ValueError,
+        r"E: expected 9 rows.* got 5",
+    ),
     "another D": ({"E": rows(5, 2)}, ValueError, r"E: expected shape \[U, D\] \(D=3 as in W_enc\), got \(5, 2\)"),
     "another dtype": ({"E": rows(5, 3).float()}, TypeError, r"E: expected torch.float64"),
     "another device": ({"E": rows(5, 3).to("meta")}, ValueError, r"E: expected on cpu"),
