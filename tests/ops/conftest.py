@@ -1,11 +1,4 @@
-"""The same files run everywhere: on CUDA tensors where there is a GPU; elsewhere Triton's kernels are interpreted."""
-
-import os
-
-import torch
-
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # before sparseclt.ops and triton are imported
+"""The same files run everywhere: on CUDA tensors where there is a GPU."""
 
 import pytest
 from op_helpers import DEVICE
