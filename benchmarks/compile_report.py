@@ -123,23 +123,22 @@ def _numbered(job: tuple[int, str]) -> Row:
     return compile_one(cases()[job[0]], job[1])
 
 
-def table(rows: list[Row]) -> str:
-    lines = [
-        "| kernel | target | registers | spills | shared memory, bytes | 16-byte loads | tensor-core instructions |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for r in rows:
-        numbers = [r.registers, r.spills, r.shared, r.wide_loads, r.tensor_core]
-        cells = [r.kernel, r.target, *("-" if n < 0 else str(n) for n in numbers)]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+HEADER = """\
+| kernel | target | registers | spills | shared memory, bytes | 16-byte loads | tensor-core instructions |
+|---|---|---|---|---|---|---|"""
+
+
+def line(row: Row) -> str:
+    numbers = [row.registers, row.spills, row.shared, row.wide_loads, row.tensor_core]
+    cells = [row.kernel, row.target, *("-" if n < 0 else str(n) for n in numbers)]
+    return f"| {' | '.join(cells)} |"
 
 
 def write_page(rows: list[Row]) -> None:
     begin, end = "<!-- table: begin -->", "<!-- table: end -->"
-    page = PAGE.read_text()
+    page, text = PAGE.read_text(), "\n".join([HEADER, *map(line, rows)])
     head, tail = page[: page.index(begin)], page[page.index(end) :]
-    PAGE.write_text(f"{head}{begin}\n\nTriton {triton.__version__}.\n\n{table(rows)}\n\n{tail}")
+    PAGE.write_text(f"{head}{begin}\n\nTriton {triton.__version__}.\n\n{text}\n\n{tail}")
 
 
 def main() -> int:
@@ -154,12 +153,12 @@ def main() -> int:
         parser.error("--write: the page holds all kernels and targets; drop --only and --target")
     chosen = [i for i, case in enumerate(cases()) if re.search(args.only, case.name)]
     jobs = [(i, target) for i in chosen for target in args.target]
-    if args.jobs > 1:
-        with concurrent.futures.ProcessPoolExecutor(args.jobs) as pool:
-            rows = list(pool.map(_numbered, jobs))
-    else:
-        rows = [_numbered(job) for job in jobs]
-    print(table(rows))
+    rows = []
+    print(HEADER)
+    with concurrent.futures.ProcessPoolExecutor(args.jobs) as pool:
+        for row in pool.map(_numbered, jobs):
+            rows.append(row)
+            print(line(row), flush=True)
     faults = [row for row in rows if row.fault]
     for row in faults:
         print(f"{row.kernel} on {row.target}: {row.fault}", file=sys.stderr)

@@ -244,7 +244,7 @@ def list_parts_kernel(
 @triton.jit
 def transposed_gather_sum_kernel(
     out,  # [R, D]
-    parts,  # [B, 2, D] float32, or unused
+    parts,  # [B, 2, D] float32
     weights,  # [N, K]
     order,  # [N*K]
     starts,  # [R+1]
@@ -260,7 +260,6 @@ def transposed_gather_sum_kernel(
     bags_n,
     bags_d,
     PART: tl.constexpr,
-    PARTS: tl.constexpr,  # whether `total` is above PART, so that a list can be
     SLOTS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
@@ -270,15 +269,13 @@ def transposed_gather_sum_kernel(
     inside = columns < D
     low = tl.load(starts + r + 1).to(tl.int64)
     high = tl.load(starts + r + 2, mask=r + 1 < R, other=total).to(tl.int64)
-    end = high
-    if PARTS:
-        end = tl.where(high - low > PART, low, high)
+    hot = high - low > PART
     sums = _list_sum(
         weights,
         order,
         bags,
         low,
-        end,
+        tl.where(hot, low, high),
         columns,
         K,
         D,
@@ -289,20 +286,19 @@ def transposed_gather_sum_kernel(
         SLOTS,
         COLUMNS,
     )
-    if PARTS:
-        if high - low > PART:
-            first = low // PART
-            last = (high - 1) // PART
-            of_parts = tl.zeros([SLOTS, COLUMNS], tl.float32)
-            for start in range(first, last + 1, SLOTS):
-                block = start + tl.arange(0, SLOTS)
-                side = tl.where((block == first) & (low % PART != 0), 1, 0)
-                of_parts += tl.load(
-                    parts + (block * 2 + side)[:, None] * D + columns[None, :],
-                    mask=(block <= last)[:, None] & inside[None, :],
-                    other=0,
-                )
-            sums += tl.sum(of_parts, 0)
+    if hot:
+        first = low // PART
+        last = (high - 1) // PART
+        of_parts = tl.zeros([SLOTS, COLUMNS], tl.float32)
+        for start in range(first, last + 1, SLOTS):
+            block = start + tl.arange(0, SLOTS)
+            side = tl.where((block == first) & (low % PART != 0), 1, 0)
+            of_parts += tl.load(
+                parts + (block * 2 + side)[:, None] * D + columns[None, :],
+                mask=(block <= last)[:, None] & inside[None, :],
+                other=0,
+            )
+        sums += tl.sum(of_parts, 0)
     tl.store(out + r * out_r + columns * out_d, sums, mask=inside)
 
 
@@ -318,7 +314,8 @@ def transposed_gather_sum(weights: Tensor, order: Tensor, starts: Tensor, bags: 
     out = bags.new_empty(R, D)
     tile, blocks = tile_for(D), cdiv(total, part)
     if blocks == 1:
-        _sum_lists(out, bags, None, weights, order, starts, bags, part, tile)
+        no_parts = torch.empty(0, dtype=torch.float32, device=bags.device)
+        _sum_lists(out, no_parts, None, weights, order, starts, bags, part, tile)
         return out
     firsts = torch.arange(blocks, dtype=starts.dtype, device=starts.device) * part
     edges = torch.stack([firsts, (firsts + (part - 1)).clamp_max(total - 1)])
@@ -361,7 +358,6 @@ def _sum_lists(
         *sizes,
         *out.stride(),
         *strides,
-        PARTS=entries is not None,
         **shape,
         **tile.options,
     )
@@ -382,11 +378,8 @@ def ahead_of_time() -> list[AheadOfTime]:
         if tile is not WIDE:
             dots = {"out_k": 1, "bags_d": 1, "indices_k": 1, "rows_d": 1}
             kernels.append(("row_dots", row_dots_kernel, [data, data, ids, data] + [size] * 6, dots))
-        for parts in (True, False):
-            name = "transposed_gather_sum" + (" parts" if parts else "")
-            types = [data, "*fp32:16" if parts else None, data, ids, ids, data] + [size] * 7
-            constexprs = lists | {"out_d": 1, "PARTS": parts} | ({} if parts else {"parts": None})
-            kernels.append((name, transposed_gather_sum_kernel, [t for t in types if t], constexprs))
+        types = [data, "*fp32:16", data, ids, ids, data] + [size] * 7
+        kernels.append(("transposed_gather_sum", transposed_gather_sum_kernel, types, lists | {"out_d": 1}))
         for name, kernel, types, constexprs in kernels:
             cases.append(ahead_of_time_case(f"{name} {dtype} {label}", kernel, types, constexprs | shape, tile.options))
     return cases

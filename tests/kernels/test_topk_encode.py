@@ -107,6 +107,15 @@ def test_rows_longer_than_a_program_holds(monkeypatch: pytest.MonkeyPatch) -> No
     assert torch.equal(values.double(), true_values) and torch.equal(indices, true_indices)
 
 
+def test_columns_past_the_end_do_not_lift_the_last_group() -> None:
+    case = inputs(4, 5, 300)
+    case["x"] = case["x"].abs()
+    case["W_enc"][299], case["b_enc"][296:] = 50.0, -1000.0  # without its bias the last latent would win
+    values, indices = kernels.forward(**case, k=2)
+    true_values, true_indices = expected(**case, k=2)
+    assert torch.equal(indices, true_indices) and (values - true_values).abs().max() < 1e-5
+
+
 def test_nan_and_infinity_come_first() -> None:
     case = inputs(4, 5, 300)  # TINY: in pieces
     case["x"][1] = torch.nan
