@@ -200,7 +200,7 @@ def backward(
     scratch_bytes: int = SCRATCH_BYTES,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """dr0, dW, db, dz [N, S] and dV [F, C], those that `needs` asks for: active slots and kept connections alone."""
-    active = values > 0
+    active = values != 0  # a NaN slot is active: its gradient is not dropped
     grad = torch.where(active, grad_values, 0)
     slots = indices.masked_fill(~active, -1)
     scaled = grad.float() / scale.float()[:, None]

@@ -5,28 +5,14 @@ from contextlib import contextmanager
 
 import torch
 from clts import language_model
+from op_helpers import LargestAllocation
 from tiny_models import tokens
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from sparseclt.config import CLTConfig, ConnectionConfig, DataConfig, LossConfig, TrainConfig
 from sparseclt.ops import _rows as ops_scratch
 from sparseclt.trainer import Trainer
 
 F, ROW, REFRESH = 4000, 24, 5
-
-
-class _Largest(TorchDispatchMode):
-    """Remembers the largest tensor that any operation put out, in elements, and its shape."""
-
-    elements, shape, op = 0, (), ""
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for tensor in torch.utils._pytree.tree_leaves(out):
-            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage().nbytes() > self.elements * 4:
-                self.elements = tensor.untyped_storage().nbytes() // 4
-                self.shape, self.op = tuple(tensor.shape), str(func)
-        return out
 
 
 @contextmanager
@@ -58,9 +44,9 @@ def run_steps(t: Trainer, steps: int) -> None:
         t.train_step(t.capture(next(t.stream)))
 
 
-def largest_of_a_step(t: Trainer, step: int) -> _Largest:
+def largest_of_a_step(t: Trainer, step: int) -> LargestAllocation:
     run_steps(t, step)
-    with _Largest() as largest:
+    with LargestAllocation() as largest:
         run_steps(t, 1)
     return largest
 
@@ -70,7 +56,7 @@ def test_a_step_holds_no_large_tensor(tmp_path):
     allowed = max(max(p.numel() for p in t.clt.parameters()), ops_scratch.SCRATCH_BYTES // 4)
     assert min(40 * ROW * F, F * F) > 3 * allowed, "the test must be able to tell"
     largest = largest_of_a_step(t, 3)
-    assert largest.elements <= allowed, f"{largest.op} put out {largest.shape}"
+    assert largest.elements <= allowed, f"{largest.by} put out {largest.elements} elements"
 
 
 def test_choosing_connections_anew_holds_no_f_by_u(tmp_path):
@@ -78,7 +64,7 @@ def test_choosing_connections_anew_holds_no_f_by_u(tmp_path):
     allowed = (32 << 20) // 4
     assert 2 * F * F > 3 * allowed, "the test must be able to tell"
     largest = largest_of_a_step(t, REFRESH)
-    assert largest.elements <= allowed, f"{largest.op} put out {largest.shape}"
+    assert largest.elements <= allowed, f"{largest.by} put out {largest.elements} elements"
 
 
 def test_the_reference_backend_would_not_pass(tmp_path):
