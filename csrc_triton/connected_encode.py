@@ -36,7 +36,7 @@ class Match(LaunchConfig):
         return {"READS": self.reads, "SLOTS": self.slots}
 
 
-MATCH = Match(num_warps=4, reads=64, slots=64)
+MATCH = Match(num_warps=8, reads=64, slots=64)
 
 
 @launcher

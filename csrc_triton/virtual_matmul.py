@@ -104,10 +104,10 @@ def add_upstream_kernel(
     if START != "kept":
         for start in range(0, F, ROW):
             i = start + tl.arange(0, ROW).to(tl.int64)
-            first = tl.zeros([ROW], tl.float32)
+            begin = tl.zeros([ROW], tl.float32)
             if START == "copy":
-                first = tl.load(out + i * out_f, mask=i < F, other=0).to(tl.float32)
-            tl.store(pre + i * pre_f, first, mask=i < F)
+                begin = tl.load(out + i * out_f, mask=i < F, other=0).to(tl.float32)
+            tl.store(pre + i * pre_f, begin, mask=i < F)
         tl.debug_barrier()
     z, low, high = _slot(z_values, z_indices, starts, total, U, S > 0, 0, 0)
     after = n * 0
@@ -117,8 +117,8 @@ def add_upstream_kernel(
         next_z, next_low, next_high = _slot(
             z_values, z_indices, starts, total, U, after < S, after * value_s, after * index_s
         )
-        for start in range(low, high, BLOCK):
-            entry = start + tl.arange(0, BLOCK)
+        for first in range(low, high, BLOCK):
+            entry = first + tl.arange(0, BLOCK)
             used = entry < high
             i = tl.load(targets + entry, mask=used, other=0).to(tl.int64)
             weight = tl.load(weights + entry, mask=used, other=0).to(tl.float32)
@@ -276,7 +276,7 @@ def d_weights_kernel(
         tl.int64
     )
     low, high = _list(z_starts, id, id >= 0, z_total, U)
-    low += tl.minimum(p * part, high - low)
+    low += p * part
     high = tl.where(p + 1 < tl.num_programs(1), tl.minimum(high, low + part), high)
     sums = tl.zeros([BLOCK, LISTS], tl.float32)
     for start in range(0, tl.max(high - low, 0), BLOCK):

@@ -45,8 +45,23 @@ def _sweep(config: TrainConfig, connections: tuple[int, ...]) -> None:
     print(f"\nRun directories: {config.out}")
 
 
+def _selftest(device: str, backends: tuple[str, ...]) -> int:
+    import torch
+
+    from sparseclt import selftest
+
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    names = backends or tuple(name for name in ("torch", "triton") if selftest.runnable(name, torch.float32, device))
+    rows = selftest.selftest(device, names)
+    print(selftest.table(rows))
+    failed = sum(not row.passed for row in rows)
+    print(f"\n{device}, {', '.join(names)}: {len(rows) - failed} passed, {failed} failed")
+    return 1 if failed else 0
+
+
 def main(arguments: list[str] | None = None) -> int:
-    """Entry point: 0 on success, 2 on bad input, with one line on standard error that says what was wrong."""
+    """Entry point: 0 on success, 1 when the self-test fails, 2 on bad input, with one line on standard error that says what was wrong."""
     import tyro
 
     Config = Annotated[TrainConfig, tyro.conf.arg(name="")]
@@ -89,21 +104,31 @@ def main(arguments: list[str] | None = None) -> int:
         """
         _sweep(config, connections)
 
-    commands: dict[str, Callable[..., None]] = {
+    def selftest(device: str = "auto", backends: tuple[str, ...] = ()) -> int:
+        """Compare every op, dtype and backend, and each gradient, with float64 on this machine; print the errors.
+
+        Args:
+            device: 'cpu', 'cuda', ...; auto: CUDA where there is one.
+            backends: Backends by name; none: all that run on the device.
+        """
+        return _selftest(device, backends)
+
+    commands: dict[str, Callable[..., int | None]] = {
         "train": train,
         "resume": resume,
         "repeat": repeat,
         "eval": evaluate,
         "sweep": sweep,
+        "selftest": selftest,
     }
     try:
-        tyro.extras.subcommand_cli_from_dict(
+        status: int | None = tyro.extras.subcommand_cli_from_dict(
             commands, prog="sparseclt", description="Sparsely-connected cross-layer transcoders.", args=arguments
         )
     except (ValueError, TypeError) as error:
         print(f"sparseclt: {error}", file=sys.stderr)
         return 2
-    return 0
+    return status or 0
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from sparseclt import ops
-from sparseclt.ops.backend import choose
+from sparseclt.ops.backend import OPTIONAL, choose
 from sparseclt.ops.connected_encode import connected_pre_activations
 from sparseclt.ops.jumprelu_encode import jumprelu_reference
 from sparseclt.ops.select_connections import connection_scores
@@ -24,6 +24,7 @@ from sparseclt.ops.topk_encode import pre_activations
 
 # What an error may exceed twice plain torch's by, in parts of 1 + the largest true value: a rounding of the dtype.
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-6, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
+INTERPRETED_SIZES = {"N": 12, "D": 24, "F": 90, "U": 100}
 Inputs = dict[str, Any]
 Errors = dict[str, float]  # of the "forward" pass, then of the gradient of each input
 
@@ -253,11 +254,12 @@ def selftest(device: str, backends: Sequence[str], dtypes: Sequence[torch.dtype]
     """Every op with every backend and dtype that runs on the device."""
     rows = []
     for backend in backends:
-        interpreted = device == "cpu" and backend not in ("reference", "torch")
-        sizes = {"N": 12, "D": 24, "F": 90, "U": 100} if interpreted else {}
+        if not any(runnable(backend, dtype, device) for dtype in dtypes):
+            choose("topk_encode", backend, torch.empty(0, device=device))  # says why
+        interpreted = device == "cpu" and backend in OPTIONAL
         rows += [
             check(case, dtype, backend, device)
-            for case in cases(**sizes)
+            for case in cases(**INTERPRETED_SIZES if interpreted else {})
             for dtype in dtypes
             if runnable(backend, dtype, device)
         ]

@@ -74,27 +74,23 @@ def top_k(scores: Tensor, k: int, zeros_free: bool = True) -> tuple[Tensor, Tens
     return values, indices
 
 
-def group_sizes(F: int, k: int) -> tuple[int, int]:
-    """(larger, q): F latents in k consecutive groups, the first `larger` of q + 1 latents, the others of q."""
-    q, larger = divmod(F, k)
-    return larger, q
+def group_starts(F: int, k: int) -> list[int]:
+    """Where each of k groups of neighbouring latents begins, and the end: sizes differ by one at most."""
+    return [g * F // k for g in range(k + 1)]
 
 
 def group_max(pre: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The largest of each of k consecutive groups of columns, ties to the lowest index: values, indices [n, k]."""
-    n, F = pre.shape
-    larger, q = group_sizes(F, k)
-    border = larger * (q + 1)
-    values, indices = pre.new_empty(n, k), torch.empty(n, k, dtype=torch.int64, device=pre.device)
-    for groups, columns, size in (
-        (slice(0, larger), slice(0, border), q + 1),
-        (slice(larger, k), slice(border, F), q),
-    ):
-        if groups.start < groups.stop:
-            best = pre[:, columns].unflatten(1, (-1, size)).max(2)
-            first = torch.arange(columns.start, columns.stop, size, device=pre.device)
-            values[:, groups], indices[:, groups] = best.values, best.indices + first
-    return values, indices
+    """The largest of each of k groups of columns, descending, ties to the lowest index: values, indices [n, k]."""
+    F = pre.shape[1]
+    starts = torch.tensor(group_starts(F, k), device=pre.device)
+    if F % k == 0:
+        groups = pre.unflatten(1, (k, F // k))
+    else:  # the shorter groups name their last latent twice
+        columns = starts[:-1, None] + torch.arange(F // k + 1, device=pre.device)
+        groups = pre[:, torch.minimum(columns, starts[1:, None] - 1)]
+    best = groups.max(2)
+    values, order = best.values.sort(dim=1, descending=True, stable=True)
+    return values, (best.indices + starts[:-1]).gather(1, order)
 
 
 def select(pre: Tensor, k: int, activation: str) -> tuple[Tensor, Tensor]:
@@ -120,7 +116,7 @@ def encode(
     """
     values = x.new_empty(len(x), k)
     indices = torch.empty(len(x), k, dtype=torch.int64, device=x.device)
-    for part, pre in linear_chunks(x, W_enc, bias, scratch_bytes, buffers=2 if activation == "abstopk" else 1):
+    for part, pre in linear_chunks(x, W_enc, bias, scratch_bytes, buffers=1 if activation == "topk" else 2):
         if adjust is not None:
             adjust(pre, part)
         values[part], indices[part] = select(pre, k, activation)

@@ -13,6 +13,7 @@ _decode = import_module("csrc_triton.sparse_decode")
 _weights = import_module("csrc_triton.virtual_weights")
 _matmul = import_module("csrc_triton.virtual_matmul")
 _connected = import_module("csrc_triton.connected_encode")
+_ragged = import_module("csrc_triton.ragged")
 _select = import_module("csrc_triton.select_connections")
 
 
@@ -20,6 +21,21 @@ def topk_encode(
     x: Tensor, W_enc: Tensor, b_enc: Tensor | None, k: int, activation: str, scratch_bytes: int
 ) -> tuple[Tensor, Tensor]:
     return _topk.forward(x, W_enc, b_enc, k, scratch_bytes, activation)
+
+
+def encode_backward(
+    grad_values: Tensor, values: Tensor, indices: Tensor, x: Tensor, W_enc: Tensor, needed: list[bool]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    # Slots with any value, of either sign: those of the other activations have no negative ones.
+    return _topk.backward(grad_values, values, indices, x, W_enc, needed, "abstopk")
+
+
+def jumprelu_encode(
+    x: Tensor, W_enc: Tensor, b_enc: Tensor | None, threshold: Tensor, bandwidth: float, scratch_bytes: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    values, indices = _ragged.jumprelu(x, W_enc, b_enc, threshold, scratch_bytes, bandwidth)
+    limit = threshold.float()[indices.clamp_min(0)] + bandwidth / 2
+    return values, indices, (indices >= 0) & (values.float() < limit)
 
 
 def virtual_matmul(
@@ -32,12 +48,12 @@ def virtual_matmul(
     upstream: int,
     scratch_bytes: int,
 ) -> Tensor:
-    return _matmul.forward(z_values, z_indices, V, order, starts)
+    return _matmul.forward(z_values, z_indices, V, order, starts, scratch_bytes=scratch_bytes)
 
 
 def virtual_matmul_backward(*args: Any) -> tuple[Tensor | None, Tensor | None]:
-    grad, z_values, z_indices, V, connections, order, starts, _, _, needed = args
-    return _matmul.backward(grad, z_values, z_indices, V, connections, order, starts, needed)
+    *tensors, _, scratch_bytes, needed = args
+    return _matmul.backward(*tensors, needed, scratch_bytes=scratch_bytes)
 
 
 def connected_encode(
@@ -78,13 +94,13 @@ def connected_encode_backward(
     needed: list[bool],
 ) -> tuple[Tensor | None, ...]:
     return _connected.backward(
-        grad_values, values, indices, r0, W_enc, z_values, z_indices, V, connections, order, starts, scale, needed
+        grad_values, values, indices, r0, W_enc, z_values, z_indices, V, connections, scale, needed, scratch_bytes
     )
 
 
-register("topk_encode", "triton", topk_encode, _topk.backward)
-register("batchtopk_encode", "triton", _topk.batchtopk)
-register("jumprelu_encode", "triton", _topk.jumprelu)
+register("topk_encode", "triton", topk_encode, encode_backward)
+register("batchtopk_encode", "triton", _ragged.batchtopk)
+register("jumprelu_encode", "triton", jumprelu_encode)
 register("sparse_decode", "triton", _decode.forward, _decode.backward)
 register("virtual_weights", "triton", _weights.forward, _weights.backward)
 register("virtual_matmul", "triton", virtual_matmul, virtual_matmul_backward, csc=True)

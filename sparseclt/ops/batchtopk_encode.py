@@ -10,7 +10,7 @@ from sparseclt.ops._registration import define, if_needed
 from sparseclt.ops._rows import accumulation_dtype
 from sparseclt.ops.backend import choose, implementation, register
 from sparseclt.ops.checks import check_scratch
-from sparseclt.ops.ragged import sorted_slots
+from sparseclt.ops.ragged import fill_slots, slot_order
 from sparseclt.ops.topk_encode import check_encoder, encode_backward, pre_activations
 
 
@@ -87,8 +87,8 @@ def forward_torch(
             places, found = places[best], found[best]
             if len(found) == limit:
                 bar = float(found.min().nan_to_num(0.0))
-    values, indices = sorted_slots(places // max(F, 1), places % max(F, 1), found, N)
-    return values.to(x.dtype), indices
+    order, filled = slot_order(places // F, found, N)
+    return fill_slots(filled, found[order].to(x.dtype), 0), fill_slots(filled, places[order] % F, -1)
 
 
 register("batchtopk_encode", "reference", batchtopk_encode_reference)

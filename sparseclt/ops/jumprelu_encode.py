@@ -11,7 +11,7 @@ from sparseclt.ops._rows import accumulation_dtype
 from sparseclt.ops.backend import choose, implementation, register
 from sparseclt.ops.batchtopk_encode import fake_slots, slots_of
 from sparseclt.ops.checks import check_scratch, check_shapes, check_tensors
-from sparseclt.ops.ragged import sorted_slots
+from sparseclt.ops.ragged import fill_slots, slot_order
 from sparseclt.ops.topk_encode import check_encoder, encode_backward, pre_activations
 
 
@@ -72,18 +72,25 @@ def jumprelu_encode_reference(
 
 
 def forward_torch(
-    x: Tensor, W_enc: Tensor, b_enc: Tensor | None, bound: Tensor, scratch_bytes: int
-) -> tuple[Tensor, Tensor]:
-    """Pre-activations above `bound` [F] as padded slots, values and indices [N, S]."""
+    x: Tensor, W_enc: Tensor, b_enc: Tensor | None, threshold: Tensor, bandwidth: float, scratch_bytes: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Padded slots [N, S]: values, indices, and which are within the rectangle around their threshold."""
     nothing = torch.empty(0, dtype=torch.int64, device=x.device)
-    bound = bound.to(accumulation_dtype(x.dtype))
+    threshold = threshold.to(accumulation_dtype(x.dtype))
+    bound = threshold - bandwidth / 2
     rows, indices, found = [nothing], [nothing], [bound[:0]]
     for part, pre in linear_chunks(x, W_enc, b_enc, scratch_bytes, buffers=2):
         row, latent = (~(pre <= bound)).nonzero().unbind(1)
         rows.append(row + part.start)
         indices.append(latent)
         found.append(pre[row, latent])
-    return sorted_slots(torch.cat(rows), torch.cat(indices), torch.cat(found), len(x))
+    pre, latents = torch.cat(found), torch.cat(indices)
+    at = threshold[latents]
+    values = pre.masked_fill(pre <= at, 0)
+    order, filled = slot_order(torch.cat(rows), values, len(x))
+    slots = ((values.to(x.dtype), 0), (latents, -1), (pre - at < bandwidth / 2, 0))
+    values, latents, within = (fill_slots(filled, entries[order], empty) for entries, empty in slots)
+    return values, latents, within
 
 
 register("jumprelu_encode", "reference", jumprelu_encode_reference)
@@ -99,24 +106,10 @@ def _run(
     scratch_bytes: int,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The last result: which slots are within the rectangle around their threshold, boolean [N, S]."""
-    wide = threshold.to(accumulation_dtype(x.dtype))
     forward = implementation("jumprelu_encode", backend).forward
-    pre, indices = forward(x, W_enc, b_enc, wide - bandwidth / 2, scratch_bytes)
-    empty, at = indices < 0, gather(wide, indices)
-    values = pre.masked_fill((pre <= at) | empty, 0)
-    within = (pre - at < bandwidth / 2) & ~empty
-    order = values.masked_fill(empty, -torch.inf).sort(dim=1, descending=True, stable=True).indices
-    values = values.gather(1, order)
-    l0 = (values > 0).sum(1).to(wide.dtype)
-    return values.to(x.dtype), indices.gather(1, order), l0, within.gather(1, order)
-
-
-def gather(numbers: Tensor, indices: Tensor) -> Tensor:
-    """[N, S]: the entries of `numbers` [F] at `indices`; those of empty slots mean nothing."""
-    if len(numbers) == 0:
-        return numbers.new_empty(indices.shape)
-    return numbers[indices.clamp_min(0)]
+    values, indices, within = forward(x, W_enc, b_enc, threshold, bandwidth, scratch_bytes)
+    l0 = (values > 0).sum(1).to(accumulation_dtype(x.dtype))
+    return values, indices, l0, within
 
 
 def _fake(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -141,7 +134,7 @@ def _differentiate(
     d_threshold = None
     if ctx.needs_input_grad[3]:
         # A latent's threshold collects from its slots as its bias does.
-        at = gather(threshold.to(grad_l0.dtype), indices)
+        at = threshold.to(grad_l0.dtype)[indices.clamp_min(0)]
         step = 1 / ctx.bandwidth if ctx.bandwidth else 0.0
         grad = (grad_values * at + grad_l0[:, None]) * -step
         only_bias = [False, False, True]

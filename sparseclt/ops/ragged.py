@@ -53,11 +53,13 @@ def filled_slots(lengths: Tensor) -> Tensor:
     return torch.arange(longest, device=lengths.device) < lengths[:, None]
 
 
-def sorted_slots(rows: Tensor, indices: Tensor, values: Tensor, N: int) -> tuple[Tensor, Tensor]:
-    """Padded slots [N, S] of entries [M] given by row and index: each row in descending order, ties to the lowest
-    index. Rows and, within a row, indices must rise."""
+def slot_order(rows: Tensor, values: Tensor, N: int) -> tuple[Tensor, Tensor]:
+    """How entries [M] of given rows become padded slots: their order, row after row, values descending and ties as
+    they come; and which slots [N, S] they fill."""
     order = values.sort(descending=True, stable=True).indices
-    order = order[rows[order].sort(stable=True).indices]
-    filled = filled_slots(torch.bincount(rows, minlength=N))
-    padded = values.new_zeros(filled.shape).masked_scatter_(filled, values[order])
-    return padded, indices.new_full(filled.shape, -1).masked_scatter_(filled, indices[order])
+    return order[rows[order].sort(stable=True).indices], filled_slots(torch.bincount(rows, minlength=N))
+
+
+def fill_slots(filled: Tensor, entries: Tensor, empty: int) -> Tensor:
+    """[N, S]: entries [M], as `slot_order` ordered them, in their slots."""
+    return entries.new_full(filled.shape, empty).masked_scatter_(filled, entries)

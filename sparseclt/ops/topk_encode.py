@@ -1,11 +1,12 @@
 """The k largest pre-activations of an encoder, without ever keeping all of them."""
 
+from itertools import pairwise
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from sparseclt.ops._encode import encode, encoder_gradients, group_sizes
+from sparseclt.ops._encode import encode, encoder_gradients, group_starts
 from sparseclt.ops._registration import define, fake_gradients, if_needed, present
 from sparseclt.ops.backend import choose, implementation, register
 from sparseclt.ops.checks import check_k, check_name, check_scratch, check_shapes, check_tensors
@@ -29,12 +30,12 @@ def topk_encode(
     With `pre = x @ W_enc.T + b_enc`, equivalent to
     - "topk": `relu(pre).topk(k)`;
     - "abstopk": `indices = pre.abs().topk(k).indices; pre.gather(1, indices)`, in descending order of size;
-    - "groupmax": `relu(pre.tensor_split(k, 1)[g].max(1))` for g = 0..k-1: the largest of each of k groups of
-      neighbouring latents, in the groups' order.
+    - "groupmax": `relu(pre[:, g * F // k : (g + 1) * F // k].max(1))` for g = 0..k-1: the largest of each of k
+      groups of neighbouring latents, in descending order.
 
     A slot whose value is zero has no gradient. Among equal pre-activations the lowest index is taken, on every
     backend (which of several zeros is free); NaN counts as the largest. In fp16 and bf16, pre-activations are
-    accumulated and compared in fp32 (triton: as its kernels say), values rounded once.
+    accumulated and compared in fp32, values rounded once.
 
     `x` [N, D], `W_enc` [F, D], `b_enc` [F] or None: one floating-point dtype. `scratch_bytes` bounds the working
     memory (one token's pre-activations at least; None: what suits the backend).
@@ -71,11 +72,11 @@ def topk_encode_reference(
 def select_reference(pre: Tensor, k: int, activation: Activation = "topk") -> tuple[Tensor, Tensor]:
     """A stable sort, because `torch.topk` promises no order among equals."""
     if activation == "groupmax":
-        best = [group.relu().max(1) for group in pre.tensor_split(k, 1)]
-        larger, q = group_sizes(pre.shape[1], k)
-        first = [g * q + min(g, larger) for g in range(k)]
-        indices = torch.stack([b.indices + f for b, f in zip(best, first, strict=True)], 1)
-        return torch.stack([b.values for b in best], 1), indices
+        starts = group_starts(pre.shape[1], k)
+        best = [pre[:, a:b].relu().max(1) for a, b in pairwise(starts)]
+        indices = torch.stack([b.indices + first for b, first in zip(best, starts, strict=False)], 1)
+        values, order = torch.stack([b.values for b in best], 1).sort(dim=1, descending=True, stable=True)
+        return values, indices.gather(1, order)
     score = pre.abs() if activation == "abstopk" else pre.relu()
     indices = score.sort(dim=1, descending=True, stable=True).indices[:, :k]
     return (pre if activation == "abstopk" else score).gather(1, indices), indices

@@ -40,8 +40,10 @@ def test_groupmax(backend):
     x, W = whole_numbers(30, 6), whole_numbers(40, 6, seed=1)
     values, indices = topk_encode(x, W, None, 8, activation="groupmax", backend=backend, **SCRATCH)
     best = (x @ W.T).relu().view(30, 8, 5).max(2)
-    assert torch.equal(values, best.values)
-    assert torch.equal(indices[values > 0], (best.indices + torch.arange(0, 40, 5, device=DEVICE))[values > 0])
+    expected, order = best.values.sort(dim=1, descending=True, stable=True)
+    assert torch.equal(values, expected)
+    latents = (best.indices + torch.arange(0, 40, 5, device=DEVICE)).gather(1, order)
+    assert torch.equal(indices[values > 0], latents[values > 0])
 
 
 @pytest.mark.parametrize("backend", ALL)
@@ -90,11 +92,8 @@ def test_nan_and_infinity_are_the_largest_and_never_dropped(backend, activation)
     b = torch.zeros(40, device=DEVICE)
     b[torch.tensor([7, 31])], b[20] = torch.nan, torch.inf
     values, indices = topk_encode(x, W, b, 4, activation=activation, backend=backend)
-    if activation == "groupmax":
-        assert values.isnan().tolist() == [[True, False, False, True]] * 3 and (values[:, 2] == torch.inf).all()
-    else:
-        assert values[:, :2].isnan().all() and not values[:, 2:].isnan().any() and (values[:, 2] == torch.inf).all()
-        assert indices[:, :3].tolist() == [[7, 31, 20]] * 3
+    assert values[:, :2].isnan().all() and not values[:, 2:].isnan().any() and (values[:, 2] == torch.inf).all()
+    assert indices[:, :3].tolist() == [[7, 31, 20]] * 3  # in three of the four groups of ten
 
 
 @pytest.mark.parametrize("backend", ALL)
