@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+import costs
 import pytest
 import thresholds
 import torch
@@ -136,6 +137,21 @@ def memory_budget() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
+def dense_memory(chosen: str) -> dict[str, list[tuple[int, float]]]:
+    """By letter of a scaling curve: (size, bytes of a dense step by formula), on to where the budget is passed."""
+    base, curves = SCALING[chosen]
+    points: dict[str, list[tuple[int, float]]] = {}
+    for letter, values in curves.items():
+        value, points[letter] = values[0], []
+        for _ in range(24):
+            bytes_ = costs.dense_step_bytes("both", 4, **base | {letter: value})
+            points[letter].append((value, bytes_))
+            if bytes_ > memory_budget():
+                break
+            value *= 2
+    return points
+
+
 def pytest_benchmark_update_json(config: pytest.Config, benchmarks: Any, output_json: dict[str, Any]) -> None:
     output_json["sparseclt"] = {
         "command": " ".join(["pytest", *config.invocation_params.args]),
@@ -144,6 +160,7 @@ def pytest_benchmark_update_json(config: pytest.Config, benchmarks: Any, output_
         "threads": torch.get_num_threads(),
         "versions": versions() | {"system": f"{sys.platform}"},
         "memory_budget": memory_budget(),
+        "dense_memory": dense_memory(the_set(config)),
         "failed": [{k: v for k, v in row.items() if k != "samples"} for row in config.stash[FAILED]],
         "thresholds": thresholds.as_json(),
     }

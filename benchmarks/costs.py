@@ -113,12 +113,15 @@ def step(way: str, mode: str, s: int, **sizes: int) -> Cost:
     return total if way == "floor" else total + optimizer(s, **sizes)
 
 
+def state_bytes(s: int, **sizes: int) -> int:
+    """What every contender of a step holds: parameters, gradients and Adam's two moments."""
+    return 4 * s * parameters(**sizes)
+
+
 def dense_step_bytes(mode: str, s: int, L: int, N: int, D: int, F: int, **_: int) -> float:
-    """Peak memory of the dense baseline's step: parameters, gradients and two moments; and what lives between the
-    passes: pre-activations' indices and relu's result, z and, in both modes, every virtual weight, masked and not,
-    and the masks."""
-    states = 4 * s * parameters(L=L, D=D, F=F)
+    """Peak memory of the dense baseline's step: the states; relu's result and z of every encoder, kept for the
+    backward pass; and, in both modes, the masks, and every virtual weight before and after masking."""
     modes = 1 if mode == "vanilla" else 2
     activations = modes * L * N * F * s * 2 + 2 * N * F * s
     pairs = L * (L - 1) / 2 * F * F * s if mode == "both" else 0
-    return states + activations + 3 * pairs
+    return state_bytes(s, L=L, D=D, F=F) + activations + 3 * pairs

@@ -14,7 +14,7 @@ def test_scaling(letter, sizes, contender, measured, publish, request):
     dense = flops <= DENSE_FLOPS[the_set(request.config)] and formula < memory_budget() / 2
     if contender == "dense" and not dense:
         pytest.skip(f"a dense step would take {flops:.1e} flops and {formula / 2**30:.1f} GiB")
-    labels = {"curve": letter, "value": sizes[letter], "dense_bytes_by_formula": formula}
+    labels = {"curve": letter, "value": sizes[letter], "states_bytes": costs.state_bytes(4, **sizes)}
     key = ("scaling", *sizes.values())
     rows = measured(
         key, lambda strict: step_comparison("both", sizes, device(), strict, scaling=True, dense=dense, labels=labels)

@@ -173,7 +173,8 @@ def _asked(asked: Row) -> str:
     if asked["at_most"] is not None:
         return f"at most {asked['at_most']:g} x its time"
     memory = f", 1/{asked['memory']:g} of its memory" if asked["memory"] is not None else ""
-    return f"{asked['times']:g} x faster{memory}"
+    by = f" ({', '.join(asked['backends'])})" if asked["backends"] else ""
+    return f"{asked['times']:g} x faster{memory}{by}"
 
 
 def scaling_table(curves: Sequence[Row]) -> str:
