@@ -230,4 +230,3 @@ def encode_floor(i: Inputs) -> None:
     with torch.no_grad():
         for x, m in zip(i.activations.x, i.clt, strict=True):
             torch.addmm(m.b_enc, x.flatten(0, 1), m.W_enc.T, out=i.pre_activations)
-

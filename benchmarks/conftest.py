@@ -76,7 +76,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     elif metafunc.function.__name__ == "test_step":
         from steps import step_contenders
 
-        rows = [(mode, sizes, name) for mode, sizes in STEPS[chosen].items() for name in step_contenders(mode, device())]
+        rows = [
+            (mode, sizes, name) for mode, sizes in STEPS[chosen].items() for name in step_contenders(mode, device())
+        ]
         ids = [f"{mode}-{_letters(sizes)}-{name}" for mode, sizes, name in rows]
         metafunc.parametrize(("mode", "sizes", "contender"), rows, ids=ids)
     elif metafunc.function.__name__ == "test_scaling":

@@ -45,7 +45,9 @@ def quartiles(values: list[float]) -> dict[str, float]:
     return {"median": median, "low": low, "high": high}
 
 
-def interleave(functions: Mapping[str, Function], warm_seconds: Mapping[str, float], effort: Effort) -> dict[str, Samples]:
+def interleave(
+    functions: Mapping[str, Function], warm_seconds: Mapping[str, float], effort: Effort
+) -> dict[str, Samples]:
     """Samples of every function. `warm_seconds`: about how long one call takes, from an earlier one."""
     calls = {
         name: max(1, min(50, round(effort.sample_seconds / max(seconds, 1e-7))))

@@ -164,9 +164,7 @@ def step_comparison(mode: str, sizes: dict[str, int], device: str, strict: bool,
         truths["dense"] = dense_truth
         entries["dense"] = Contender(prepared(stepping(lambda: baselines.loss(i, mode))), full, truth)
     if not scaling:
-        entries |= {
-            f"ours: {b}, train_step": Contender(prepared(whole(b)), sparse, "loss alone") for b in backends
-        }
+        entries |= {f"ours: {b}, train_step": Contender(prepared(whole(b)), sparse, "loss alone") for b in backends}
         truths["loss alone"] = lambda: {"loss": baselines.loss(i, mode).detach()}
         if mode == "vanilla":
             torch_form = stepping(lambda: baselines.loss(i, mode, sparse_decoder=True))

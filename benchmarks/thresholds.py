@@ -26,6 +26,7 @@ class Threshold:
     backends: tuple[str, ...] = ()
 
 
+_VANILLA, _BOTH = "training step, vanilla mode", "training step, both modes"
 _PAIR = "virtual_weights+virtual_matmul"
 THRESHOLDS = [
     Threshold("`sparse_decode` forward", "sparse_decode", "forward", _DECODE, "dense", 40),
@@ -37,11 +38,11 @@ THRESHOLDS = [
     Threshold(f"`{_PAIR}` forward", _PAIR, "forward", _VIRTUAL, "dense", 4, backends=("torch",)),
     Threshold(f"`{_PAIR}` backward", _PAIR, "backward", _VIRTUAL, "dense", 10, backends=("torch",)),
     Threshold("`select_connections`", "select_connections", "forward", _SELECT, "dense", 1.5, 30),
-    Threshold("vanilla training step", "training step, vanilla mode", "step", STEPS["full"]["vanilla"], "dense", 10, 8),
-    Threshold("training step in both modes", "training step, both modes", "step", STEPS["full"]["both"], "dense", 20, 15),
+    Threshold("vanilla training step", _VANILLA, "step", STEPS["full"]["vanilla"], "dense", 10, 8),
+    Threshold("training step in both modes", _BOTH, "step", STEPS["full"]["both"], "dense", 20, 15),
     Threshold(
-        "vanilla training step over its floor", "training step, vanilla mode", "step", STEPS["full"]["vanilla"],
-        "floor: encode GEMMs", at_most=2.5,
+        "vanilla training step over its floor", _VANILLA, "step", STEPS["full"]["vanilla"], "floor: encode GEMMs",
+        at_most=2.5,
     ),
 ]  # fmt: skip
 

@@ -49,12 +49,16 @@ def bench_report(file: str | Path, out: str | Path) -> Path:
     return out
 
 
-_HOW_TO_READ = """Contenders take turns, in a random order each round, after a gate has compared their results with those of \
-a reference on the same inputs. Times are medians with quartiles. **x ours** is the median over rounds of a \
-contender's time over that of our best backend in the same round: above 1, ours is faster. **memory** is transient: the peak \
-of one call less its results (in a training step: less gradients). **roofline** is the least time, by the formulas \
-of `benchmarks/costs.py` and a GEMM and a copy measured beside it, over the time taken; "dense" is credited with the work \
-that it does, not with what was needed."""
+_HOW_TO_READ = """\
+Contenders take turns, in a random order each round, after a gate has compared their results with those of a reference
+on the same inputs. Times are medians with quartiles.
+
+- **x ours**: the median over rounds of a contender's time over that of our best backend in the same round. Above 1,
+  ours is faster.
+- **memory**: transient, the peak of one call less its results (in a training step: less the gradients). With numba the
+  larger of torch's records and the growth of the resident set, which also sees what torch does not allocate.
+- **roofline**: the least time, by the formulas of `benchmarks/costs.py` and a GEMM and a copy measured beside, over the
+  time taken. Each contender is credited with the work that it does, not with what was needed."""
 
 
 def _header(run: Row, date: str, commit: Row) -> str:

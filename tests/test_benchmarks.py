@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from sparseclt.bench_report import bench_report, duration, size
 from sparseclt.bench_plots import crossing
+from sparseclt.bench_report import bench_report, duration, size
 
 ROOT = Path(__file__).parent.parent
 
@@ -59,7 +59,9 @@ def test_contenders_agree_closely_where_top_k_has_no_near_ties(result):
 
 
 def test_dense_takes_more_memory_than_ours_where_it_holds_matrices(result):
-    peaks = {(row["case"], row["contender"]): row["peak_bytes"] for row in rows_of(result) if row["direction"] == "step"}
+    peaks = {
+        (row["case"], row["contender"]): row["peak_bytes"] for row in rows_of(result) if row["direction"] == "step"
+    }
     for case in ("training step, vanilla mode", "training step, both modes"):
         assert peaks[case, "ours: torch"] < peaks[case, "dense"]
 
