@@ -22,8 +22,8 @@ def ratios(groups: Mapping[Any, Sequence[Mapping[str, Any]]], path: Path) -> Non
     figure = Figure(figsize=(10, 1.6 + 0.34 * len(lines)), layout="constrained")
     axes = figure.subplots()
     names = list(dict.fromkeys(row["contender"] for group, _ in lines for row in group))
-    palette = ["#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0072B2", "#999999", "#F0E442", "#000000"]
-    markers = "sDv^<>oPX"
+    palette = ["#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0072B2", "#999999", "#000000"]
+    markers = "sDv^<>oPX"  # as many as have no divisor in common with the colours: no pair twice
     for n, name in enumerate(names):
         points = [
             (ours["ratios"][name], y)
@@ -34,7 +34,7 @@ def ratios(groups: Mapping[Any, Sequence[Mapping[str, Any]]], path: Path) -> Non
             x = [ratio["median"] for ratio, _ in points]
             low = [ratio["median"] - ratio["low"] for ratio, _ in points]
             high = [ratio["high"] - ratio["median"] for ratio, _ in points]
-            style = {"color": palette[n % len(palette)], "marker": markers[n % len(markers)]}
+            style: dict[str, Any] = {"color": palette[n % len(palette)], "marker": markers[n % len(markers)]}
             axes.errorbar(x, [y for _, y in points], xerr=[low, high], linestyle="", capsize=2, label=name, **style)
     axes.axvline(1, color="black", linewidth=1)
     axes.set_xscale("log")
@@ -108,5 +108,5 @@ def scaling(curves: Sequence[Mapping[str, Any]], run: Mapping[str, Any], path: P
         memory.set_xlabel(_LETTERS.get(letter, letter))
     panels[0, 0].set_ylabel("seconds a step")
     panels[1, 0].set_ylabel("MiB: states and transient")
-    figure.legend(loc="outside lower center", ncols=4, frameon=False)
+    figure.legend(loc="outside lower center", ncols=4 if len(letters) > 1 else 1, frameon=False)
     figure.savefig(path, dpi=130)
