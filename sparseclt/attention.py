@@ -98,7 +98,6 @@ class _AttentionEncode(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_values: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         x, W_enc, z_values, z_indices, V, mix, connections, values, indices = ctx.saved_tensors
-        S, F = x.shape[1], len(W_enc)
         tokens = (t.flatten(0, 1) for t in (grad_values, values, indices, x))
         encoder = implementation("topk_encode", ctx.backend).gradients
         dx, dW, db = encoder(*tokens, W_enc, list(ctx.needs_input_grad[:3]))
@@ -106,7 +105,7 @@ class _AttentionEncode(torch.autograd.Function):
         dz = torch.zeros_like(z_values, memory_format=torch.contiguous_format) if need_z else None
         dV = torch.zeros_like(V) if need_V else None
         grad = grad_values.masked_fill(values == 0, 0)
-        for part in _chunks(mix, F, ctx.scratch_bytes) if need_z or need_V else ():
+        for part in _chunks(mix, len(W_enc), ctx.scratch_bytes) if need_z or need_V else ():
             _add_upstream_gradients(ctx, part, grad, dz, dV)
         return dx if dx is None else dx.view_as(x), dW, db, dz, None, dV, *[None] * 5
 

@@ -1,10 +1,11 @@
 """The numba backend: CPU tensors, float32 and float64. Imported when first asked for; needs numba.
 
 Compiled where plain torch falls short: selection (GEMMs by torch fill one tile after another, and each row keeps its
-k largest), virtual weights and what they add (a token walks the lists of its active upstream latents), their
-gradients, and the weight gradients of every op. Where torch is as fast, its function is registered:
-`batchtopk_encode`, `jumprelu_encode`, the activation "groupmax", and sums of gathered rows (`sparse_decode`'s
-forward pass, the gradients of inputs), which are `embedding_bag`s.
+k largest), dot products of gathered rows (virtual weights, the gradient of decoded values), what upstream latents add
+(a token walks the lists of its active ones) with its gradients, and the order of weight gradients (a counting sort).
+Where torch is as fast or faster, its function is registered: `batchtopk_encode`, `jumprelu_encode`, the activation
+"groupmax", and sums of gathered rows (`sparse_decode`'s forward pass, the gradients of inputs and weights), which are
+`embedding_bag`s.
 """
 
 from collections.abc import Iterator
@@ -16,11 +17,9 @@ from torch import Tensor
 from sparseclt.ops import _numba_rows as rows
 from sparseclt.ops import _numba_select as select
 from sparseclt.ops._numba_compile import run
-from sparseclt.ops._rows import Transpose, chunks, gather_sum
+from sparseclt.ops._rows import Transpose, chunks, gather_sum, transposed_gather_sum
 from sparseclt.ops.backend import implementation, register
 from sparseclt.ops.topk_encode import topk_encode_torch
-
-WHOLE_ROWS = 128  # a tile has whole rows while this many fit: fewer would read the weights too often
 
 
 def _ids(indices: Tensor) -> Tensor:
@@ -43,26 +42,20 @@ def _transpose(indices: Tensor, count: int) -> Transpose:
     return Transpose(order, starts)
 
 
-def _transposed_gather_sum(weights: Tensor, transposed: Transpose, bags: Tensor) -> Tensor:
-    """[R, D]: for each row, the weighted sum of the vectors `bags` [N, D] of the bags that name it."""
-    sums = bags.new_empty(len(transposed.starts) - 1, bags.shape[1])
-    work = sums.numel() + weights.numel() * bags.shape[1]
-    run(rows.transposed_gather_sum, len(sums), work, weights.contiguous(), *transposed, bags.contiguous(), sums)
-    return sums
-
-
 # Encoders
 
 
 def _tiles(tokens: int, columns: int, itemsize: int, scratch_bytes: int) -> tuple[int, int]:
-    """Rows and columns of a tile of pre-activations: one token's at least."""
+    """Rows and columns of a tile of pre-activations, about square: flat ones read the weights too often. One token's
+    at least."""
     entries = scratch_bytes // itemsize
     if entries < columns:
         return 1, columns
-    height = entries // columns
-    if height < min(tokens, WHOLE_ROWS):
-        height = min(tokens, isqrt(entries))
-    return max(1, min(tokens, height)), max(1, min(columns, entries // max(height, 1)))
+    height = max(1, min(tokens, isqrt(entries)))
+    width = min(columns, entries // height)
+    if width == columns:
+        height = min(tokens, entries // max(1, columns))
+    return max(1, height), max(1, width)
 
 
 class _Selection:
@@ -126,7 +119,7 @@ def _encoder_gradients(
         return dx, None, None
     by_latent, dW, db = _transpose(indices, len(W_enc)), None, None
     if needed[1]:
-        dW = _transposed_gather_sum(grad_linear, by_latent, x)
+        dW = transposed_gather_sum(grad_linear, by_latent, x)
     if needed[2]:
         db = x.new_empty(len(W_enc))
         run(rows.transposed_sum, len(W_enc), grad.numel(), grad.contiguous(), *by_latent, db)
@@ -140,7 +133,7 @@ def _sparse_decode_backward(
     grad: Tensor, values: Tensor, indices: Tensor, W_dec: Tensor, needed: list[bool]
 ) -> tuple[Tensor | None, Tensor | None]:
     d_values = _row_dots(grad, indices, W_dec) if needed[0] else None
-    dW = _transposed_gather_sum(values, _transpose(indices, len(W_dec)), grad) if needed[1] else None
+    dW = transposed_gather_sum(values, _transpose(indices, len(W_dec)), grad) if needed[1] else None
     return d_values, dW
 
 
@@ -149,14 +142,6 @@ def _sparse_decode_backward(
 
 def _virtual_weights(W_enc: Tensor, E: Tensor, connections: Tensor) -> Tensor:
     return _row_dots(W_enc, connections, E)
-
-
-def _virtual_weights_backward(
-    grad: Tensor, W_enc: Tensor, E: Tensor, connections: Tensor, order: Tensor, starts: Tensor, needed: list[bool]
-) -> tuple[Tensor | None, Tensor | None]:
-    dW = gather_sum(grad, connections, E) if needed[0] else None
-    dE = _transposed_gather_sum(grad, Transpose(order, starts), W_enc) if needed[1] else None
-    return dW, dE
 
 
 def _by_upstream(V: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:
@@ -292,7 +277,7 @@ register("topk_encode", "numba", _topk_encode, _encode_backward)
 for _op in ("batchtopk_encode", "jumprelu_encode"):
     register(_op, "numba", implementation(_op, "torch").forward)
 register("sparse_decode", "numba", gather_sum, _sparse_decode_backward)
-register("virtual_weights", "numba", _virtual_weights, _virtual_weights_backward)
+register("virtual_weights", "numba", _virtual_weights, implementation("virtual_weights", "torch").backward)
 register("virtual_matmul", "numba", _virtual_matmul, _virtual_matmul_backward, csc=True)
 register("connected_encode", "numba", _connected_encode, _connected_encode_backward, csc=True)
 register("select_connections", "numba", _select_connections)

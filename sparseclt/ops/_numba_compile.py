@@ -18,6 +18,8 @@ from torch import Tensor
 # Sums may be added up in vector lanes; NaN and infinity keep their meaning.
 SUMS = {"contract", "reassoc", "nsz"}
 
+WORK_A_THREAD = 100_000  # numbers to touch that are worth another thread
+
 _pools: dict[int, ThreadPoolExecutor] = {}  # by number of threads; a forked child has to make its own
 os.register_at_fork(after_in_child=_pools.clear)
 
@@ -37,9 +39,9 @@ def kernel(fastmath: set[str] | bool = False) -> Callable[[Callable[..., Any]], 
 
 def run(kernel: Callable[..., Any], rows: int, work: int, *args: Any) -> None:
     """`kernel(start, stop, *args)` for all rows, on as many threads as torch uses. `work`: about how many numbers
-    all rows touch; little is not worth a second thread."""
+    all rows touch."""
     given = [arg.detach().numpy() if isinstance(arg, Tensor) else arg for arg in args]
-    threads = min(torch.get_num_threads(), rows, 1 + work // 100_000)
+    threads = min(torch.get_num_threads(), rows, 1 + work // WORK_A_THREAD)
     if threads <= 1:
         kernel(0, rows, *given)
         return

@@ -43,26 +43,6 @@ def transpose(start, stop, flat, order, starts):
     starts[0] = 0
 
 
-@kernel(SUMS)
-def transposed_gather_sum(start, stop, weights, order, starts, bags, out):
-    """out[r] = sum of weights[n, k] * bags[n] over the slots (n, k) that name row r, in their order."""
-    flat, K = weights.reshape(-1), weights.shape[1]
-    for r in range(start, stop):
-        first = starts[r + 1]
-        last = starts[r + 2] if r + 2 < len(starts) else len(order)
-        total = out[r]
-        if first == last:
-            total[:] = 0
-        for p in range(first, last):
-            weight, bag = flat[order[p]], bags[order[p] // K]
-            if p == first:
-                for d in range(len(total)):
-                    total[d] = weight * bag[d]
-            else:
-                for d in range(len(total)):
-                    total[d] += weight * bag[d]
-
-
 @kernel()
 def transposed_sum(start, stop, weights, order, starts, out):
     """out[r] = sum of the weights of the slots that name row r."""

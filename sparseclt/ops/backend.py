@@ -79,7 +79,7 @@ def register(
 
 def backends() -> tuple[str, ...]:
     """Names accepted by every op's `backend` argument, whether or not they can run here."""
-    return tuple(dict.fromkeys((*(name for _, name in _implementations), *OPTIONAL)))
+    return tuple(dict.fromkeys((*(name for _, name in _implementations if name not in OPTIONAL), *OPTIONAL)))
 
 
 def choose(op: str, backend: str | None, tensor: Tensor) -> str:

@@ -68,7 +68,9 @@ def test_numba_refuses_a_dtype_or_a_device_that_it_does_not_take(monkeypatch):
     monkeypatch.setattr(backend, "INSTALLED", {"numba"})
     with pytest.raises(TypeError, match=r"backend='numba': .*got torch.bfloat16; take backend='torch'"):
         encode("numba", torch.bfloat16)
-    with pytest.raises(ValueError, match=r"backend='numba': expected tensors on cpu, got meta, or take backend='torch'"):
+    with pytest.raises(
+        ValueError, match=r"backend='numba': expected tensors on cpu, got meta, or take backend='torch'"
+    ):
         backend.choose("topk_encode", "numba", torch.ones(1, device="meta"))
 
 
