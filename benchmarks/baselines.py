@@ -185,10 +185,10 @@ def vanilla(i: Inputs, sparse_decoder: bool = False) -> tuple[list[Tensor], Tens
         latents.append(z)
         for target, part in enumerate(_decode_step(z, m.W_dec).unbind(1)):
             written[layer + target] = written[layer + target] + part
-    return latents, _sum_of_fvu(i, written)
+    return latents, sum_of_fvu(i, written)
 
 
-def _sum_of_fvu(i: Inputs, written: list) -> Tensor:
+def sum_of_fvu(i: Inputs, written: list) -> Tensor:
     pairs = zip(i.activations.mlp_out, written, i.clt, strict=True)
     return torch.stack([_fvu(y.flatten(0, 1), part + m.b_dec) for y, part, m in pairs]).sum()
 
@@ -211,7 +211,7 @@ def connected(i: Inputs, masks: list[Tensor | None] | None) -> tuple[list[Tensor
         for target, part in enumerate(_decode_step(latents[-1], m.W_dec).unbind(1)):
             written[layer + target] = written[layer + target] + part
         stream = stream + m.b_dec + (written[layer] if masks is None else 0.0)
-    return latents, _sum_of_fvu(i, written)
+    return latents, sum_of_fvu(i, written)
 
 
 def loss(i: Inputs, mode: str, sparse_decoder: bool = False) -> Tensor:

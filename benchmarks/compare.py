@@ -40,6 +40,7 @@ class Comparison:
     tolerance: Mapping[str, float]
     parameters: Callable[[], list[Tensor]] = list
     labels: dict[str, Any] = field(default_factory=dict)
+    dtype: torch.dtype = torch.float32
 
     def run(self, effort: Effort, small: bool) -> dict[str, Row]:
         """A row a contender: measured, or {"failed": why}."""
@@ -64,7 +65,7 @@ class Comparison:
                 continue
             ready[name] = function, Weighed(None, weighed.seconds, weighed.allocated, weighed.resident)
         truths.clear()
-        ceiling = measure_ceiling(torch.float32, self.device, small)
+        ceiling = measure_ceiling(self.dtype, self.device, small)
         samples = interleave(
             {name: function for name, (function, _) in ready.items()},
             {name: weighed.seconds for name, (_, weighed) in ready.items()},
@@ -77,8 +78,8 @@ class Comparison:
     def _header(self, name: str) -> Row:
         return {
             "case": self.case, "direction": self.direction, "contender": name, "shapes": self.sizes,
-            "dtype": "float32", "device": device_name(self.device), "threads": torch.get_num_threads(),
-            "versions": versions(), **self.labels,
+            "dtype": str(self.dtype).removeprefix("torch."), "device": device_name(self.device),
+            "threads": torch.get_num_threads(), "versions": versions(), **self.labels,
         }  # fmt: skip
 
     def _measured(self, name: str, weighed: Weighed, samples: Mapping[str, Any], ceiling: Ceiling) -> Row:
@@ -121,7 +122,9 @@ def versions() -> dict[str, str]:
     return found
 
 
-def op_comparison(op: str, direction: str, sizes: dict[str, int], device: str, strict: bool) -> Comparison:
+def op_comparison(
+    op: str, direction: str, sizes: dict[str, int], device: str, dtype: torch.dtype, strict: bool
+) -> Comparison:
     """An op's contenders on one set of inputs, against its shipped reference.
 
     Backward: the gradients of all differentiable inputs, given one of the result that depends on latents, not on
@@ -132,14 +135,17 @@ def op_comparison(op: str, direction: str, sizes: dict[str, int], device: str, s
     problem, backward = PROBLEMS[op], direction == "backward"
     seed_inputs()
     inputs = problem.inputs(device, **sizes)
+    for name, value in vars(inputs).items():
+        if isinstance(value, Tensor) and value.is_floating_point():
+            setattr(inputs, name, value.to(dtype))
     differentiable = [getattr(inputs, name) for name in problem.differentiable]
     grads: dict[torch.Size, Tensor] = {}
-    by_latent = torch.randn(sizes.get("F", 1), device=device)
+    by_latent = torch.randn(sizes.get("F", 1), device=device).to(dtype)
 
     def gradients_of(out: Any) -> tuple[Tensor, Tensor]:
         if isinstance(out, tuple):
             return out[0], by_latent[out[1].clamp_min(0)]
-        return out, grads.setdefault(out.shape, torch.randn(out.shape, device=device))
+        return out, grads.setdefault(out.shape, torch.randn(out.shape, device=device).to(dtype))
 
     def prepared(function: Callable[[Any], Any]) -> Callable[[], Any]:
         if not backward:
@@ -155,7 +161,7 @@ def op_comparison(op: str, direction: str, sizes: dict[str, int], device: str, s
         with torch.no_grad():
             return problem.results(inputs, result)
 
-    s = 4
+    s = dtype.itemsize
     formula = {name: problem.cost("sparse" if name in problem.sparse_ways else "dense", backward, s, **sizes)
                for name in contenders(op, device)}  # fmt: skip
     for backend in our_backends(device):
@@ -164,9 +170,17 @@ def op_comparison(op: str, direction: str, sizes: dict[str, int], device: str, s
         name: Contender(lambda function=function: prepared(function), formula[name])
         for name, function in contenders(op, device).items()
     }
-    loose = {"values": 1e-4} | ({"": 1e-4} if strict or not problem.loose else {"": 2e-2})
-    reference = {"reference": lambda: named(prepared(lambda i: problem.ours(i, "reference"))())}
-    return Comparison(op, direction, sizes, device, entries, reference, named, loose)
+    exact = 1e-4 if dtype == torch.float32 else 3e-2
+    tolerance = {"values": exact, "": exact if strict or not problem.loose else max(2e-2, 5 * exact)}
+
+    def reference() -> dict[str, Tensor]:
+        if problem.truth is not None:
+            return problem.truth(inputs)
+        return named(prepared(lambda i: problem.ours(i, "reference"))())
+
+    return Comparison(
+        op, direction, sizes, device, entries, {"reference": reference}, named, tolerance, dtype=dtype
+    )  # fmt: skip
 
 
 def directions(op: str) -> list[str]:

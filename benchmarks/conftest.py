@@ -1,6 +1,6 @@
 """Options of the suite, and how its rows reach pytest-benchmark.
 
-    pytest benchmarks/ [--full | --tiny] [--benchmark-json FILE]
+    pytest benchmarks/ [--full | --tiny] [--dtype bfloat16] [--benchmark-json FILE]
 
 pytest-benchmark times one function in one go. Here contenders take turns, timed by `measure.py`; the durations are
 handed to pytest-benchmark through a clock that plays them back, so that its table, its statistics and its JSON are
@@ -45,6 +45,7 @@ def replayed() -> float:
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("sparseclt")
     group.addoption("--full", action="store_true", help="all shapes, curves and thresholds, in long")
+    group.addoption("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of the ops")
     group.addoption("--tiny", action="store_true", help="tiny shapes: whether the suite works, not how fast")
 
 
@@ -96,6 +97,11 @@ def _letters(sizes: dict[str, int]) -> str:
 
 
 @pytest.fixture(scope="session")
+def dtype(request: pytest.FixtureRequest) -> torch.dtype:
+    return getattr(torch, request.config.getoption("--dtype"))
+
+
+@pytest.fixture(scope="session")
 def measured(request: pytest.FixtureRequest) -> Callable[..., dict[str, Row]]:
     """Rows of a comparison: measured for its first contender, remembered for the others."""
     known: dict[Any, dict[str, Row]] = {}
@@ -111,7 +117,7 @@ def measured(request: pytest.FixtureRequest) -> Callable[..., dict[str, Row]]:
 
 
 @pytest.fixture
-def publish(request: pytest.FixtureRequest, benchmark: Any) -> Callable[[Row], None]:
+def publish(request: pytest.FixtureRequest) -> Callable[[Row], None]:
     """Hand a row to pytest-benchmark. A wrong result of ours or of a baseline is a failed test; a peer's is told and
     skipped."""
 
@@ -120,6 +126,7 @@ def publish(request: pytest.FixtureRequest, benchmark: Any) -> Callable[[Row], N
             request.config.stash[FAILED].append(row)
             ours_to_mend = not row.get("peer")
             (pytest.fail if ours_to_mend else pytest.skip)(f"{row['contender']}: {row['failed']}")
+        benchmark = request.getfixturevalue("benchmark")  # not before: unused, it would warn
         benchmark.group = " ".join([row["case"], row["direction"], _letters(row["shapes"])])
         benchmark.extra_info.update({name: value for name, value in row.items() if name != "samples"})
         _clock.load(row["samples"])

@@ -109,10 +109,25 @@ def tensor(i: Inputs, result: Tensor) -> dict[str, Tensor]:
     return {"result": result}
 
 
+def some_rows(i: Inputs) -> slice:
+    """About 256 downstream latents: what the gate of select_connections looks at."""
+    return slice(0, None, max(1, len(i.W_enc) // 256))
+
+
 def choice(i: Inputs, result: Tensor) -> dict[str, Tensor]:
     """Scores of the chosen, best first: of two near-equal ones either may have been taken."""
-    rows = [(w @ i.E[c].T).abs() * i.importance[c] for w, c in zip(i.W_enc[:64], result[:64], strict=True)]
-    return {"scores": torch.stack(rows).sort(dim=1, descending=True).values}
+    return _scores(i, result[some_rows(i)])
+
+
+def choice_by_reference(i: Inputs) -> dict[str, Tensor]:
+    rows = i.W_enc[some_rows(i)]
+    return _scores(i, ops.select_connections(rows, i.E, i.importance, i.C, backend="reference"))
+
+
+def _scores(i: Inputs, chosen: Tensor) -> dict[str, Tensor]:
+    rows = i.W_enc[some_rows(i)]
+    scores = [(w @ i.E[c].T).abs() * i.importance[c] for w, c in zip(rows, chosen, strict=True)]
+    return {"scores": torch.stack(scores).sort(dim=1, descending=True).values}
 
 
 def _ours_virtual(i: Inputs, backend: str) -> Tensor:
@@ -141,6 +156,7 @@ class Problem:
     differentiable: tuple[str, ...] = ()
     results: Callable[[Inputs, Any], dict[str, Tensor]] = tensor
     loose: bool = False
+    truth: Callable[[Inputs], dict[str, Tensor]] | None = None  # None: what the reference backend gives
     sparse_ways: tuple[str, ...] = field(default=("torch", "eai-sparsify", "openai"))
 
 
@@ -183,7 +199,7 @@ PROBLEMS = {
         select_inputs,
         lambda i, b: ops.select_connections(i.W_enc, i.E, i.importance, i.C, backend=b),
         {"dense": baselines.select_dense, "torch": baselines.select_torch},
-        costs.select, (), choice,
+        costs.select, (), choice, truth=choice_by_reference,
     ),
 }  # fmt: skip
 

@@ -94,7 +94,7 @@ def residual_loss(i: Inputs, backend: str) -> Tensor:
                 written[layer + target] = written[layer + target] + part
             stream = stream + m.b_dec + written[layer]
         latents.append(modes)
-        total = total + baselines._sum_of_fvu(i, written)
+        total = total + baselines.sum_of_fvu(i, written)
     from sparseclt.losses import latent_fvu
     from sparseclt.modules import Latents
 
@@ -105,8 +105,10 @@ def residual_loss(i: Inputs, backend: str) -> Tensor:
 
 def step_comparison(mode: str, sizes: dict[str, int], device: str, strict: bool, scaling: bool = False,
                     dense: bool = True, labels: dict[str, Any] | None = None) -> Comparison:  # fmt: skip
-    """Contenders of one step; `scaling`: ours and dense alone. The dense baseline shares no code with ours, and its
-    loss and gradients are the truth of the gate."""
+    """Contenders of one step; `scaling`: the best of ours, and dense.
+
+    The dense baseline shares no code with ours, and its loss and gradients are the truth of the gate.
+    """
     seed_inputs()
     trainer = make_trainer(mode, device, **sizes)
     i = Inputs(
@@ -155,7 +157,7 @@ def step_comparison(mode: str, sizes: dict[str, int], device: str, strict: bool,
     def dense_truth() -> dict[str, Tensor]:
         return named(stepping(lambda: baselines.loss(i, mode))())
 
-    s, backends = 4, our_backends(device)
+    s, backends = 4, our_backends(device)[-1:] if scaling else our_backends(device)
     sparse, full = costs.step("sparse", mode, s, **sizes), costs.step("dense", mode, s, **sizes)
     truth = "dense" if dense else None
     entries = {f"ours: {b}": Contender(prepared(stepping(ours(b))), sparse, truth) for b in backends}

@@ -7,7 +7,7 @@ from peers import peers
 
 
 @pytest.mark.benchmark(timer=replayed)
-def test_op(op, direction, sizes, contender, measured, publish):
+def test_op(op, direction, sizes, contender, measured, publish, dtype):
     key = (op, direction, *sizes.values())
-    rows = measured(key, lambda strict: op_comparison(op, direction, sizes, device(), strict))
+    rows = measured(key, lambda strict: op_comparison(op, direction, sizes, device(), dtype, strict))
     publish(rows[contender] | {"peer": contender in peers(op)})

@@ -37,8 +37,11 @@ def bench_report(file: str | Path, out: str | Path) -> Path:
     if groups:
         bench_plots.ratios(groups, out.parent / _RATIOS)
         parts += ["## Against everyone", f"![time over that of our best backend]({_RATIOS})"]
+    ceiling = best_ceiling(rows)
+    if ceiling:
+        parts[1] += f"\n- ceilings: GEMM {ceiling['flops'] / 1e9:.3g} GFLOP/s, copy {ceiling['bytes'] / 1e9:.3g} GB/s"
     for _, group in groups.items():
-        parts += [f"### {_title(group[0])}", group_table(group)]
+        parts += [f"### {_title(group[0])}", group_table(group, ceiling)]
     if curves:
         bench_plots.scaling(curves, run, out.parent / _CURVES)
         parts += ["## One training step in both modes, size by size", f"![time and memory against sizes]({_CURVES})"]
@@ -57,8 +60,8 @@ on the same inputs. Times are medians with quartiles.
   ours is faster.
 - **memory**: transient, the peak of one call less its results (in a training step: less the gradients). With numba the
   larger of torch's records and the growth of the resident set, which also sees what torch does not allocate.
-- **roofline**: the least time, by the formulas of `benchmarks/costs.py` and a GEMM and a copy measured beside, over the
-  time taken. Each contender is credited with the work that it does, not with what was needed."""
+- **roofline**: the least time, by the formulas of `benchmarks/costs.py` and the fastest GEMM and copy of this run, over
+  the time taken. Each contender is credited with the work that it does, not with what was needed."""
 
 
 def _header(run: Row, date: str, commit: Row) -> str:
@@ -115,7 +118,16 @@ def _title(row: Row) -> str:
     return f"{row['case']}{way}: {shapes}"
 
 
-def group_table(group: Sequence[Row]) -> str:
+def best_ceiling(rows: Iterable[Row]) -> dict[str, float]:
+    """The fastest GEMM and copy of the run: what else the machine did slowed some of them."""
+    best: dict[str, float] = {}
+    for row in rows:
+        for what, rate in row["ceiling"].items():
+            best[what] = max(rate, best.get(what, 0.0))
+    return best
+
+
+def group_table(group: Sequence[Row], ceiling: Mapping[str, float]) -> str:
     """A comparison: a row a contender, the fastest first."""
     ours = best_of_ours(group)
     lines = []
@@ -130,7 +142,7 @@ def group_table(group: Sequence[Row]) -> str:
                 "memory": size(row["peak_bytes"]),
                 "flops": row["flops"] / 1e9,
                 "bytes": row["bytes"] / 1e6,
-                "achieved": row["achieved"],
+                "achieved": max(row[what] / rate for what, rate in ceiling.items()) / row["seconds"]["median"],
                 "rounds": f"{row['rounds']} x {row['calls']}",
             }
         )
