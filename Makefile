@@ -22,6 +22,11 @@ check: .venv/check  ## lint, types and the test suite
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 	$(TEST) $(ARGS)
 
+bench: .venv/test  ## measure (the quick set; ARGS=--full: all of it) and refresh docs/benchmarks.md
+	mkdir -p build
+	$(BIN)/python -m pytest benchmarks/ $(ARGS) --benchmark-json build/benchmarks.json; status=$$?; \
+	  $(BIN)/sparseclt bench-report build/benchmarks.json && exit $$status
+
 # torch first and exactly: an open range would pull a CUDA build of several GB.
 .venv/torch: constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "sparseclt needs Python 3.11 or newer")'

@@ -4,16 +4,23 @@
              + sum_h sum_k A[h,q,k] / scale[k] * (W_enc OV_h^T base[k] + sum_c V_h[i,c] z[k, conn[i,c]])
 
 `base` is the embedding with the biases already written; everything is mixed by the pattern, at the key's
-scale. The [N, H, F] tensor never exists: sequences are taken a bounded chunk at a time, head after head, and
-the backward pass recomputes a chunk instead of keeping it.
+scale. The [N, H, F] tensor never exists: sequences are taken a bounded chunk at a time, head after head. The
+backward pass computes no pre-activation again: the gradients of the selected latents, mixed back to the keys, walk
+the same connections.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from sparseclt import ops
+from sparseclt.ops._encode import top_k
+from sparseclt.ops.backend import choose, implementation
+from sparseclt.ops.checks import check_scratch
+from sparseclt.ops.topk_encode import select_reference
 
 SCRATCH_BYTES = 16 << 20
 
@@ -55,54 +62,96 @@ def attention_write(base: Tensor, mix: Tensor, weights: AttentionWeights) -> Ten
     return torch.einsum("bhqe,hed->bqd", heads, weights.W_O) + weights.bias
 
 
-def _pre_activations(x, W_enc, b_enc, z_values, z_indices, V, mix, connections, backend) -> Tensor:
-    """[b, S, F] for b sequences."""
-    b, _, S, _ = mix.shape
-    pre = x @ W_enc.T + b_enc
-    for head in range(len(V)):
-        upstream = ops.virtual_matmul(
-            z_values.flatten(0, 1), z_indices.flatten(0, 1), V[head], connections, backend=backend
-        )
-        pre = pre + mix[:, head] @ upstream.view(b, S, -1)
-    return pre
+def _chunks(mix: Tensor, F: int, scratch_bytes: int) -> Iterator[slice]:
+    """Slices of the B sequences: two buffers [b, S, F] fit in the scratch, one sequence's at least."""
+    B, _, S, _ = mix.shape
+    size = max(1, scratch_bytes // max(1, 2 * S * F * mix.element_size()))
+    return (slice(start, min(start + size, B)) for start in range(0, B, size))
 
 
 class _AttentionEncode(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, W_enc, b_enc, z_values, z_indices, V, mix, connections, k, backend, scratch_bytes):
-        B, _, S, _ = mix.shape
-        chunk = max(1, scratch_bytes // (S * len(W_enc) * x.element_size()))
+    def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
+        x, W_enc, b_enc, z_values, z_indices, V, mix, connections, k, backend, scratch_bytes = args
+        (B, S, _), F = x.shape, len(W_enc)
+        ctx.walk = *connections.transposed, connections.upstream, check_scratch(None, backend)
+        virtual_matmul = implementation("virtual_matmul", backend).forward
         values, indices = x.new_empty(B, S, k), torch.empty(B, S, k, dtype=torch.int64, device=x.device)
-        for part in (slice(start, start + chunk) for start in range(0, B, chunk)):
-            pre = _pre_activations(
-                x[part], W_enc, b_enc, z_values[part], z_indices[part], V, mix[part], connections, backend
-            )
-            top = pre.relu_().topk(k)
-            values[part], indices[part] = top.values, top.indices
-        ctx.save_for_backward(x, W_enc, b_enc, z_values, z_indices, V, mix, values, indices)
-        ctx.connections, ctx.backend, ctx.chunk = connections, backend, chunk
+        scratch = x.new_empty(0)
+        for part in _chunks(mix, F, scratch_bytes):
+            z = z_values[part].flatten(0, 1), z_indices[part].flatten(0, 1)
+            if part.start == 0:
+                scratch = x.new_empty(len(z[0]), F)
+            flat = torch.addmm(b_enc, x[part].flatten(0, 1), W_enc.T, out=scratch[: len(z[0])])
+            pre = flat.view(-1, S, F)
+            for head, weights in enumerate(V):
+                written = virtual_matmul(*z, weights, connections.indices, *ctx.walk)
+                pre.baddbmm_(mix[part, head], written.view(-1, S, F))
+            top = top_k(flat.relu_(), k)
+            values[part], indices[part] = (t.view(-1, S, k) for t in top)
+        ctx.save_for_backward(x, W_enc, z_values, z_indices, V, mix, connections.indices, values, indices)
+        ctx.backend, ctx.scratch_bytes = backend, scratch_bytes
         ctx.mark_non_differentiable(indices)
         return values, indices
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad_values, _):
-        x, W_enc, b_enc, z_values, z_indices, V, mix, values, indices = ctx.saved_tensors
-        grad_values = grad_values * (values > 0)
-        dx, dz = torch.empty_like(x), torch.empty_like(z_values)
-        dW, db, dV = torch.zeros_like(W_enc), torch.zeros_like(b_enc), torch.zeros_like(V)
-        for start in range(0, len(mix), ctx.chunk):
-            part = slice(start, start + ctx.chunk)
-            with torch.enable_grad():
-                inputs = [t.detach().requires_grad_() for t in (x[part], W_enc, b_enc, z_values[part], V)]
-                x_, W_, b_, z_, V_ = inputs
-                pre = _pre_activations(x_, W_, b_, z_, z_indices[part], V_, mix[part], ctx.connections, ctx.backend)
-                selected = pre.gather(-1, indices[part])
-                dx[part], dW_, db_, dz[part], dV_ = torch.autograd.grad(selected, inputs, grad_values[part])
-            dW += dW_
-            db += db_
-            dV += dV_
-        return dx, dW, db, dz, None, dV, None, None, None, None, None
+    def backward(ctx: Any, grad_values: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        x, W_enc, z_values, z_indices, V, mix, connections, values, indices = ctx.saved_tensors
+        tokens = (t.flatten(0, 1) for t in (grad_values, values, indices, x))
+        encoder = implementation("topk_encode", ctx.backend).gradients
+        dx, dW, db = encoder(*tokens, W_enc, list(ctx.needs_input_grad[:3]))
+        need_z, need_V = ctx.needs_input_grad[3], ctx.needs_input_grad[5]
+        dz = torch.zeros_like(z_values, memory_format=torch.contiguous_format) if need_z else None
+        dV = torch.zeros_like(V) if need_V else None
+        grad = grad_values.masked_fill(values == 0, 0)
+        for part in _chunks(mix, len(W_enc), ctx.scratch_bytes) if need_z or need_V else ():
+            _add_upstream_gradients(ctx, part, grad, dz, dV)
+        return dx if dx is None else dx.view_as(x), dW, db, dz, None, dV, *[None] * 5
+
+
+def _add_upstream_gradients(ctx: Any, part: slice, grad: Tensor, dz: Tensor | None, dV: Tensor | None) -> None:
+    """Adds the gradients of z_values [B, S, A] and V [H, F, C] from those of the selected latents [B, S, K], for a
+    chunk of sequences."""
+    _, W_enc, z_values, z_indices, V, mix, connections, _, indices = ctx.saved_tensors
+    z = z_values[part].flatten(0, 1), z_indices[part].flatten(0, 1)
+    b, S, K = grad[part].shape
+    F = len(W_enc)
+    # What reaches a key: its patterns' entries for the queries that selected a latent, [b*F, S]. This is the weight
+    # gradient of a decoder with one row for each latent of each sequence.
+    rows = indices[part] + F * torch.arange(b, device=grad.device)[:, None, None]
+    selected = grad[part].reshape(-1, K), rows.view(-1, K), grad.new_empty(()).expand(b * F, S)
+    mix_to_keys = implementation("sparse_decode", ctx.backend).gradients
+    virtual_matmul = implementation("virtual_matmul", ctx.backend).gradients
+    for head, weights in enumerate(V):
+        at_keys = mix_to_keys(mix[part, head].reshape(-1, S), *selected, [False, True])[1]
+        at_keys = at_keys.view(b, F, S).mT.reshape(-1, F)
+        needed = [dz is not None, dV is not None]
+        dz_, dV_ = virtual_matmul(at_keys, *z, weights, connections, *ctx.walk, needed)
+        if dz is not None:
+            dz[part] += dz_.view_as(dz[part])
+        if dV is not None:
+            dV[head] += dV_
+
+
+def attention_encode_reference(
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor,
+    z_values: Tensor,
+    z_indices: Tensor,
+    V: Tensor,
+    mix: Tensor,
+    connections: ops.Connections,
+    k: int,
+) -> tuple[Tensor, Tensor]:
+    pre = x @ W_enc.T + b_enc
+    for head, weights in enumerate(V):
+        z = z_values.flatten(0, 1), z_indices.flatten(0, 1)
+        written = ops.virtual_matmul(*z, weights, connections, backend="reference")
+        pre = pre + mix[:, head] @ written.view_as(pre)
+    values, indices = select_reference(pre.flatten(0, 1), k)
+    return values.unflatten(0, x.shape[:2]), indices.unflatten(0, x.shape[:2])
 
 
 def attention_encode(
@@ -125,4 +174,7 @@ def attention_encode(
     `x` [B, S, D] (what attention writes for the embedding and the biases), `W_enc` [F, D], `b_enc` [F],
     `z_values` `z_indices` [B, S, A] upstream latents, `V` [H, F, C], `mix` [B, H, S, S] (constant).
     """
+    backend = choose("virtual_matmul", backend, x)
+    if backend == "reference":
+        return attention_encode_reference(x, W_enc, b_enc, z_values, z_indices, V, mix, connections, k)
     return _AttentionEncode.apply(x, W_enc, b_enc, z_values, z_indices, V, mix, connections, k, backend, scratch_bytes)

@@ -52,7 +52,9 @@ def _selftest(device: str, backends: tuple[str, ...]) -> int:
 
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    names = backends or tuple(name for name in ("torch", "triton") if selftest.runnable(name, torch.float32, device))
+    names = backends or tuple(
+        name for name in ("torch", "numba", "triton") if selftest.runnable(name, torch.float32, device)
+    )
     rows = selftest.selftest(device, names)
     print(selftest.table(rows))
     failed = sum(not row.passed for row in rows)
@@ -114,12 +116,24 @@ def main(arguments: list[str] | None = None) -> int:
         """
         return _selftest(device, backends)
 
+    def bench_report(file: tyro.conf.Positional[Path], out: Path = Path("docs/benchmarks.md")) -> None:
+        """Turn what `pytest benchmarks/ --benchmark-json FILE` wrote into a Markdown page with plots.
+
+        Args:
+            file: The JSON file.
+            out: The page; its plots are written beside it.
+        """
+        from sparseclt import bench_report
+
+        print(bench_report.bench_report(file, out))
+
     commands: dict[str, Callable[..., int | None]] = {
         "train": train,
         "resume": resume,
         "repeat": repeat,
         "eval": evaluate,
         "sweep": sweep,
+        "bench-report": bench_report,
         "selftest": selftest,
     }
     try:

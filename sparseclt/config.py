@@ -129,7 +129,7 @@ class TrainConfig:
     device: str = "auto"
     """'cpu', 'cuda', ...; auto: CUDA where there is one."""
     backend: str | None = None
-    """Backend of the ops by name; None: the best that the device has."""
+    """Backend of the ops by name; None: the best that is installed for the device (resumed runs need the same)."""
     log_every: int = 10
     """Steps between two lines of metrics.jsonl."""
     checkpoint_every: int = 500

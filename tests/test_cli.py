@@ -13,7 +13,7 @@ from sparseclt.cli import main
 from sparseclt.config import TrainConfig, from_dict, to_dict
 from sparseclt.loggers import read_metrics
 
-COMMANDS = ("train", "resume", "repeat", "eval", "sweep")
+COMMANDS = ("train", "resume", "repeat", "eval", "sweep", "bench-report")
 
 
 @pytest.fixture(scope="module")

@@ -49,7 +49,14 @@ OPTIONAL = {
         "pip install 'sparseclt[triton]'",
         (torch.float32, torch.float16, torch.bfloat16),
         ("cuda",),  # ROCm calls itself cuda
-    )
+    ),
+    "numba": Optional(
+        "sparseclt.ops._numba",
+        "numba",
+        "pip install 'sparseclt[cpu]'",
+        (torch.float32, torch.float64),
+        ("cpu",),
+    ),
 }
 # Triton reads this when it is imported: as late as here it must have been decided.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -72,19 +79,25 @@ def register(
 
 def backends() -> tuple[str, ...]:
     """Names accepted by every op's `backend` argument, whether or not they can run here."""
-    return tuple(dict.fromkeys((*(name for _, name in _implementations), *OPTIONAL)))
+    return tuple(dict.fromkeys((*(name for _, name in _implementations if name not in OPTIONAL), *OPTIONAL)))
 
 
 def choose(op: str, backend: str | None, tensor: Tensor) -> str:
-    """The backend that runs `op` on `tensor`: the one named. For None, `triton` on a CUDA or ROCm tensor of a dtype
-    that it takes, where it is installed, and `torch` elsewhere (float64 too).
+    """The backend that runs `op` on `tensor`: the one named. For None, `triton` on a CUDA or ROCm tensor and `numba`
+    on a CPU tensor, where they are installed and take its dtype; `torch` elsewhere (float64 on CUDA, fp16 and bf16 on
+    the CPU).
+
+    Backends agree to rounding, not to the last bit: for a run to continue bit by bit after an interruption, the same
+    ones must be installed, or one named.
 
     Raises ValueError for a name that is unknown or cannot run there, ImportError where it is not installed,
     TypeError for a dtype that it does not take.
     """
     if backend is None:
-        on_device = tensor.device.type in OPTIONAL["triton"].devices
-        return "triton" if on_device and _refusal("triton", tensor) is None else "torch"
+        for name, optional in OPTIONAL.items():
+            if tensor.device.type in optional.devices and _refusal(name, tensor) is None:
+                return name
+        return "torch"
     if backend in OPTIONAL:
         if (refusal := _refusal(backend, tensor)) is not None:
             raise refusal
@@ -100,11 +113,16 @@ def _refusal(backend: str, tensor: Tensor) -> Exception | None:
     optional = OPTIONAL[backend]
     if backend not in INSTALLED:
         return ImportError(f"backend={backend!r} needs {optional.package}: {optional.install}")
-    if tensor.device.type not in optional.devices and not (INTERPRETED and tensor.device.type == "cpu"):
+    device, interpreter = tensor.device.type, ""
+    if device not in optional.devices and not (backend == "triton" and INTERPRETED and device == "cpu"):
+        if backend == "triton":
+            interpreter = (
+                "; on the CPU it runs in Triton's interpreter only: set the environment variable TRITON_INTERPRET=1"
+                " before Python starts"
+            )
         return ValueError(
-            f"backend={backend!r}: expected tensors on {' or '.join(optional.devices)}, got {tensor.device.type}; on"
-            " the CPU it runs in Triton's interpreter only: set the environment variable TRITON_INTERPRET=1 before"
-            " Python starts, or take backend='torch'"
+            f"backend={backend!r}: expected tensors on {' or '.join(optional.devices)}, got {device}{interpreter}, or"
+            " take backend='torch'"
         )
     if tensor.dtype not in optional.dtypes:
         return TypeError(

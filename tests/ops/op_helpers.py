@@ -15,7 +15,9 @@ Inputs = dict[str, Any]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Compiled backends that run here: on a GPU, or (triton) interpreted.
 COMPILED = [name for name in ("triton",) if selftest.runnable(name, torch.float32, DEVICE)]
-BACKENDS = ["torch", *COMPILED]
+# Those that take float64, too; numba's functions are quick, unlike interpreted ones.
+WIDE = ["torch", *(name for name in ("numba",) if selftest.runnable(name, torch.float64, DEVICE))]
+BACKENDS = [*WIDE, *COMPILED]
 
 
 def rows(*shape: int, seed: int = 0) -> Tensor:
@@ -53,30 +55,35 @@ def outputs_and_gradients(op: Callable, inputs: Inputs, dtype: torch.dtype, **op
 
 
 def assert_matches_reference(op: Callable, inputs: Inputs, **options: Any) -> None:
-    """The torch backend equals the reference: to 1e-12 in float64; in float32, as near the float64 truth as it is."""
+    """Backends equal the reference: to 1e-12 in float64; in float32, as near the float64 truth as it is."""
     truth = outputs_and_gradients(op, inputs, torch.float64, backend="reference")
-    double = outputs_and_gradients(op, inputs, torch.float64, backend="torch", **options)
-    single = outputs_and_gradients(op, inputs, torch.float32, backend="torch", **options)
     peer = outputs_and_gradients(op, inputs, torch.float32, backend="reference")
-    for name, true in truth.items():
-        if true is None:
-            assert double[name] is None and single[name] is None, name
-            continue
-        assert double[name].dtype == true.dtype and single[name].dtype == peer[name].dtype, name
-        assert double[name].shape == single[name].shape == true.shape, name
-        if true.numel() == 0:
-            continue
-        size = 1 + true.abs().max()
-        assert (double[name] - true).abs().max() <= 1e-12 * size, name
-        assert (single[name] - true).abs().max() <= 2 * (peer[name] - true).abs().max() + 1e-6 * size, name
+    for backend in WIDE:
+        double = outputs_and_gradients(op, inputs, torch.float64, backend=backend, **options)
+        single = outputs_and_gradients(op, inputs, torch.float32, backend=backend, **options)
+        for name, true in truth.items():
+            what = f"{name} of {backend}"
+            if true is None:
+                assert double[name] is None and single[name] is None, what
+                continue
+            assert double[name].dtype == true.dtype and single[name].dtype == peer[name].dtype, what
+            assert double[name].shape == single[name].shape == true.shape, what
+            if true.numel() == 0:
+                continue
+            size = 1 + true.abs().max()
+            assert (double[name] - true).abs().max() <= 1e-12 * size, what
+            assert (single[name] - true).abs().max() <= 2 * (peer[name] - true).abs().max() + 1e-6 * size, what
 
 
 def assert_repeatable(op: Callable, inputs: Inputs, **options: Any) -> None:
     """Three runs agree to the last bit, gradients too."""
-    first, *others = (outputs_and_gradients(op, inputs, torch.float32, backend="torch", **options) for _ in range(3))
-    for other in others:
-        for name, value in first.items():
-            assert value is None or torch.equal(value, other[name]), name
+    for backend in WIDE:
+        first, *others = (
+            outputs_and_gradients(op, inputs, torch.float32, backend=backend, **options) for _ in range(3)
+        )
+        for other in others:
+            for name, value in first.items():
+                assert value is None or torch.equal(value, other[name]), f"{name} of {backend}"
 
 
 class LargestAllocation(TorchDispatchMode):
@@ -102,7 +109,8 @@ class LargestAllocation(TorchDispatchMode):
 
 
 def largest_allocation(op: Callable, inputs: Inputs, **options: Any) -> int:
-    """Elements of the largest tensor met in a forward and backward pass of the torch backend, inputs included."""
+    """Elements of the largest tensor met in a forward and backward pass of any backend, inputs included."""
     with LargestAllocation() as largest:
-        outputs_and_gradients(op, inputs, torch.float32, backend="torch", **options)
+        for backend in WIDE:
+            outputs_and_gradients(op, inputs, torch.float32, backend=backend, **options)
     return largest.elements

@@ -12,7 +12,7 @@ OPS = [name for name in ops.__all__ if name not in ("Connections", "backends", "
 
 
 def test_the_backends_are_listed():
-    assert ops.backends() == ("reference", "torch", "triton")
+    assert ops.backends() == ("reference", "torch", "triton", "numba")
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -35,13 +35,23 @@ def test_the_automatic_choice_is_triton_on_cuda_where_it_takes_the_dtype_and_tor
     assert backend.choose("topk_encode", None, Cuda) == "torch"
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
+def test_the_automatic_choice_on_the_cpu_is_numba_where_it_is_installed_and_takes_the_dtype(monkeypatch, dtype):
+    takes = dtype in (torch.float32, torch.float64)
+    monkeypatch.setattr(backend, "INSTALLED", {"numba", "triton"})
+    assert backend.choose("topk_encode", None, torch.ones(1, dtype=dtype)) == ("numba" if takes else "torch")
+    monkeypatch.setattr(backend, "INSTALLED", {"triton"})
+    assert backend.choose("topk_encode", None, torch.ones(1, dtype=dtype)) == "torch"
+
+
 def encode(name, dtype=torch.float32):
     return ops.topk_encode(rows(3, 4).to(dtype), rows(7, 4).to(dtype), None, 2, backend=name)
 
 
 def test_an_unknown_backend_is_refused_with_the_list():
     with pytest.raises(
-        ValueError, match=r"backend of topk_encode: expected one of 'reference', 'torch', 'triton' or None.* got 'x'"
+        ValueError,
+        match=r"backend of topk_encode: expected one of 'reference', 'torch', 'triton', 'numba' or None.* got 'x'",
     ):
         encode("x")
 
@@ -50,6 +60,18 @@ def test_a_backend_that_is_not_installed_says_what_to_install(monkeypatch):
     monkeypatch.setattr(backend, "INSTALLED", set())
     with pytest.raises(ImportError, match=r"backend='triton' needs triton: pip install 'sparseclt\[triton\]'"):
         encode("triton")
+    with pytest.raises(ImportError, match=r"backend='numba' needs numba: pip install 'sparseclt\[cpu\]'"):
+        encode("numba")
+
+
+def test_numba_refuses_a_dtype_or_a_device_that_it_does_not_take(monkeypatch):
+    monkeypatch.setattr(backend, "INSTALLED", {"numba"})
+    with pytest.raises(TypeError, match=r"backend='numba': .*got torch.bfloat16; take backend='torch'"):
+        encode("numba", torch.bfloat16)
+    with pytest.raises(
+        ValueError, match=r"backend='numba': expected tensors on cpu, got meta, or take backend='torch'"
+    ):
+        backend.choose("topk_encode", "numba", torch.ones(1, device="meta"))
 
 
 def test_triton_refuses_a_dtype_that_it_does_not_take(monkeypatch):

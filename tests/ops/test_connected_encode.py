@@ -1,6 +1,7 @@
 import pytest
 import torch
 from op_helpers import (
+    WIDE,
     assert_matches_reference,
     assert_repeatable,
     distinct_ids,
@@ -65,7 +66,7 @@ def test_torch_equals_reference_on_non_contiguous_inputs():
     assert_matches_reference(connected_encode, case, scratch_bytes=7000)
 
 
-@pytest.mark.parametrize("backend", ["reference", "torch"])
+@pytest.mark.parametrize("backend", ["reference", *WIDE])
 def test_equals_the_formula(backend):
     case = inputs(*SHAPES["odd"])
     upstream = virtual_matmul(*(case[n] for n in ("z_values", "z_indices", "V", "connections")), upstream=300)
@@ -76,7 +77,7 @@ def test_equals_the_formula(backend):
     assert indices.dtype == torch.int64 and torch.equal(indices, expected.indices)
 
 
-@pytest.mark.parametrize("backend", ["reference", "torch"])
+@pytest.mark.parametrize("backend", ["reference", *WIDE])
 def test_without_upstream_equals_topk_encode_of_the_normalised_input(backend):
     case = inputs(*SHAPES["no upstream"])
     x = case["r0"] / case["scale"][:, None]
@@ -100,7 +101,7 @@ def test_rows_with_fewer_than_k_positive_pre_activations_have_a_masked_gradient(
     assert all((result[name][~active] == 0).all() for name in ("W_enc", "b_enc", "V"))
 
 
-@pytest.mark.parametrize("backend", ["reference", "torch"])
+@pytest.mark.parametrize("backend", ["reference", *WIDE])
 def test_gradcheck(backend):
     case = inputs(3, 4, 7, 3, 4, 6, 3)
     names = ("r0", "W_enc", "b_enc", "z_values", "V")
@@ -110,12 +111,13 @@ def test_gradcheck(backend):
     assert torch.autograd.gradcheck(call, leaves)
 
 
+@pytest.mark.parametrize("backend", WIDE)
 @pytest.mark.parametrize("wanted", ["r0", "W_enc", "b_enc", "z_values", "V"])
-def test_a_gradient_asked_for_alone_is_the_same(wanted):
+def test_a_gradient_asked_for_alone_is_the_same(wanted, backend):
     case = inputs(*SHAPES["odd"])
-    full = outputs_and_gradients(connected_encode, case, torch.float64, backend="torch")
+    full = outputs_and_gradients(connected_encode, case, torch.float64, backend=backend)
     case[wanted].requires_grad_()
-    values, _ = connected_encode(**case)
+    values, _ = connected_encode(**case, backend=backend)
     (grad,) = torch.autograd.grad(values, case[wanted], rows(*values.shape, seed=99))
     assert torch.equal(grad, full[wanted])
 

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from op_helpers import LargestAllocation, rows
+from op_helpers import WIDE, LargestAllocation, rows
 
 from sparseclt.ops import select_connections
 
@@ -25,7 +25,7 @@ def test_both_backends_equal_the_formula_whatever_the_chunk(shape, scratch_bytes
     case = inputs(*shape)
     weights = (case["W_enc"] @ case["E"].T).view(max(shape[0], 1), shape[1], shape[3]).square().sum(0).sqrt()
     expected = (case["importance"] * weights).topk(case["C"]).indices
-    for backend in ("reference", "torch"):
+    for backend in ("reference", *WIDE):
         connections = select_connections(**case, backend=backend, scratch_bytes=scratch_bytes)
         assert connections.dtype == torch.int64 and torch.equal(connections, expected)
 

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from op_helpers import assert_matches_reference, assert_repeatable, ids, largest_allocation, rows
+from op_helpers import WIDE, assert_matches_reference, assert_repeatable, ids, largest_allocation, rows
 
 from sparseclt.ops import sparse_decode
 
@@ -43,7 +43,7 @@ def test_torch_equals_reference_on_non_contiguous_inputs():
     assert_matches_reference(sparse_decode, case)
 
 
-@pytest.mark.parametrize("backend", ["reference", "torch"])
+@pytest.mark.parametrize("backend", ["reference", *WIDE])
 def test_equals_the_formula(backend):
     case = inputs(*SHAPES["three targets"])
     values = case["values"].masked_fill(case["indices"] < 0, 0)
@@ -51,7 +51,7 @@ def test_equals_the_formula(backend):
     torch.testing.assert_close(sparse_decode(**case, backend=backend), expected)
 
 
-@pytest.mark.parametrize("backend", ["reference", "torch"])
+@pytest.mark.parametrize("backend", ["reference", *WIDE])
 def test_an_empty_slot_is_worth_zero_without_gradient(backend):
     case = inputs(3, 2, 5, (4,), bias=False)
     case["indices"] = torch.full((3, 2), -1)
@@ -62,7 +62,7 @@ def test_an_empty_slot_is_worth_zero_without_gradient(backend):
     assert all((t == 0).all() for t in (out, case["values"].grad, case["W_dec"].grad))
 
 
-@pytest.mark.parametrize("backend", ["reference", "torch"])
+@pytest.mark.parametrize("backend", ["reference", *WIDE])
 def test_gradcheck(backend):
     case = inputs(3, 4, 5, (2, 3))
     leaves = [case[name].requires_grad_() for name in ("values", "W_dec", "b_dec")]

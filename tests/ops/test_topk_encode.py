@@ -1,6 +1,13 @@
 import pytest
 import torch
-from op_helpers import assert_matches_reference, assert_repeatable, largest_allocation, outputs_and_gradients, rows
+from op_helpers import (
+    WIDE,
+    assert_matches_reference,
+    assert_repeatable,
+    largest_allocation,
+    outputs_and_gradients,
+    rows,
+)
 
 from sparseclt.ops import topk_encode
 
@@ -33,7 +40,7 @@ def test_torch_equals_reference_on_non_contiguous_inputs():
     assert_matches_reference(topk_encode, case, scratch_bytes=3000)
 
 
-@pytest.mark.parametrize("backend", ["reference", "torch"])
+@pytest.mark.parametrize("backend", ["reference", *WIDE])
 def test_equals_the_formula(backend):
     case = inputs(*SHAPES["odd"])
     values, indices = topk_encode(**case, backend=backend)
@@ -71,7 +78,7 @@ def test_every_entry_of_the_gradient_is_written_to_the_last_one():
     assert_matches_reference(topk_encode, case)
 
 
-@pytest.mark.parametrize("backend", ["reference", "torch"])
+@pytest.mark.parametrize("backend", ["reference", *WIDE])
 def test_gradcheck(backend):
     case = inputs(3, 4, 7, 3)
     leaves = [case[name].requires_grad_() for name in ("x", "W_enc", "b_enc")]

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from op_helpers import assert_matches_reference, assert_repeatable, distinct_ids, ids, largest_allocation, rows
+from op_helpers import WIDE, assert_matches_reference, assert_repeatable, distinct_ids, ids, largest_allocation, rows
 
 from sparseclt.ops import Connections, virtual_matmul
 
@@ -46,7 +46,7 @@ def test_torch_equals_reference_on_non_contiguous_inputs():
     )
 
 
-@pytest.mark.parametrize("backend", ["reference", "torch"])
+@pytest.mark.parametrize("backend", ["reference", *WIDE])
 def test_equals_the_formula(backend):
     case = inputs(*SHAPES["duplicates"])
     z, V = torch.zeros(37, 5).double(), torch.zeros(33, 5).double()
@@ -57,7 +57,7 @@ def test_equals_the_formula(backend):
     torch.testing.assert_close(virtual_matmul(**case, backend=backend), z @ V.T)
 
 
-@pytest.mark.parametrize("backend", ["reference", "torch"])
+@pytest.mark.parametrize("backend", ["reference", *WIDE])
 def test_gradcheck(backend):
     case = inputs(3, 4, 5, 6, 3)
     leaves = [case["z_values"].requires_grad_(), case["V"].requires_grad_()]

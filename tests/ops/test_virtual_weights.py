@@ -1,6 +1,6 @@
 import pytest
 import torch
-from op_helpers import assert_matches_reference, assert_repeatable, distinct_ids, largest_allocation, rows
+from op_helpers import WIDE, assert_matches_reference, assert_repeatable, distinct_ids, largest_allocation, rows
 
 from sparseclt.ops import Connections, virtual_weights
 
@@ -30,7 +30,7 @@ def test_torch_equals_reference_on_non_contiguous_inputs():
     assert_matches_reference(virtual_weights, {n: t.T.contiguous().T for n, t in inputs(*SHAPES["odd"]).items()})
 
 
-@pytest.mark.parametrize("backend", ["reference", "torch"])
+@pytest.mark.parametrize("backend", ["reference", *WIDE])
 def test_equals_the_formula_and_an_object_does_as_well(backend):
     case = inputs(*SHAPES["odd"])
     dense = case["W_enc"] @ case["E"].T
@@ -41,7 +41,7 @@ def test_equals_the_formula_and_an_object_does_as_well(backend):
     assert torch.equal(V, virtual_weights(**case, backend=backend))
 
 
-@pytest.mark.parametrize("backend", ["reference", "torch"])
+@pytest.mark.parametrize("backend", ["reference", *WIDE])
 def test_gradcheck(backend):
     case = inputs(4, 3, 5, 3)
     leaves = [case["W_enc"].requires_grad_(), case["E"].requires_grad_()]

@@ -1,0 +1,207 @@
+"""A whole training step: forward, backward and Adam, on the same parameters for every contender.
+
+Ours is the Trainer's own loss on a SparseCLT; "train_step" also does what the Trainer adds (finite checks, gradient
+clipping, statistics, metrics). Adam runs with a learning rate of 0: all its arithmetic, and weights that stay. No
+latent is dead, so that AuxK is not part of it.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from types import SimpleNamespace as Inputs
+from typing import Any
+
+import baselines
+import costs
+import torch
+from compare import Comparison, Contender
+from problems import our_backends, random_connections, seed_inputs
+from torch import Tensor
+
+from sparseclt import ops
+from sparseclt.capture import Activations
+from sparseclt.config import CLTConfig, ConnectionConfig, DataConfig, LossConfig, OptimizerConfig, TrainConfig
+from sparseclt.trainer import Trainer
+
+NEVER = 10**9
+
+
+def make_trainer(mode: str, device: str, L: int, D: int, F: int, K: int, C: int, N: int) -> Trainer:
+    """A Trainer on a model that is never run: its activations are given."""
+    row = min(N, 128)
+    config = TrainConfig(
+        out="", batch_rows=N // row, device=device, progress=False, steps=NEVER,
+        clt=CLTConfig(latents=F, active=K), data=DataConfig(row_length=row),
+        connections=ConnectionConfig("top" if mode == "both" else "none", C, refresh_every=NEVER),
+        loss=LossConfig(begin=0.0, ramp=0.0, dead_after=NEVER**2), optimizer=OptimizerConfig(learning_rate=0.0),
+    )  # fmt: skip
+    info = Inputs(n_layers=L, d_model=D, parallel=False, centred=True, name="", context=None)
+    rows = torch.zeros(N // row, row, dtype=torch.int64)
+    trainer = Trainer(config, language_model=Inputs(info=info), rows=rows)  # type: ignore[arg-type]
+    trainer.step = 1  # the ramp is over
+    with torch.no_grad():
+        for m in trainer.clt:
+            m.W_dec.normal_(0, 0.5 / D**0.5)
+            m.b_enc.normal_(0, 0.02)
+            m.b_dec.normal_(0, 0.02)
+            if mode == "both" and m.upstream:
+                m.connect(random_connections(F, min(C, m.upstream), m.upstream, device).indices)
+    for parameter in trainer.clt.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    trainer.optimizer.step()  # its moments are there before memory is measured
+    trainer.optimizer.zero_grad(set_to_none=True)
+    return trainer
+
+
+def make_activations(L: int, D: int, N: int, device: str, **_: int) -> Activations:
+    shape = (N // min(N, 128), min(N, 128))
+
+    def layers(*last: int) -> list[Tensor]:
+        return [torch.randn(*shape, *last, device=device) for _ in range(L)]
+
+    scale = [1 + torch.rand(shape, device=device) for _ in range(L)]
+    tokens = torch.zeros(shape, dtype=torch.int64, device=device)
+    return Activations(tokens, layers(D)[0], layers(D), scale, layers(D), [a / L for a in layers(D)])
+
+
+def dense_masks(trainer: Trainer) -> list[Tensor | None]:
+    masks: list[Tensor | None] = []
+    for m in trainer.clt:
+        if m.connections is None:
+            masks.append(None)
+            continue
+        ids = m.connections.indices
+        mask = torch.zeros(m.latents, m.upstream + 1, device=ids.device)
+        masks.append(mask.scatter_(1, ids.where(ids >= 0, m.upstream), 1.0)[:, :-1].contiguous())
+    return masks
+
+
+def residual_loss(i: Inputs, backend: str) -> Tensor:
+    """Both modes with an unmasked sparsely-connected mode, through our ops: what the masking itself costs."""
+    total = torch.zeros((), device=i.activations.r_0.device)
+    latents: list[list[Tensor]] = []
+    for unmasked in (False, True):
+        written: list[Tensor | float] = [0.0] * i.layers
+        stream, modes = i.activations.r_0.flatten(0, 1), []
+        for layer, m in enumerate(i.clt):
+            read, rows = i.activations.x[layer].flatten(0, 1), m.W_enc
+            if unmasked:
+                stream = stream + i.activations.attn_out[layer].flatten(0, 1)
+                rows = m.W_enc - m.W_enc.mean(1, keepdim=True)
+                read = stream / i.activations.scale[layer].flatten()[:, None]
+            z = ops.topk_encode(read, rows, m.b_enc, i.k, backend=backend)
+            modes.append(z)
+            for target, part in enumerate(ops.sparse_decode(*z, m.W_dec, backend=backend).unbind(1)):
+                written[layer + target] = written[layer + target] + part
+            stream = stream + m.b_dec + written[layer]
+        latents.append(modes)
+        total = total + baselines.sum_of_fvu(i, written)
+    from sparseclt.losses import latent_fvu
+    from sparseclt.modules import Latents
+
+    pairs = zip(latents[1], latents[0], strict=True)
+    agreement = torch.stack([latent_fvu(Latents(*z), Latents(*t), len(i.clt[0].W_enc)) for z, t in pairs]).sum()
+    return total + i.agreement_weight * agreement
+
+
+def step_comparison(mode: str, sizes: dict[str, int], device: str, strict: bool, scaling: bool = False,
+                    dense: bool = True, labels: dict[str, Any] | None = None) -> Comparison:  # fmt: skip
+    """Contenders of one step; `scaling`: the best of ours, and dense.
+
+    The dense baseline shares no code with ours, and its loss and gradients are the truth of the gate.
+    """
+    seed_inputs()
+    trainer = make_trainer(mode, device, **sizes)
+    i = Inputs(
+        clt=list(trainer.clt), activations=make_activations(device=device, **sizes), k=sizes["K"], layers=sizes["L"],
+        agreement_weight=trainer.config.loss.latent_agreement,
+    )  # fmt: skip
+    parameters = dict(trainer.clt.named_parameters())
+    if mode == "both" and dense:
+        i.masks = dense_masks(trainer)
+
+    def stepping(loss: Callable[[], Tensor]) -> Callable[[], Tensor]:
+        def step() -> Tensor:
+            trainer.optimizer.zero_grad(set_to_none=True)
+            total = loss()
+            total.backward()
+            trainer.optimizer.step()
+            return total.detach()
+
+        return step
+
+    def ours(backend: str) -> Callable[[], Tensor]:
+        def loss() -> Tensor:
+            trainer.config = replace(trainer.config, backend=backend)
+            return trainer.loss(i.activations, 1)[0]
+
+        return loss
+
+    def whole(backend: str) -> Callable[[], Any]:
+        def step() -> Tensor:
+            trainer.config = replace(trainer.config, backend=backend)
+            return torch.tensor(trainer.train_step(i.activations)["loss"])
+
+        return step
+
+    def prepared(run: Callable[[], Any]) -> Callable[[], Callable[[], Any]]:
+        def prepare() -> Callable[[], Any]:
+            trainer.optimizer.zero_grad(set_to_none=True)
+            return run
+
+        return prepare
+
+    def named(result: Tensor) -> dict[str, Tensor]:
+        gradients = {f"gradient of {name}": p.grad.clone() for name, p in parameters.items() if p.grad is not None}
+        return {"loss": result, **gradients}
+
+    def dense_truth() -> dict[str, Tensor]:
+        return named(stepping(lambda: baselines.loss(i, mode))())
+
+    s, backends = 4, our_backends(device)[-1:] if scaling else our_backends(device)
+    sparse, full = costs.step("sparse", mode, s, **sizes), costs.step("dense", mode, s, **sizes)
+    truth = "dense" if dense else None
+    entries = {f"ours: {b}": Contender(prepared(stepping(ours(b))), sparse, truth) for b in backends}
+    truths: dict[str, Callable[[], dict[str, Tensor]]] = {}
+    if dense:
+        truths["dense"] = dense_truth
+        entries["dense"] = Contender(prepared(stepping(lambda: baselines.loss(i, mode))), full, truth)
+    if not scaling:
+        entries |= {f"ours: {b}, train_step": Contender(prepared(whole(b)), sparse, "loss alone") for b in backends}
+        truths["loss alone"] = lambda: {"loss": baselines.loss(i, mode).detach()}
+        if mode == "vanilla":
+            torch_form = stepping(lambda: baselines.loss(i, mode, sparse_decoder=True))
+            entries["torch"] = Contender(prepared(torch_form), sparse, truth)
+            i.pre_activations = torch.empty(sizes["N"], sizes["F"], device=device)
+            entries["floor: encode GEMMs"] = Contender(
+                lambda: lambda: baselines.encode_floor(i), costs.step("floor", mode, s, **sizes), None
+            )
+        else:
+            unmasked = costs.step("dense", "residual", s, **sizes)
+            residual = stepping(lambda: baselines.loss(i, "residual"))
+            entries["unmasked: dense"] = Contender(prepared(residual), unmasked, "unmasked")
+            for b in backends:
+                run = stepping(lambda b=b: residual_loss(i, b))
+                cost = costs.step("sparse", "residual", s, **sizes)
+                entries[f"unmasked: ours, {b}"] = Contender(prepared(run), cost, "unmasked")
+
+            def all_open() -> dict[str, Tensor]:
+                everything = Inputs(**vars(i) | {"masks": [1.0] * i.layers})
+                with torch.no_grad():
+                    return {"loss": baselines.loss(everything, "both")}
+
+            truths["unmasked"] = all_open
+    tolerance = {"": 1e-3 if strict else 5e-2, "loss": 1e-4 if strict else 1e-3}
+    case = f"training step, {'vanilla mode' if mode == 'vanilla' else 'both modes'}"
+    return Comparison(
+        case, "step", sizes, device, entries, truths, named, tolerance,
+        lambda: list(parameters.values()), labels or {},
+    )  # fmt: skip
+
+
+def step_contenders(mode: str, device: str) -> list[str]:
+    """Their names, without building anything."""
+    backends = our_backends(device)
+    ours = [f"ours: {b}" for b in backends] + ["dense"] + [f"ours: {b}, train_step" for b in backends]
+    if mode == "vanilla":
+        return [*ours, "torch", "floor: encode GEMMs"]
+    return [*ours, "unmasked: dense", *(f"unmasked: ours, {b}" for b in backends)]

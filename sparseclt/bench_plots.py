@@ -1,0 +1,112 @@
+"""Plots of the benchmark report."""
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+_STYLE: dict[str, dict[str, Any]] = {  # Okabe and Ito's colours; markers and lines tell them apart in grey
+    "ours": {"color": "#0072B2", "marker": "o", "linestyle": "-"},
+    "dense": {"color": "#D55E00", "marker": "s", "linestyle": "--"},
+}
+_LETTERS = {"N": "tokens N", "F": "latents F", "K": "active latents K", "C": "connections C", "L": "layers L"}
+
+
+def ratios(groups: Mapping[Any, Sequence[Mapping[str, Any]]], path: Path) -> None:
+    """Every contender's time over that of our best backend, a row a comparison, with quartiles."""
+    from matplotlib.figure import Figure
+
+    from sparseclt.bench_report import best_of_ours
+
+    lines = [(group, ours) for group in groups.values() if (ours := best_of_ours(group)) is not None]
+    figure = Figure(figsize=(10, 1.6 + 0.34 * len(lines)), layout="constrained")
+    axes = figure.subplots()
+    names = list(dict.fromkeys(row["contender"] for group, _ in lines for row in group))
+    palette = ["#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0072B2", "#999999", "#000000"]
+    markers = "sDv^<>oPX"  # as many as have no divisor in common with the colours: no pair twice
+    for n, name in enumerate(names):
+        points = [
+            (ours["ratios"][name], y)
+            for y, (_, ours) in enumerate(lines)
+            if name in ours["ratios"] and ours["contender"] != name
+        ]
+        if points:
+            x = [ratio["median"] for ratio, _ in points]
+            low = [ratio["median"] - ratio["low"] for ratio, _ in points]
+            high = [ratio["high"] - ratio["median"] for ratio, _ in points]
+            style: dict[str, Any] = {"color": palette[n % len(palette)], "marker": markers[n % len(markers)]}
+            axes.errorbar(x, [y for _, y in points], xerr=[low, high], linestyle="", capsize=2, label=name, **style)
+    axes.axvline(1, color="black", linewidth=1)
+    axes.set_xscale("log")
+    axes.set_xlabel("time over that of our best backend (log scale; right of 1: ours is faster)")
+    labels = [f"{group[0]['case']} {group[0]['direction']}\n{_shapes(group[0]['shapes'])}" for group, _ in lines]
+    axes.set_yticks(range(len(lines)), labels, fontsize=7)
+    axes.invert_yaxis()
+    axes.grid(color="0.9", axis="x")
+    axes.set_axisbelow(True)
+    figure.legend(loc="outside lower center", ncols=4, frameon=False, fontsize=8)
+    figure.savefig(path, dpi=130)
+
+
+def _shapes(shapes: Mapping[str, int]) -> str:
+    return " ".join(f"{letter}{size}" for letter, size in shapes.items())
+
+
+def crossing(points: Sequence[tuple[float, float]], budget: float) -> float | None:
+    """Where a rising curve passes the budget, between its points on logarithmic axes; None if it does not."""
+    for (x0, y0), (x1, y1) in zip(points, points[1:], strict=False):
+        if y0 <= budget < y1:
+            share = (math.log(budget) - math.log(y0)) / (math.log(y1) - math.log(y0))
+            return math.exp(math.log(x0) + share * (math.log(x1) - math.log(x0)))
+    return None
+
+
+def scaling(curves: Sequence[Mapping[str, Any]], run: Mapping[str, Any], path: Path) -> None:
+    """Time (above) and memory (below) of one training step, a column a size. Dotted: what dense needs by its formula,
+    on to the cross where that passes the budget."""
+    from matplotlib.figure import Figure
+
+    letters = list(dict.fromkeys(row["curve"] for row in curves))
+    figure = Figure(figsize=(3.2 * len(letters) + 0.6, 6.4), layout="constrained")
+    panels = figure.subplots(2, len(letters), squeeze=False, sharey="row", sharex="col")
+    budget = run["memory_budget"]
+    for column, letter in enumerate(letters):
+        time, memory = panels[0, column], panels[1, column]
+        for way, style in _STYLE.items():
+            rows = [row for row in curves if row["curve"] == letter and row["contender"].startswith(way)]
+            rows = sorted(rows, key=lambda row: row["value"])
+            if not rows:
+                continue
+            x, spread = [row["value"] for row in rows], [row["seconds"] for row in rows]
+            label = rows[0]["contender"] if column == 0 else None
+            time.plot(x, [s["median"] for s in spread], label=label, **style)
+            time.fill_between(
+                x, [s["low"] for s in spread], [s["high"] for s in spread], alpha=0.2, color=style["color"]
+            )
+            memory.plot(x, [(row["peak_bytes"] + row["states_bytes"]) / 2**20 for row in rows], **style)
+        points = run["dense_memory"].get(letter, [])
+        memory.plot(
+            [x for x, _ in points], [y / 2**20 for _, y in points], color=_STYLE["dense"]["color"], linestyle=":",
+            label="dense, by formula" if column == 0 else None,
+        )  # fmt: skip
+        limit = crossing(points, budget)
+        memory.axhline(
+            budget / 2**20, color="0.4", linewidth=1, label=f"budget, {budget / 2**30:.3g} GiB" if column == 0 else None
+        )
+        if limit is not None:
+            memory.plot([limit], [budget / 2**20], "X", color="black", markersize=9)
+            memory.annotate(
+                f"dense out of memory\nat {letter} = {limit:.3g}", (limit, budget / 2**20), xytext=(-4, -6),
+                textcoords="offset points", ha="right", va="top", fontsize=7,
+            )  # fmt: skip
+            time.axvline(limit, color="0.4", linewidth=1, linestyle=":")
+        for axes in (time, memory):
+            axes.set_xscale("log", base=2)
+            axes.set_yscale("log")
+            axes.grid(color="0.9")
+            axes.set_axisbelow(True)
+        memory.set_xlabel(_LETTERS.get(letter, letter))
+    panels[0, 0].set_ylabel("seconds a step")
+    panels[1, 0].set_ylabel("MiB: states and transient")
+    figure.legend(loc="outside lower center", ncols=4 if len(letters) > 1 else 1, frameon=False)
+    figure.savefig(path, dpi=130)

@@ -1,0 +1,283 @@
+"""The numba backend: CPU tensors, float32 and float64. Imported when first asked for; needs numba.
+
+Compiled where plain torch falls short: selection (GEMMs by torch fill one tile after another, and each row keeps its
+k largest), dot products of gathered rows (virtual weights, the gradient of decoded values), what upstream latents add
+(a token walks the lists of its active ones) with its gradients, and the order of weight gradients (a counting sort).
+Where torch is as fast or faster, its function is registered: `batchtopk_encode`, `jumprelu_encode`, the activation
+"groupmax", and sums of gathered rows (`sparse_decode`'s forward pass, the gradients of inputs and weights), which are
+`embedding_bag`s.
+"""
+
+from collections.abc import Iterator
+from math import isqrt
+
+import torch
+from torch import Tensor
+
+from sparseclt.ops import _numba_rows as rows
+from sparseclt.ops import _numba_select as select
+from sparseclt.ops._numba_compile import run
+from sparseclt.ops._rows import Transpose, chunks, gather_sum, transposed_gather_sum
+from sparseclt.ops.backend import implementation, register
+from sparseclt.ops.topk_encode import topk_encode_torch
+
+
+def _ids(indices: Tensor) -> Tensor:
+    return indices.to(torch.int64).contiguous()
+
+
+def _row_dots(bags: Tensor, indices: Tensor, table: Tensor) -> Tensor:
+    """[N, K]: the dot product of each bag's own vector [N, D] with each of the table's rows that it names."""
+    dots = bags.new_empty(indices.shape)
+    work = indices.numel() * bags.shape[1]
+    run(rows.row_dots, len(bags), work, bags.contiguous(), _ids(indices), table.contiguous(), dots)
+    return dots
+
+
+def _transpose(indices: Tensor, count: int) -> Transpose:
+    """As `_rows.transpose`, by counting."""
+    dtype = torch.int32 if max(indices.numel(), count) < torch.iinfo(torch.int32).max else torch.int64
+    order, starts = indices.new_empty(indices.numel(), dtype=dtype), indices.new_empty(count + 1, dtype=dtype)
+    run(rows.transpose, 1, 0, _ids(indices).flatten(), order, starts)
+    return Transpose(order, starts)
+
+
+# Encoders
+
+
+def _tiles(tokens: int, columns: int, itemsize: int, scratch_bytes: int) -> tuple[int, int]:
+    """Rows and columns of a tile of pre-activations, about square: flat ones read the weights too often. One token's
+    at least."""
+    entries = scratch_bytes // itemsize
+    if entries < columns:
+        return 1, columns
+    height = max(1, min(tokens, isqrt(entries)))
+    width = min(columns, entries // height)
+    if width == columns:
+        height = min(tokens, entries // max(1, columns))
+    return max(1, height), max(1, width)
+
+
+class _Selection:
+    """The k largest of each row of a product [N, F] that is shown a tile at a time."""
+
+    def __init__(self, like: Tensor, N: int, k: int):
+        self.values = like.new_empty(N, k)
+        self.indices = torch.empty(N, k, dtype=torch.int64)
+        self.counts = torch.zeros(N, dtype=torch.int64)
+
+    def of(self, part: slice) -> tuple[Tensor, Tensor, Tensor]:
+        return self.values[part], self.indices[part], self.counts[part]
+
+    def finish(self) -> tuple[Tensor, Tensor]:
+        run(select.finish, len(self.values), 10 * self.values.numel(), self.values, self.indices, self.counts)
+        return self.values, self.indices
+
+
+def _products(x: Tensor, W: Tensor, scratch_bytes: int) -> Iterator[tuple[slice, int, Tensor]]:
+    """`x @ W.T` in tiles: a slice of tokens, the first latent, and the tile, overwritten by the next."""
+    height, width = _tiles(len(x), len(W), x.element_size(), scratch_bytes)
+    scratch = x.new_empty(height * width)
+    for part in chunks(len(x), 1, height):
+        n = part.stop - part.start
+        for block in chunks(len(W), 1, width):
+            w = block.stop - block.start
+            tile = scratch[: n * w].view(n, w)
+            torch.mm(x[part], W[block].T, out=tile)
+            yield part, block.start, tile
+
+
+def _topk_encode(
+    x: Tensor, W_enc: Tensor, b_enc: Tensor | None, k: int, activation: str, scratch_bytes: int
+) -> tuple[Tensor, Tensor]:
+    if activation == "groupmax":
+        return topk_encode_torch(x, W_enc, b_enc, k, activation, scratch_bytes)
+    best = _Selection(x, len(x), k)
+    bias, absolute = _bias(x, b_enc), activation == "abstopk"
+    for part, offset, tile in _products(x, W_enc, scratch_bytes):
+        run(select.take_encoded, len(tile), tile.numel(), tile, offset, bias, absolute, *best.of(part))
+    return best.finish()
+
+
+def _bias(x: Tensor, b_enc: Tensor | None) -> Tensor:
+    return x.new_empty(0) if b_enc is None else b_enc.contiguous()
+
+
+def _encode_backward(
+    grad_values: Tensor, values: Tensor, indices: Tensor, x: Tensor, W_enc: Tensor, needed: list[bool]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    grad = grad_values.masked_fill(values == 0, 0)
+    return _encoder_gradients(grad, grad, indices, x, W_enc, needed)
+
+
+def _encoder_gradients(
+    grad: Tensor, grad_linear: Tensor, indices: Tensor, x: Tensor, W_enc: Tensor, needed: list[bool]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """As `_encode.encoder_gradients`."""
+    dx = gather_sum(grad_linear, indices, W_enc) if needed[0] else None
+    if not (needed[1] or needed[2]):
+        return dx, None, None
+    by_latent, dW, db = _transpose(indices, len(W_enc)), None, None
+    if needed[1]:
+        dW = transposed_gather_sum(grad_linear, by_latent, x)
+    if needed[2]:
+        db = x.new_empty(len(W_enc))
+        run(rows.transposed_sum, len(W_enc), grad.numel(), grad.contiguous(), *by_latent, db)
+    return dx, dW, db
+
+
+# Decoder
+
+
+def _sparse_decode_backward(
+    grad: Tensor, values: Tensor, indices: Tensor, W_dec: Tensor, needed: list[bool]
+) -> tuple[Tensor | None, Tensor | None]:
+    d_values = _row_dots(grad, indices, W_dec) if needed[0] else None
+    dW = transposed_gather_sum(values, _transpose(indices, len(W_dec)), grad) if needed[1] else None
+    return d_values, dW
+
+
+# Virtual weights
+
+
+def _virtual_weights(W_enc: Tensor, E: Tensor, connections: Tensor) -> Tensor:
+    return _row_dots(W_enc, connections, E)
+
+
+def _by_upstream(V: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:
+    """Virtual weights and their downstream latents in the order of upstream latents: two of [F*C]."""
+    if V.numel() == 0:
+        return V.new_empty(0), order
+    return V.flatten().index_select(0, order), order // V.shape[1]
+
+
+def _virtual_matmul(
+    z_values: Tensor,
+    z_indices: Tensor,
+    V: Tensor,
+    connections: Tensor,
+    order: Tensor,
+    starts: Tensor,
+    upstream: int,
+    scratch_bytes: int,
+) -> Tensor:
+    pre = V.new_empty(len(z_values), len(V))
+    by_upstream = *_by_upstream(V, order), starts
+    work = pre.numel() + z_values.numel() * V.numel() // max(1, upstream)
+    run(rows.upstream_part, len(pre), work, z_values.contiguous(), _ids(z_indices), *by_upstream, pre)
+    return pre
+
+
+def _virtual_matmul_backward(
+    grad: Tensor,
+    z_values: Tensor,
+    z_indices: Tensor,
+    V: Tensor,
+    connections: Tensor,
+    order: Tensor,
+    starts: Tensor,
+    upstream: int,
+    scratch_bytes: int,
+    needed: list[bool],
+) -> tuple[Tensor | None, Tensor | None]:
+    by_upstream = weights, _, _ = *_by_upstream(V, order), starts
+    dz, dweights = torch.zeros_like(z_values, memory_format=torch.contiguous_format), torch.zeros_like(weights)
+    z = z_values.contiguous(), _ids(z_indices)
+    work = z_values.numel() * V.numel() // max(1, upstream)
+    run(rows.upstream_gradients, upstream, work, grad.contiguous(), *z, *by_upstream, dz, dweights)
+    dV = None
+    if needed[1]:
+        dV = V.new_empty(V.shape)
+        dV.view(-1).scatter_(0, order.long(), dweights)
+    return dz, dV
+
+
+# Sparsely-connected mode
+
+
+def _connected_encode(
+    r0: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor | None,
+    z_values: Tensor,
+    z_indices: Tensor,
+    V: Tensor,
+    scale: Tensor,
+    connections: Tensor,
+    order: Tensor,
+    starts: Tensor,
+    upstream: int,
+    k: int,
+    scratch_bytes: int,
+) -> tuple[Tensor, Tensor]:
+    best = _Selection(r0, len(r0), k)
+    by_upstream = *_by_upstream(V, order), starts
+    z_values, z_indices, scale = z_values.contiguous(), _ids(z_indices), scale.contiguous()
+    bias, cursors = _bias(r0, b_enc), torch.zeros(z_indices.shape, dtype=torch.int64)
+    for part, offset, tile in _products(r0, W_enc, scratch_bytes):
+        z = z_values[part], z_indices[part]
+        work = 2 * tile.numel()
+        run(select.add_upstream, len(tile), work, tile, offset, *z, *by_upstream, cursors[part], scale[part])
+        run(select.take_encoded, len(tile), work, tile, offset, bias, False, *best.of(part))
+    return best.finish()
+
+
+def _connected_encode_backward(
+    grad_values: Tensor,
+    values: Tensor,
+    indices: Tensor,
+    r0: Tensor,
+    W_enc: Tensor,
+    z_values: Tensor,
+    z_indices: Tensor,
+    V: Tensor,
+    scale: Tensor,
+    connections: Tensor,
+    order: Tensor,
+    starts: Tensor,
+    upstream: int,
+    scratch_bytes: int,
+    needed: list[bool],
+) -> tuple[Tensor | None, ...]:
+    grad = grad_values.masked_fill(values == 0, 0)
+    scaled = (grad / scale[:, None]).contiguous()
+    gradients = _encoder_gradients(grad, scaled, indices, r0, W_enc, needed)
+    z_indices, connections, V = _ids(z_indices), _ids(connections), V.contiguous()
+    work = indices.numel() * V.shape[1]
+    dz = dV = None
+    if needed[3]:
+        dz = z_values.new_empty(z_values.shape)
+        read = scaled, indices, z_indices, connections, V, upstream
+        run(rows.selected_value_gradients, len(dz), work, *read, dz)
+    if needed[4]:
+        dV = V.new_zeros(V.shape)
+        read = scaled, indices, z_values.contiguous(), z_indices, connections, upstream
+        run(rows.selected_weight_gradients, len(dV), work, *read, dV)
+    return *gradients, dz, dV
+
+
+def _select_connections(W_enc: Tensor, E: Tensor, importance: Tensor, C: int, scratch_bytes: int) -> Tensor:
+    best, importance = _Selection(E, W_enc.shape[1], C), importance.contiguous()
+    if len(W_enc) == 1:
+        for part, offset, tile in _products(W_enc[0], E, scratch_bytes):
+            run(select.take_scored, len(tile), tile.numel(), tile, offset, importance, *best.of(part))
+        return best.finish()[1]
+    # Tiles of all heads come in step: their squares add up in the first one's.
+    heads = [_products(head, E, scratch_bytes // len(W_enc)) for head in W_enc]
+    for tiles in zip(*heads, strict=True):
+        part, offset, total = tiles[0]
+        total.square_()
+        for _, _, tile in tiles[1:]:
+            total += tile.square_()
+        run(select.take_scored, len(total), total.numel(), total.sqrt_(), offset, importance, *best.of(part))
+    return best.finish()[1]
+
+
+register("topk_encode", "numba", _topk_encode, _encode_backward)
+for _op in ("batchtopk_encode", "jumprelu_encode"):
+    register(_op, "numba", implementation(_op, "torch").forward)
+register("sparse_decode", "numba", gather_sum, _sparse_decode_backward)
+register("virtual_weights", "numba", _virtual_weights, implementation("virtual_weights", "torch").backward)
+register("virtual_matmul", "numba", _virtual_matmul, _virtual_matmul_backward, csc=True)
+register("connected_encode", "numba", _connected_encode, _connected_encode_backward, csc=True)
+register("select_connections", "numba", _select_connections)

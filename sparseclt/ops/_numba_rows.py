@@ -1,0 +1,130 @@
+"""Kernels of the numba backend for gathered rows and for virtual weights in the order of upstream latents (CSC).
+
+`order` and `starts` are a `Transpose`: slots of indices [N, K] sorted by the row that they name, empty ones first;
+row r's begin at starts[r + 1].
+"""
+
+import numpy as np
+
+from sparseclt.ops._numba_compile import SUMS, kernel
+
+
+@kernel(SUMS)
+def row_dots(start, stop, bags, indices, rows, out):
+    """out[n, k] = dot(bags[n], rows[indices[n, k]]), 0 for an empty slot."""
+    for n in range(start, stop):
+        bag = bags[n]
+        for k in range(indices.shape[1]):
+            total = bags.dtype.type(0)
+            if indices[n, k] >= 0:
+                row = rows[indices[n, k]]
+                for d in range(len(row)):
+                    total += bag[d] * row[d]
+            out[n, k] = total
+
+
+@kernel()
+def transpose(start, stop, flat, order, starts):
+    """Counting sort, stable, of all indices [M] into order [M] and starts [R+1]. One thread."""
+    starts[:] = 0
+    for i in range(len(flat)):
+        starts[flat[i] + 1] += 1
+    begin = 0
+    for key in range(len(starts)):
+        size = starts[key]
+        starts[key] = begin
+        begin += size
+    for i in range(len(flat)):
+        key = flat[i] + 1
+        order[starts[key]] = i
+        starts[key] += 1
+    for key in range(len(starts) - 1, 0, -1):
+        starts[key] = starts[key - 1]
+    starts[0] = 0
+
+
+@kernel()
+def transposed_sum(start, stop, weights, order, starts, out):
+    """out[r] = sum of the weights of the slots that name row r."""
+    flat = weights.reshape(-1)
+    for r in range(start, stop):
+        last = starts[r + 2] if r + 2 < len(starts) else len(order)
+        total = flat.dtype.type(0)
+        for p in range(starts[r + 1], last):
+            total += flat[order[p]]
+        out[r] = total
+
+
+@kernel(SUMS)
+def upstream_part(start, stop, z_values, z_indices, weights, latents, starts, out):
+    """out[n] [F]: virtual weights times the upstream latents of token n. `weights` `latents` [F*C] are the virtual
+    weights and their downstream latents in the order of upstream latents."""
+    for n in range(start, stop):
+        pre = out[n]
+        pre[:] = 0
+        for s in range(z_indices.shape[1]):
+            j, z = z_indices[n, s], z_values[n, s]
+            if j >= 0:
+                last = starts[j + 2] if j + 2 < len(starts) else len(latents)
+                for p in range(starts[j + 1], last):
+                    pre[latents[p]] += z * weights[p]
+
+
+@kernel(SUMS)
+def upstream_gradients(start, stop, grad, z_values, z_indices, weights, latents, starts, dz, dweights):
+    """Adds to dz [N, S] and dweights [F*C], for the upstream latents start..stop alone, which own both."""
+    for n in range(len(grad)):
+        row = grad[n]
+        for s in range(z_indices.shape[1]):
+            j, z = z_indices[n, s], z_values[n, s]
+            if start <= j < stop:
+                last = starts[j + 2] if j + 2 < len(starts) else len(latents)
+                total = grad.dtype.type(0)
+                for p in range(starts[j + 1], last):
+                    g = row[latents[p]]
+                    total += g * weights[p]
+                    dweights[p] += g * z
+                dz[n, s] = total
+
+
+@kernel(SUMS)
+def selected_weight_gradients(start, stop, grad, selected, z_values, z_indices, connections, upstream, dV):
+    """Adds to dV [F, C], for the downstream latents start..stop alone, over the selected slots [N, K]."""
+    z = np.zeros(upstream, dtype=grad.dtype)
+    for n in range(len(grad)):
+        spread = False
+        for k in range(selected.shape[1]):
+            f, g = selected[n, k], grad[n, k]
+            if start <= f < stop and g != 0:
+                if not spread:
+                    spread = True
+                    for s in range(z_indices.shape[1]):
+                        if z_indices[n, s] >= 0:
+                            z[z_indices[n, s]] += z_values[n, s]
+                for c in range(connections.shape[1]):
+                    if connections[f, c] >= 0:
+                        dV[f, c] += g * z[connections[f, c]]
+        if spread:
+            for s in range(z_indices.shape[1]):
+                if z_indices[n, s] >= 0:
+                    z[z_indices[n, s]] = 0
+
+
+@kernel(SUMS)
+def selected_value_gradients(start, stop, grad, selected, z_indices, connections, V, upstream, dz):
+    """dz [N, S] over the selected slots [N, K] of tokens start..stop."""
+    dense = np.zeros(upstream, dtype=grad.dtype)
+    for n in range(start, stop):
+        for k in range(selected.shape[1]):
+            f, g = selected[n, k], grad[n, k]
+            if g != 0:
+                for c in range(connections.shape[1]):
+                    if connections[f, c] >= 0:
+                        dense[connections[f, c]] += g * V[f, c]
+        for s in range(z_indices.shape[1]):
+            j = z_indices[n, s]
+            dz[n, s] = dense[j] if j >= 0 else 0
+        for k in range(selected.shape[1]):
+            for c in range(connections.shape[1]):
+                if connections[selected[n, k], c] >= 0:
+                    dense[connections[selected[n, k], c]] = 0
