@@ -28,6 +28,8 @@ def _ids(indices: Tensor) -> Tensor:
 
 def _row_dots(bags: Tensor, indices: Tensor, table: Tensor) -> Tensor:
     """[N, K]: the dot product of each bag's own vector [N, D] with each of the table's rows that it names."""
+    if len(table) == 0:
+        return bags.new_zeros(indices.shape)
     dots = bags.new_empty(indices.shape)
     work = indices.numel() * bags.shape[1]
     run(rows.row_dots, len(bags), work, bags.contiguous(), _ids(indices), table.contiguous(), dots)

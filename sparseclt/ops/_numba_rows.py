@@ -11,16 +11,27 @@ from sparseclt.ops._numba_compile import SUMS, kernel
 
 @kernel(SUMS)
 def row_dots(start, stop, bags, indices, rows, out):
-    """out[n, k] = dot(bags[n], rows[indices[n, k]]), 0 for an empty slot."""
+    """out[n, k] = dot(bags[n], rows[indices[n, k]]), 0 for an empty slot. At least one row. Four at a time, so that
+    their rows are fetched side by side."""
+    zero, K = bags.dtype.type(0), indices.shape[1]
     for n in range(start, stop):
-        bag = bags[n]
-        for k in range(indices.shape[1]):
-            total = bags.dtype.type(0)
-            if indices[n, k] >= 0:
-                row = rows[indices[n, k]]
-                for d in range(len(row)):
-                    total += bag[d] * row[d]
-            out[n, k] = total
+        bag, ids = bags[n], indices[n]
+        for k in range(0, K, 4):
+            i_a, i_b, i_c, i_d = ids[k], ids[min(k + 1, K - 1)], ids[min(k + 2, K - 1)], ids[min(k + 3, K - 1)]
+            a, b, c, d = rows[max(i_a, 0)], rows[max(i_b, 0)], rows[max(i_c, 0)], rows[max(i_d, 0)]
+            of_a, of_b, of_c, of_d = zero, zero, zero, zero
+            for x in range(len(bag)):
+                of_a += bag[x] * a[x]
+                of_b += bag[x] * b[x]
+                of_c += bag[x] * c[x]
+                of_d += bag[x] * d[x]
+            out[n, k] = of_a if i_a >= 0 else zero
+            if k + 1 < K:
+                out[n, k + 1] = of_b if i_b >= 0 else zero
+            if k + 2 < K:
+                out[n, k + 2] = of_c if i_c >= 0 else zero
+            if k + 3 < K:
+                out[n, k + 3] = of_d if i_d >= 0 else zero
 
 
 @kernel()
