@@ -4,7 +4,8 @@
     python benchmarks/traffic.py --write    puts them there
 
 - *flops*, *bytes used*: by formula. Bytes used counts an operand each time the formula uses it: a decoder row
-  gathered by two tokens counts twice. *bytes once*: every operand and result once, as with an endless cache.
+  gathered by two tokens counts twice, the operands of a matrix product count once per tile of 128 x 128, whose scores
+  are written once. *bytes once*: every operand and result once, as with an endless cache.
 - *at least*: the larger of flops / peak and bytes once / bandwidth. *without cache*: the larger of flops / peak and
   bytes used / bandwidth. A real run lies between the two if the kernel is any good, or above.
 - *asked / used*: bytes that the kernels request in Triton's interpreter, at a small size with the true row lengths,
@@ -40,6 +41,7 @@ from csrc_triton import (  # noqa: E402
 from csrc_triton.transpose import transpose  # noqa: E402
 
 PAGE = ROOT / "docs" / "kernels.md"
+TILE = 128  # rows and columns of a product that share their operands
 
 
 @dataclass(frozen=True)
@@ -98,6 +100,11 @@ def gathers(bags: int, slots: int, rows: int, x: Sizes) -> dict[str, Cost]:
     }
 
 
+def _tiles(rows: int, columns: int, x: Sizes) -> float:
+    """Bytes of a product's operands, once per tile, and of its float32 scores."""
+    return (rows * -(-columns // TILE) + columns * -(-rows // TILE)) * x.D * x.e + rows * columns * 4
+
+
 def costs(x: Sizes, walks: float) -> dict[str, Cost]:
     """By op and pass. `walks`: see `Sizes.walks`."""
     decode, virtual = gathers(x.N, x.K, x.F, x), gathers(x.F, x.C, x.U, x)
@@ -107,11 +114,13 @@ def costs(x: Sizes, walks: float) -> dict[str, Cost]:
     pre = sums * (4 if x.e == 4 else 4 + 4 + x.e)
     encoder = (x.N + x.F) * x.D * x.e + x.N * x.K * (x.e + 8) + x.F * x.e
     product = 2 * x.N * x.F * x.D
+    tiles = x.N * x.K * (x.e + 8) + _tiles(x.N, x.F, x)
+    read = min(walks, sums) * x.e  # of the gradient of pre, where a latent and a connection meet
     unit = "bf16" if x.e == 2 else "fp32"
     lists = kept * (x.p + x.e)
     select = (x.F + x.U) * x.D * x.e + x.U * 4 + kept * 8
     return {
-        "topk_encode forward": Cost(product, encoder + 2 * sums * 4, encoder, unit),
+        "topk_encode forward": Cost(product, tiles, encoder, unit),
         "sparse_decode forward": decode["gather_sum"],
         "sparse_decode d_values": decode["row_dots"],
         "sparse_decode dW": decode["transposed"],
@@ -122,20 +131,22 @@ def costs(x: Sizes, walks: float) -> dict[str, Cost]:
             2 * walks, z_lists + slots * x.e + walks * (x.p + x.e) + pre, z_lists + slots * x.e + lists + sums * x.e
         ),
         "virtual_matmul dz": Cost(
-            2 * walks, z_lists + slots * x.e + walks * (x.p + 2 * x.e), z_lists + slots * x.e + lists + sums * x.e
+            2 * walks,
+            z_lists + slots * x.e + walks * (x.p + 2 * x.e),
+            z_lists + slots * x.e + min(lists, walks * (x.p + x.e)) + read,
         ),
         "virtual_matmul dV": Cost(
             2 * walks,
             kept * (x.p + x.i + 2 * x.p + x.e) + walks * (x.p + 2 * x.e),
-            kept * (x.p + x.i + x.e) + slots * (x.p + x.e) + sums * x.e,
+            kept * (x.p + x.i + x.e) + slots * (x.p + x.e) + read,
         ),
         "connected_encode forward": Cost(
             product + 2 * walks,
-            encoder + 2 * sums * 4 + z_lists + slots * x.e + walks * (x.p + x.e),
+            tiles + z_lists + slots * x.e + walks * (x.p + x.e),
             encoder + z_lists + slots * x.e + lists + x.N * 4,
             unit,
         ),
-        "select_connections": Cost(2 * x.F * x.U * x.D, select + 2 * x.F * x.U * 4, select, unit),
+        "select_connections": Cost(2 * x.F * x.U * x.D, _tiles(x.F, x.U, x) + kept * 8, select, unit),
     }
 
 
@@ -256,9 +267,9 @@ def _virtual_matmul_ratios(dtype: torch.dtype, e: int) -> dict[str, float]:
 
 
 def encode_ratios(dtype: torch.dtype = torch.bfloat16) -> dict[str, float]:
-    """asked / used of the ops with a matrix product: their tiles read their operands from cache again and again."""
+    """asked / used of the ops with a matrix product; what is above 1 is selection."""
     torch.manual_seed(0)
-    x = Sizes(N=128, F=2048, D=256, K=8, C=4, U=256, S=2, e=dtype.itemsize)
+    x = Sizes(N=128, F=2048, D=128, K=8, C=4, U=256, S=2, e=dtype.itemsize)
     r0, W, b = (torch.randn(*shape, dtype=dtype) for shape in [(x.N, x.D), (x.F, x.D), (x.F,)])
     z = torch.rand(x.N, x.S, dtype=dtype), ids(x.U, x.N, x.S)
     V, connections = torch.randn(x.F, x.C, dtype=dtype), ids(x.U, x.F, x.C)
@@ -268,7 +279,7 @@ def encode_ratios(dtype: torch.dtype = torch.bfloat16) -> dict[str, float]:
         "connected_encode forward": lambda: connected_encode.forward(
             r0, W, b, *z, V, connections, *csc, torch.ones(x.N, dtype=dtype), x.K
         ),
-        "select_connections": lambda: select_connections.forward(W, E, torch.ones(x.U, dtype=dtype), x.C),
+        "select_connections": lambda: select_connections.forward(W[None], E, torch.ones(x.U, dtype=dtype), x.C),
     }
     return {name: asked(name, run, x) for name, run in runs.items()}
 

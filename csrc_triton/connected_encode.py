@@ -218,9 +218,7 @@ def backward(
     return *gradients, dz, dV
 
 
-def _d_upstream(
-    dz: Tensor, grad: Tensor, slots: Tensor, connections: Tensor, V: Tensor, z_indices: Tensor
-) -> None:
+def _d_upstream(dz: Tensor, grad: Tensor, slots: Tensor, connections: Tensor, V: Tensor, z_indices: Tensor) -> None:
     (N, K), C, S = slots.shape, connections.shape[1], dz.shape[1]
     d_upstream_kernel[N, cdiv(S, MATCH.slots)](
         dz, grad, slots, connections, V, z_indices, K, C, S,

@@ -34,7 +34,7 @@ def histogram_kernel(
     """How many positive keys that begin with `prefix` have each next digit of 8 bits (from bit `shift` on)."""
     program = tl.program_id(0).to(tl.int64)
     bins = tl.zeros((BINS,), tl.int32)
-    for start in range(0, SPAN, BLOCK):
+    for start in range(0, tl.minimum(total - program * SPAN, SPAN), BLOCK):
         place = program * SPAN + start + tl.arange(0, BLOCK)
         key = float_key(tl.load(scores + place, mask=place < total, other=0.0), False).to(tl.int64)
         counted = (key > 0) & ((key >> (shift + 8)) == prefix)

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import AheadOfTime, INTERPRETED, cdiv
+from .launch import INTERPRETED, AheadOfTime, cdiv
 
 LOWEST = tl.constexpr(-(2**31))  # the key of nothing: below that of every float, -inf included
 
@@ -45,12 +45,12 @@ class TileConfig:
         return {"num_warps": self.warps, "num_stages": self.stages}
 
 
-# fp32 products on TF32 tensor cores miss the error bound (10 bits of mantissa), so they run on the CUDA cores: on an
-# H100 67 TFLOP/s instead of about 400, so the encode of fp32 inputs is bound by this product, at up to 7 x the
-# time of bf16. "tf32x3" (three TF32 products, nearly fp32) compiles too and can be asked for.
+# fp32 products on TF32 tensor cores miss the error bound (10 bits of mantissa), so they run on the CUDA cores: 67
+# TFLOP/s on an H100 against about 990 of bf16, so that encoding fp32 inputs is bound by this product. Three TF32
+# products ("tf32x3") would be nearly fp32 and several times faster: they compile for NVIDIA (170 registers, no spill)
+# but not for gfx942, and their error cannot be measured without a GPU, hence not here yet.
 FLOAT32 = TileConfig(rows=64, columns=128, depth=16, warps=8, stages=3, precision="ieee")
-FLOAT32_TENSOR_CORES = TileConfig(rows=64, columns=128, depth=32, warps=8, stages=2, precision="tf32x3")
-HALF = TileConfig(rows=128, columns=128, depth=64, warps=8, stages=3, precision="tf32")  # 16 bits: not used
+HALF = TileConfig(rows=128, columns=128, depth=64, warps=8, stages=3, precision="tf32")  # precision: fp32 only
 
 
 @triton.jit
@@ -304,15 +304,14 @@ ELEMENTS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16
 
 
 def ahead_of_time_encoder(elements: tuple[str, ...] = tuple(ELEMENTS), **constexprs: object) -> list[AheadOfTime]:
-    """The configurations of `encoder_scores`: one a dtype, and three TF32 products in place of fp32."""
+    """The configurations of `encoder_scores`: one a dtype."""
     flags = {"HAS_BIAS": True, "HAS_SCALE": False, "ABSOLUTE": False, "GROUP": 16} | constexprs
     pointers = {"x": "", "W_enc": "", "b_enc": "", "scale": "fp32", "scores": "fp32", "maxima": "i32"}
     sizes = {"n": "i32", "F": "i32", "D": "i32:16"}
     strides = {"x_row": "i32:16", "W_row": "i32:16", "scores_row": "i32:16", "maxima_row": "i32:16"}
-    kernels = [(e, tile_config(ELEMENTS[e])) for e in elements]
-    if "fp32" in elements:
-        kernels.append(("fp32", FLOAT32_TENSOR_CORES))
-    return [_ahead(encoder_scores_kernel, e, config, pointers, sizes | strides, flags) for e, config in kernels]
+    return [
+        _ahead(encoder_scores_kernel, e, tile_config(ELEMENTS[e]), pointers, sizes | strides, flags) for e in elements
+    ]
 
 
 def ahead_of_time_connections() -> list[AheadOfTime]:
@@ -342,7 +341,7 @@ def _ahead(
     signature = {name: known.get(name, "constexpr") for name in kernel.arg_names}
     name = kernel.__name__.removesuffix("_kernel")
     which = "".join(f" {f.lower()}" for f, on in flags.items() if on is True)
-    return AheadOfTime(f"{name} {element} {config.precision}{which}", kernel, signature, constexprs, config.options)
+    return AheadOfTime(f"{name} {element}{which}", kernel, signature, constexprs, config.options)
 
 
 def ahead_of_time_maxima() -> list[AheadOfTime]:

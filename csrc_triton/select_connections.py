@@ -15,12 +15,17 @@ def forward(W_enc: Tensor, E: Tensor, importance: Tensor, C: int, scratch_bytes:
 
     `W_enc` [H, F, D] with one head or several, `E` [U, D], `importance` [U].
     """
+    U = len(E)
+    if not 1 <= C <= U:
+        raise ValueError(f"C: expected from 1 to {U}, the number of upstream latents, got {C}")
+    if E.dtype != W_enc.dtype:
+        raise TypeError(f"E: expected {W_enc.dtype}, the dtype of W_enc, got {E.dtype}; cast one of them")
     connections = torch.empty(W_enc.shape[1], C, dtype=torch.int64, device=E.device)
 
     def fill(rows: slice, columns: slice, scores: Tensor, maxima: Tensor | None, group: int) -> None:
         connection_scores(W_enc[:, rows], E[columns], importance[columns], scores, maxima, group)
 
-    streamed_topk(fill, W_enc.shape[1], len(E), C, scratch_bytes, None, connections)
+    streamed_topk(fill, W_enc.shape[1], U, C, scratch_bytes, None, connections)
     return connections
 
 

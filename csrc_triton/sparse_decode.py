@@ -7,10 +7,12 @@ backward: d_values[n, k] = <grad[n], W_dec[indices[n, k]]>, and dW[f] sums value
 
 from torch import Tensor
 
+from .launch import launcher
 from .rows import gather_sum, row_dots, transposed_gather_sum
 from .transpose import transpose
 
 
+@launcher
 def forward(values: Tensor, indices: Tensor, W_dec: Tensor) -> Tensor:
     """[N, D] from `values` `indices` [N, K] and `W_dec` [F, D], of any strides (D may be all targets side by side).
 
@@ -20,6 +22,7 @@ def forward(values: Tensor, indices: Tensor, W_dec: Tensor) -> Tensor:
     return gather_sum(values, indices, W_dec)
 
 
+@launcher
 def backward(
     grad: Tensor, values: Tensor, indices: Tensor, W_dec: Tensor, needs: tuple[bool, bool] = (True, True)
 ) -> tuple[Tensor | None, Tensor | None]:

@@ -102,9 +102,7 @@ def streamed_topk(
             )  # fmt: skip
         if blocks.pieces > 1:
             merged_values, merged_ids = _matrix(best_values, n, k), _matrix(best_ids, n, k)
-            select(
-                values, None, 1, k, _matrix(winners, n, k), merged_ids, merged_values, absolute=absolute, labels=ids
-            )
+            select(values, None, 1, k, _matrix(winners, n, k), merged_ids, merged_values, absolute=absolute, labels=ids)
             values, ids = merged_values, merged_ids
         place(
             values, ids, None if out_values is None else out_values[rows], out_ids[rows], relu=relu, absolute=absolute

@@ -154,7 +154,17 @@ def _groupmax(
         n = rows.stop - rows.start
         encoder_scores(x[rows], W_enc, b_enc, None, scratch[:n], None, 1)
         groupmax_kernel[(cdiv(n * k, GROUP_TILE // block),)](
-            scratch, best_values, best_ids, n * k, F, k, cdiv(F, k), F, PAIRS=GROUP_TILE // block, BLOCK=block, num_warps=8
+            scratch,
+            best_values,
+            best_ids,
+            n * k,
+            F,
+            k,
+            cdiv(F, k),
+            F,
+            PAIRS=GROUP_TILE // block,
+            BLOCK=block,
+            num_warps=8,
         )
         select.place(best_values[:n], best_ids[:n], values[rows], indices[rows], relu=True)
 

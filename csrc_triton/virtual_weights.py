@@ -6,9 +6,11 @@ backward: dW[f] = sum_c grad[f, c] E[connections[f, c]], and dE[u] sums grad x W
 
 from torch import Tensor
 
+from .launch import launcher
 from .rows import gather_sum, row_dots, transposed_gather_sum
 
 
+@launcher
 def forward(W_enc: Tensor, E: Tensor, connections: Tensor) -> Tensor:
     """V [F, C] from `W_enc` [F, D], `E` [U, D] and `connections` [F, C], 0 at empty slots (-1).
 
@@ -17,6 +19,7 @@ def forward(W_enc: Tensor, E: Tensor, connections: Tensor) -> Tensor:
     return row_dots(W_enc, connections, E)
 
 
+@launcher
 def backward(
     grad: Tensor,
     W_enc: Tensor,

@@ -61,7 +61,8 @@ def _selftest(device: str, backends: tuple[str, ...]) -> int:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Entry point: 0 on success, 1 when the self-test fails, 2 on bad input, with one line on standard error that says what was wrong."""
+    """Entry point: 0 on success, 1 when the self-test fails, 2 on bad input, with one line on standard error that says
+    what was wrong."""
     import tyro
 
     Config = Annotated[TrainConfig, tyro.conf.arg(name="")]

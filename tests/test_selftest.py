@@ -49,7 +49,9 @@ def broken(monkeypatch):
 
 
 @pytest.mark.parametrize("which", ["forward", "backward"])
-@pytest.mark.parametrize("op", ["topk_encode", "sparse_decode", "virtual_weights", "virtual_matmul", "connected_encode"])
+@pytest.mark.parametrize(
+    "op", ["topk_encode", "sparse_decode", "virtual_weights", "virtual_matmul", "connected_encode"]
+)
 def test_one_number_slightly_wrong_fails(broken, op, which):
     broken(op, which, off_by_little)
     rows = selftest.selftest("cpu", ["broken"], [torch.float32])

@@ -45,11 +45,10 @@ def present(*gradients: Tensor | None) -> tuple[Tensor, ...]:
     return tuple(torch.empty(0) if gradient is None else gradient for gradient in gradients)
 
 
-def fake_gradients(needed: list[bool], *inputs: Tensor | None) -> tuple[Tensor, ...]:
+def fake_gradients(needed: list[bool], *inputs: Tensor) -> tuple[Tensor, ...]:
     """Their shapes: those of the inputs, contiguous."""
     return tuple(
-        inputs[0].new_empty(tensor.shape, dtype=tensor.dtype) if need and tensor is not None else torch.empty(0)
-        for need, tensor in zip(needed, inputs, strict=True)
+        tensor.new_empty(tensor.shape) if need else torch.empty(0) for need, tensor in zip(needed, inputs, strict=True)
     )
 
 

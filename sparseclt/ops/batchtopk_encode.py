@@ -69,9 +69,7 @@ def largest(candidates: Tensor, limit: int) -> Tensor:
     return (better | (equal & (equal.cumsum(0) <= limit - better.sum()))).nonzero().flatten()
 
 
-def forward_torch(
-    x: Tensor, W_enc: Tensor, b_enc: Tensor | None, k: int, scratch_bytes: int
-) -> tuple[Tensor, Tensor]:
+def forward_torch(x: Tensor, W_enc: Tensor, b_enc: Tensor | None, k: int, scratch_bytes: int) -> tuple[Tensor, Tensor]:
     """Candidates in order of token and latent; what cannot be among the N k largest any more is dropped whenever
     there are more than 2 N k, which also raises the bar for later chunks."""
     N, F = len(x), len(W_enc)

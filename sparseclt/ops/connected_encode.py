@@ -179,9 +179,9 @@ register("connected_encode", "torch", forward_torch, backward_torch)
 
 
 def _run(*args: Any) -> tuple[Tensor, Tensor]:
-    *args, backend = args
-    check_ids("z_indices", args[4], args[10], "upstream latents")
-    return implementation("connected_encode", backend).forward(*args)
+    *arguments, backend = args
+    check_ids("z_indices", arguments[4], arguments[10], "upstream latents")
+    return implementation("connected_encode", backend).forward(*arguments)
 
 
 def _fake(r0: Tensor, *args: Any) -> tuple[Tensor, Tensor]:

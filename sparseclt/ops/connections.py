@@ -80,7 +80,9 @@ def as_connections(connections: Tensor | Connections, upstream: int | None) -> C
     return connections
 
 
-def csc(connections: Connections, op: str, backend: str, *differentiated: Tensor) -> tuple[Tensor | None, Tensor | None]:
+def csc(
+    connections: Connections, op: str, backend: str, *differentiated: Tensor
+) -> tuple[Tensor | None, Tensor | None]:
     """The connections' cached order and starts for an operator, where a pass of it reads them.
 
     The backward pass does when one of `differentiated` has a gradient, the forward pass of some backends always.

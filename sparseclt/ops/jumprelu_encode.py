@@ -125,9 +125,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
     ctx.mark_non_differentiable(indices, within)
 
 
-def _differentiate(
-    ctx: Any, grad_values: Tensor, _: Tensor, grad_l0: Tensor, __: Tensor
-) -> tuple[Tensor | None, ...]:
+def _differentiate(ctx: Any, grad_values: Tensor, _: Tensor, grad_l0: Tensor, __: Tensor) -> tuple[Tensor | None, ...]:
     values, indices, within, x, W_enc, threshold = ctx.saved_tensors
     needed = list(ctx.needs_input_grad[:3])
     grads = encode_backward(grad_values, values, indices, x, W_enc, needed, ctx.backend)

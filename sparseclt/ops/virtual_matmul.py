@@ -157,10 +157,9 @@ register("virtual_matmul", "torch", forward_torch, backward_torch)
 
 
 def _run(z_values: Tensor, z_indices: Tensor, V: Tensor, *rest: Any) -> Tensor:
-    *rest, upstream, scratch_bytes, backend = rest
-    check_ids("z_indices", z_indices, upstream, "upstream latents")
-    run = implementation("virtual_matmul", backend).forward
-    return run(z_values, z_indices, V, *rest, upstream, scratch_bytes)
+    *arguments, backend = rest
+    check_ids("z_indices", z_indices, arguments[-2], "upstream latents")
+    return implementation("virtual_matmul", backend).forward(z_values, z_indices, V, *arguments)
 
 
 def _fake(z_values: Tensor, z_indices: Tensor, V: Tensor, *rest: Any) -> Tensor:
@@ -196,6 +195,4 @@ _backward = define(
     _run_backward,
     _fake_backward,
 )
-_virtual_matmul = define(
-    f"virtual_matmul({_ARGUMENTS}, str backend) -> Tensor", _run, _fake, _differentiate, _save
-)
+_virtual_matmul = define(f"virtual_matmul({_ARGUMENTS}, str backend) -> Tensor", _run, _fake, _differentiate, _save)

@@ -2,11 +2,6 @@
 
 import pytest
 import torch
-from torch import Tensor
-from torch.overrides import TorchFunctionMode
-
-from csrc_triton import select, stream
-from csrc_triton import topk_encode as kernels
 from harness import (
     DEVICE,
     DTYPES,
@@ -18,6 +13,11 @@ from harness import (
     transposed,
     truth_and_peer,
 )
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from csrc_triton import select, stream
+from csrc_triton import topk_encode as kernels
 from sparseclt.ops import topk_encode
 
 TINY = 9000  # bytes: blocks of few tokens, rows in pieces of 128 latents

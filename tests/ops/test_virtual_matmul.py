@@ -79,7 +79,11 @@ def test_repeatable():
 BAD = {
     "U missing": ({"upstream": None}, ValueError, r"upstream: expected .*bare tensor, got None; pass upstream=U"),
     "U below 0": ({"upstream": -1}, ValueError, r"upstream: expected .*>= 0, got -1"),
-    "another U": ({"connections": Connections(distinct_ids(5, 3, count=6), 9)}, ValueError, r"upstream: expected 9.* got 6"),
+    "another U": (
+        {"connections": Connections(distinct_ids(5, 3, count=6), 9)},
+        ValueError,
+        r"upstream: expected 9.* got 6",
+    ),
     "id too large": ({"z_indices": torch.full((3, 4), 6)}, ValueError, r"z_indices: .*6 upstream latents.* got 6..6"),
     "connection too large": ({"connections": torch.full((5, 3), 6)}, ValueError, r"connections: .* got 6..6"),
     "float ids": ({"z_indices": rows(3, 4)}, TypeError, r"z_indices: expected int32 or int64"),

@@ -69,7 +69,11 @@ BAD = {
         r"connections: expected shape \[F, C\] \(F=4 as in",
     ),
     "float ids": ({"connections": rows(4, 3)}, TypeError, r"connections: expected int32 or int64"),
-    "another U": ({"connections": Connections(distinct_ids(4, 3, count=5), 9)}, ValueError, r"E: expected 9 rows.* got 5"),
+    "another U": (
+        {"connections": Connections(distinct_ids(4, 3, count=5), 9)},
+        ValueError,
+        r"E: expected 9 rows.* got 5",
+    ),
     "another D": ({"E": rows(5, 2)}, ValueError, r"E: expected shape \[U, D\] \(D=3 as in W_enc\), got \(5, 2\)"),
     "another dtype": ({"E": rows(5, 3).float()}, TypeError, r"E: expected torch.float64"),
     "another device": ({"E": rows(5, 3).to("meta")}, ValueError, r"E: expected on cpu"),
