@@ -52,7 +52,9 @@ def _selftest(device: str, backends: tuple[str, ...]) -> int:
 
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    names = backends or tuple(name for name in ("torch", "numba", "triton") if selftest.runnable(name, torch.float32, device))
+    names = backends or tuple(
+        name for name in ("torch", "numba", "triton") if selftest.runnable(name, torch.float32, device)
+    )
     rows = selftest.selftest(device, names)
     print(selftest.table(rows))
     failed = sum(not row.passed for row in rows)
