@@ -111,15 +111,16 @@ def weights_torch(i: Inputs) -> Tensor:
 def matmul_dense(i: Inputs) -> Tensor:
     """Virtual weights spelled out as a matrix [F, U], then one GEMM."""
     U = i.connections.upstream
-    V = i.V.new_zeros(len(i.V), U).scatter_add(1, i.connections.indices.clamp_min(0), i.V)
+    ids = i.connections.indices
+    V = i.V.new_zeros(len(i.V), U).scatter_add(1, ids.clamp_min(0), i.V * (ids >= 0))
     return scatter(i.z_values, i.z_indices, U) @ V.T
 
 
 def matmul_torch(i: Inputs) -> Tensor:
     z = scatter(i.z_values, i.z_indices, i.connections.upstream)
-    V = weights_torch(i) if "V" not in vars(i) else i.V
-    ids = i.connections.indices.clamp_min(0)  # V is 0 at empty slots
-    return functional.embedding_bag(ids, z.T.contiguous(), per_sample_weights=V, mode="sum").T
+    ids = i.connections.indices
+    V = i.V * (ids >= 0) if "V" in vars(i) else weights_torch(i)
+    return functional.embedding_bag(ids.clamp_min(0), z.T.contiguous(), per_sample_weights=V, mode="sum").T
 
 
 def virtual_dense(i: Inputs) -> Tensor:

@@ -71,11 +71,12 @@ def virtual(way: str, backward: bool, s: int, **sizes: int) -> Cost:
 
 
 def connected(way: str, backward: bool, s: int, **sizes: int) -> Cost:
+    """With the virtual weights that it reads."""
     if way == "sparse" and backward:  # connections of the K selected latents of a token alone
         pairs = sizes["N"] * sizes["K"] * sizes["C"]
-        return encode(way, backward, s, **sizes) + Cost(4 * pairs, (3 * s + INDEX) * pairs)
-    upstream = virtual if way == "dense" else matmul
-    return encode(way, backward, s, **sizes) + upstream(way, backward, s, **sizes)
+        upstream = Cost(4 * pairs, (3 * s + INDEX) * pairs) + weights(way, backward, s, **sizes)
+        return encode(way, backward, s, **sizes) + upstream
+    return encode(way, backward, s, **sizes) + virtual(way, backward, s, **sizes)
 
 
 def select(way: str, backward: bool, s: int, D: int, F: int, C: int, U: int, **_: int) -> Cost:

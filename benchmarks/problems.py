@@ -193,7 +193,7 @@ PROBLEMS = {
     "connected_encode": Problem(
         connected_inputs, _ours_connected,
         {"dense": baselines.connected_dense, "torch": baselines.connected_torch},
-        costs.connected, ("r0", "W_enc", "b_enc", "E", "z_values"), latents, loose=True, sparse_ways=(),
+        costs.connected, ("r0", "W_enc", "b_enc", "E", "z_values"), latents, loose=True, sparse_ways=("torch",),
     ),
     "select_connections": Problem(
         select_inputs,

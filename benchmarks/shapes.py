@@ -29,12 +29,12 @@ OPS: dict[str, dict[str, list[dict[str, int]]]] = {
     },
     "quick": {
         "sparse_decode": [_decode],
-        "topk_encode": [_encode],
+        "topk_encode": [_encode | {"N": 512, "F": 16384}],
         "virtual_weights": [_of(_small_pair, "DFCU")],
         "virtual_matmul": [_of(_small_pair, "NFCUS")],
         "virtual_weights+virtual_matmul": [_small_pair],
         "connected_encode": [_small_pair | {"K": 32}],
-        "select_connections": [_select],
+        "select_connections": [_select | {"F": 1024}],
     },
     "full": {
         "sparse_decode": [_decode, _decode | {"K": 128}, {"N": 256, "D": 256, "F": 1024, "K": 32}],
