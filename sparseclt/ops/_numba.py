@@ -259,19 +259,20 @@ def _connected_encode_backward(
 
 
 def _select_connections(W_enc: Tensor, E: Tensor, importance: Tensor, C: int, scratch_bytes: int) -> Tensor:
-    best, importance = _Selection(E, W_enc.shape[1], C), importance.contiguous()
-    if len(W_enc) == 1:
-        for part, offset, tile in _products(W_enc[0], E, scratch_bytes):
-            run(select.take_scored, len(tile), tile.numel(), tile, offset, importance, *best.of(part))
-        return best.finish()[1]
+    best, importance = _Selection(E, W_enc.shape[1], C), importance.expand(W_enc.shape[1], len(E))
     # Tiles of all heads come in step: their squares add up in the first one's.
     heads = [_products(head, E, scratch_bytes // len(W_enc)) for head in W_enc]
     for tiles in zip(*heads, strict=True):
-        part, offset, total = tiles[0]
-        total.square_()
-        for _, _, tile in tiles[1:]:
-            total += tile.square_()
-        run(select.take_scored, len(total), total.numel(), total.sqrt_(), offset, importance, *best.of(part))
+        part, offset, scores = tiles[0]
+        if len(W_enc) == 1:
+            scores.abs_()
+        else:
+            scores.square_()
+            for _, _, tile in tiles[1:]:
+                scores += tile.square_()
+            scores.sqrt_()
+        scores *= importance[part, offset : offset + scores.shape[1]]
+        run(select.take_scored, len(scores), scores.numel(), scores, offset, *best.of(part))
     return best.finish()[1]
 
 

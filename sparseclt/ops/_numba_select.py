@@ -99,14 +99,10 @@ def take_encoded(start, stop, pre, offset, bias, absolute, values, indices, coun
 
 
 @kernel()
-def take_scored(start, stop, weights, offset, importance, values, indices, counts):
-    """Show rows of a tile of virtual weights, as importance [U] times their absolute value."""
+def take_scored(start, stop, scores, offset, values, indices, counts):
+    """Show rows of a tile of scores as they are."""
     for n in range(start, stop):
-        row = weights[n]
-        part = importance[offset : offset + len(row)]
-        for u in range(len(row)):
-            row[u] = abs(row[u]) * part[u]
-        counts[n] = _take(row, offset, False, -np.inf, values[n], indices[n], counts[n])
+        counts[n] = _take(scores[n], offset, False, -np.inf, values[n], indices[n], counts[n])
 
 
 @kernel(SUMS)

@@ -31,7 +31,7 @@ def test_both_backends_equal_the_formula_whatever_the_chunk(shape, scratch_bytes
 
 
 @pytest.mark.parametrize("scratch_bytes", [1, 7000, 1 << 22])
-@pytest.mark.parametrize("backend", ["reference", "torch"])
+@pytest.mark.parametrize("backend", ["reference", *WIDE])
 def test_an_importance_for_each_pair(backend, scratch_bytes):
     case = inputs(*SHAPES["odd"])
     case["importance"] = rows(77, 300, seed=4).abs()
