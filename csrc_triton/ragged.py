@@ -16,8 +16,8 @@ from .stream import SCRATCH_BYTES, plan, spans
 from .topk_encode import check_encoder, encoder_gradients, sum_by_latent
 from .transpose import transpose
 
-BLOCK = 2048  # scores that a program looks at at a time
-SPAN = 16 * BLOCK  # scores that a program of the histogram counts
+BLOCK = 1024  # scores that a program looks at at a time
+SPAN = 32 * BLOCK  # scores that a program of the histogram counts
 BINS = tl.constexpr(256)
 
 

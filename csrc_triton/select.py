@@ -22,7 +22,7 @@ from torch import Tensor
 from .launch import AheadOfTime
 from .scores import LOWEST, float_key
 
-MAX_BLOCK = 4096  # keys of a row held in registers at a time; longer rows are read again at each bit
+MAX_BLOCK = 2048  # keys of a row held in registers at a time; longer rows are read again at each bit
 MIN_TILE = 2048  # short rows share a program
 LONG = 1024  # slots from which on torch.sort puts them in order: counting takes k x k comparisons
 PLACE_TILE = 4096  # comparisons at a time when the survivors are put in order
@@ -211,7 +211,7 @@ class PlaceConfig:
 
     rows: int
     block: int
-    warps: int = 4
+    warps: int = 8
 
 
 def place_config(k: int) -> PlaceConfig:
