@@ -41,11 +41,15 @@ def test_three_runs_agree_to_the_last_bit(backend, dtype, name):
 @pytest.mark.parametrize("name", [n for n, case in CASES.items() if case.inputs.keys() & set(BY_TOKEN)])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_the_order_of_tokens_changes_nothing(backend, name):
-    """Outputs and gradients of tokens are equal. Those of weights are sums over tokens: equal but for their order."""
+    """Outputs and gradients of tokens are equal. Those of weights are sums over tokens: equal but for their order.
+
+    In Triton's interpreter a product is NumPy's, which rounds a row by its place in the tile: near, not equal.
+    """
+    interpreted = backend == "triton" and DEVICE == "cpu"
     case, order = CASES[name], torch.randperm(SIZES["N"], generator=torch.Generator().manual_seed(0)).to(DEVICE)
     straight, permuted = run(case, backend), run(case, backend, order)
     for quantity, expected in straight.items():
-        if quantity in (*BY_TOKEN, *OUTPUTS):
+        if quantity in (*BY_TOKEN, *OUTPUTS) and not interpreted:
             assert torch.equal(permuted[quantity], expected), quantity
         else:
             torch.testing.assert_close(permuted[quantity], expected, rtol=1e-5, atol=1e-6)

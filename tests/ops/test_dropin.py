@@ -47,8 +47,10 @@ def test_sparsify(activation):
     coder = snippet("EleutherAI sparsify")["FastCoder"]
     config = sparsify.SparseCoderConfig(num_latents=F, k=K, activation=activation)
     fast, plain = coder(D, config, device=DEVICE), sparsify.SparseCoder(D, config, device=DEVICE)
-    with torch.no_grad():
+    with torch.no_grad():  # weights of our own: its random ones need not give every row K positive slots
         plain.W_dec.copy_(rows(F, D, seed=3).float())
+        plain.encoder.weight.copy_(rows(F, D, seed=4).float())
+        plain.encoder.bias.fill_(20.0)
     fast.load_state_dict(plain.state_dict())
     x = rows(N, D).float()
     assert all((plain.encode(x).top_acts > 0).all(1)), "where its gradient is right"
