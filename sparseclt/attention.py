@@ -18,6 +18,7 @@ from torch import Tensor
 
 from sparseclt import ops
 from sparseclt.ops._encode import top_k
+from sparseclt.ops._rows import chunks
 from sparseclt.ops.backend import choose, implementation
 from sparseclt.ops.checks import check_scratch
 from sparseclt.ops.topk_encode import select_reference
@@ -64,9 +65,7 @@ def attention_write(base: Tensor, mix: Tensor, weights: AttentionWeights) -> Ten
 
 def _chunks(mix: Tensor, F: int, scratch_bytes: int) -> Iterator[slice]:
     """Slices of the B sequences: two buffers [b, S, F] fit in the scratch, one sequence's at least."""
-    B, _, S, _ = mix.shape
-    size = max(1, scratch_bytes // max(1, 2 * S * F * mix.element_size()))
-    return (slice(start, min(start + size, B)) for start in range(0, B, size))
+    return chunks(len(mix), 2 * mix.shape[-1] * F * mix.element_size(), scratch_bytes)
 
 
 class _AttentionEncode(torch.autograd.Function):

@@ -13,6 +13,7 @@ from sparseclt.forward import ForwardPass
 from sparseclt.language_model import Activations, LanguageModel
 from sparseclt.losses import targets
 from sparseclt.model import SparseCLT
+from sparseclt.ops import Connections
 from sparseclt.sites import Mode, Site
 
 VIRTUAL_WEIGHT_IN_EFFECT = 1e-4
@@ -202,12 +203,14 @@ def fvu_against_c(
     """
     if len(rows) < 2:
         raise ValueError(f"rows: expected at least 2, one to choose on and one to measure on, got {len(rows)}")
-    M, a = len(clt.sites), clt.architecture
-    recent = RecentLatents(M, a.active, rows[::2].numel(), next(clt.parameters()).device)
-    activity = Activity(M, a.latents, device=next(clt.parameters()).device, recent=recent)
+    M, a, device = len(clt.sites), clt.architecture, next(clt.parameters()).device
+    recent = RecentLatents(M, a.active, rows[::2].numel(), device)
+    activity = Activity(M, a.latents, device=device, recent=recent)
     for _, activations in _captures(clt, language_model, rows[::2], batch_rows):
         activity.update(clt(activations, "vanilla", backend=backend).latents)
-    chosen = select_top_connections(clt, activity, max(Cs), importance, backend)  # best first: C's are the first C
+    # Chosen best first: those of a smaller C are the first C. Checked and sorted here, once for all batches.
+    best = list(zip(clt, select_top_connections(clt, activity, max(Cs), importance, backend), strict=True))
+    chosen = {C: [ids if ids is None else Connections(ids[:, :C], module.upstream) for module, ids in best] for C in Cs}
     variance, vanilla, sparse = _Variance(clt), _ModeStatistics(clt), {C: _ModeStatistics(clt) for C in Cs}
     own = [(module.connections, module.logits) for module in clt]
     try:
@@ -218,7 +221,8 @@ def fvu_against_c(
             variance.add(real)
             vanilla.add(clt(activations, "vanilla", backend=backend), real)
             for C in Cs:
-                clt.connect([None if best is None else best[:, :C] for best in chosen])
+                for module, connections in zip(clt, chosen[C], strict=True):
+                    module.connections = connections
                 sparse[C].add(clt(activations, "sparse", backend=backend), real)
     finally:
         for module, (connections, logits) in zip(clt, own, strict=True):
