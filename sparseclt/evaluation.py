@@ -9,6 +9,7 @@ from torch import Tensor
 from sparseclt.activity import Activity, RecentLatents
 from sparseclt.config import Importance
 from sparseclt.connections import select_top_connections
+from sparseclt.decoder_gradients import DecoderGradients
 from sparseclt.forward import ForwardPass
 from sparseclt.language_model import Activations, LanguageModel
 from sparseclt.losses import targets
@@ -20,13 +21,15 @@ VIRTUAL_WEIGHT_IN_EFFECT = 1e-4
 SPLIT_COSINE = 0.9
 
 
-def replacement(clt: SparseCLT, mode: Mode, backend: str | None = None) -> dict[str, Callable[..., Tensor]]:
+def replacement(
+    clt: SparseCLT, mode: Mode, backend: str | None = None, *, gradients: DecoderGradients | None = None
+) -> dict[str, Callable[..., Tensor]]:
     """Hooks for `LanguageModel.replaced_logits` and `cross_entropy`: every module's site gets its reconstruction.
 
     The modules read the replaced run itself, layer by layer; nothing of the real run is left. In
     sparsely-connected mode the frozen parts (norm scales, attention) are that run's own.
     """
-    forward = ForwardPass(clt, mode, backend)
+    forward = ForwardPass(clt, mode, backend, gradients=gradients)
     hooks: dict[str, Callable[..., Tensor]] = {"on_mlp": lambda layer, live: forward.advance(Site("mlp", layer), live)}
     if clt.architecture.attention == "latents":
         hooks["on_attn"] = lambda layer, live: forward.advance(Site("attn", layer), live)

@@ -1,5 +1,6 @@
 """One pass over a batch in one mode, a module at a time."""
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import torch
@@ -7,10 +8,11 @@ from torch import Tensor
 
 from sparseclt import ops
 from sparseclt.attention import attention_encode, attention_write
-from sparseclt.modules import Latents, Transcoder
+from sparseclt.modules import Latents
 from sparseclt.sites import MODES, Mode, Site, model_sites, upstream_modules
 
 if TYPE_CHECKING:
+    from sparseclt.decoder_gradients import DecoderGradients
     from sparseclt.language_model import Activations
     from sparseclt.model import SparseCLT
 
@@ -22,13 +24,20 @@ class ForwardPass:
     when the model arrives there, on that run's own activations.
     """
 
-    def __init__(self, clt: "SparseCLT", mode: Mode, backend: str | None = None, error_nodes: bool = False):
+    def __init__(
+        self,
+        clt: "SparseCLT",
+        mode: Mode,
+        backend: str | None = None,
+        error_nodes: bool = False,
+        gradients: "DecoderGradients | None" = None,
+    ):
         if mode not in MODES:
             raise ValueError(f"mode: expected one of {MODES}, got {mode!r}")
         self.clt, self.mode, self.backend, self.error_nodes = clt, mode, backend, error_nodes
-        self.architecture = clt.architecture
+        self.architecture, self.gradients = clt.architecture, gradients
         self.latents: list[Latents] = []
-        self.virtual_weights = clt.virtual_weights(backend) if mode == "sparse" else []
+        self.virtual_weights = clt.virtual_weights(backend, gradients) if mode == "sparse" else []
         self._outputs: dict[Site, Tensor] = {}
         self._order = model_sites(self.architecture.layers, attention=True)
         self._passed = 0  # sites of `_order` whose writes are already in `_stream`
@@ -48,15 +57,24 @@ class ForwardPass:
         self._readings.append(self._read(site))
         latents = self.encode(index)
         self.latents.append(latents)
-        self._write(self.clt.transcoder(index), latents)
+        self._write(index, latents)
         return self._outputs[site].view_as(activations.r_0)
 
-    def _write(self, module: Transcoder, latents: Latents) -> None:
-        site = module.site
-        for target, written in enumerate(module.decode(latents, self.backend).unbind(1)):
-            to = Site(site.kind, site.layer + target)
+    def decode(self, index: int, latents: Latents) -> Iterator[tuple[Site, Tensor]]:
+        """What latents of module `index` write, without bias: each target with its [N, D]."""
+        module = self.clt.transcoder(index)
+        if self.gradients is None:
+            parts = module.decode(latents, self.backend).unbind(1)
+        else:
+            parts = self.gradients.decode(index, latents)
+        for target, written in enumerate(parts):
+            yield Site(module.site.kind, module.site.layer + target), written
+
+    def _write(self, index: int, latents: Latents) -> None:
+        module = self.clt.transcoder(index)
+        for to, written in self.decode(index, latents):
             self._outputs[to] = self._outputs[to] + written if to in self._outputs else written
-        self._outputs[site] = self._outputs[site] + module.b_dec
+        self._outputs[module.site] = self._outputs[module.site] + module.b_dec
 
     def _read(self, site: Site) -> Tensor:
         """What `site` reads unmasked, [N, D]. Vanilla: the model's own input of that site. Sparsely-connected: the

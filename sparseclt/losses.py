@@ -47,14 +47,12 @@ def aux_k(forward: ForwardPass, errors: dict[Site, Tensor], dead: Tensor, k: int
     virtual weights in sparsely-connected mode. `dead` is boolean [M, F].
     """
     explained: dict[Site, Tensor] = {}
-    for index, module in enumerate(forward.clt):
+    for index in range(len(forward.clt.sites)):
         rows = dead[index].nonzero().flatten()
         if not len(rows):
             continue
         latents = forward.encode(index, rows, min(k, len(rows)))
-        written = ops.sparse_decode(latents.values, latents.indices, module.W_dec[rows], backend=forward.backend)
-        for target, part in enumerate(written.unbind(1)):
-            to = Site(module.site.kind, module.site.layer + target)
+        for to, part in forward.decode(index, Latents(latents.values, rows[latents.indices])):
             explained[to] = explained[to] + part if to in explained else part
     if not explained:
         return None

@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import torch
 from torch import Tensor, nn
 
 from sparseclt.attention import AttentionWeights, centre
@@ -14,6 +15,7 @@ from sparseclt.modules import Transcoder
 from sparseclt.sites import Mode, Site, model_sites, upstream_modules
 
 if TYPE_CHECKING:
+    from sparseclt.decoder_gradients import DecoderGradients
     from sparseclt.language_model import Activations
 
 
@@ -115,26 +117,41 @@ class SparseCLT(nn.Module):
         W_V, W_O, bias = (module.get_buffer(name) for name in ("W_V", "W_O", "bias"))
         return AttentionWeights(W_V, W_O, bias, self.architecture.centred)
 
-    def virtual_weights(self, backend: str | None = None) -> list[Tensor | None]:
-        """V of every module ([F, C]; attention [H, F, C]), learned masks applied; None without upstream."""
+    def virtual_weights(
+        self, backend: str | None = None, gradients: "DecoderGradients | None" = None
+    ) -> list[Tensor | None]:
+        """V of every module ([F, C]; attention [H, F, C]), learned masks applied; None without upstream.
+
+        `gradients`: what takes down their gradient instead of passing it on to encoders and decoders.
+        """
         if not self.connected:
             raise ValueError("this CLT has no connections yet: choose them with TopConnections(...).update(clt)")
         rows = [self.reading_rows(i) for i in range(len(self.sites))]
         decoders = [m.W_dec for m in self]
-        weights = cross_layer_virtual_weights(self.readers(), self.sites, rows, decoders, backend)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and gradients is None):
+            weights = cross_layer_virtual_weights(self.readers(), self.sites, rows, decoders, backend)
+        if gradients is not None:
+            weights = [V if V is None else gradients.virtual_weights(i, V) for i, V in enumerate(weights)]
         masks = [m.mask() for m in self]
         return [V if mask is None or V is None else V * mask for V, mask in zip(weights, masks, strict=True)]
 
     def forward(
-        self, activations: "Activations", mode: Mode, *, backend: str | None = None, error_nodes: bool = False
+        self,
+        activations: "Activations",
+        mode: Mode,
+        *,
+        backend: str | None = None,
+        error_nodes: bool = False,
+        gradients: "DecoderGradients | None" = None,
     ) -> ForwardPass:
         """All modules on one batch of captured activations, in `mode` "vanilla" or "sparse".
 
         The pass holds `latents` (one a module, in model order) and `output(site)`, the reconstruction [N, D].
         `error_nodes` (sparsely-connected mode): what each module failed to reconstruct is added to the stream
         that later modules read, as in circuit tracing. With all connections open, both modes then agree.
+        `gradients`: what gathers the decoders' gradient in the backward pass, in place of their `.grad`.
         """
-        forward = ForwardPass(self, mode, backend, error_nodes)
+        forward = ForwardPass(self, mode, backend, error_nodes, gradients)
         for site in self.sites:
             forward.advance(site, activations)
         return forward

@@ -16,6 +16,7 @@ from sparseclt.activity import Activity, RecentLatents
 from sparseclt.config import TrainConfig, from_dict, to_dict
 from sparseclt.connections import make_policy
 from sparseclt.data import NoHeldOutSplit, RowStream, Split, read_documents, split_held_out, token_rows
+from sparseclt.decoder_gradients import DecoderGradients
 from sparseclt.evaluation import replacement
 from sparseclt.forward import ForwardPass
 from sparseclt.language_model import Activations, LanguageModel
@@ -116,14 +117,18 @@ class Trainer:
         c, steps = self.config.loss, self.config.steps
         return min(1.0, max(0.0, step - c.begin * steps) / max(1.0, c.ramp * steps))
 
-    def loss(self, activations: Activations, step: int) -> tuple[Tensor, dict[str, Tensor], dict[Mode, ForwardPass]]:
-        """The loss of a batch, its terms by name, and the forward pass of each mode that ran."""
+    def loss(
+        self, activations: Activations, step: int, gradients: DecoderGradients | None = None
+    ) -> tuple[Tensor, dict[str, Tensor], dict[Mode, ForwardPass]]:
+        """The loss of a batch, its terms by name, and the forward pass of each mode that ran. `gradients` gathers the
+        decoders' gradient in place of their `.grad`."""
         clt, rho = self.clt, self.ramp(step)
+        options: dict[str, Any] = {"backend": self.config.backend, "gradients": gradients}
         real = losses.targets(clt, activations)
-        passes: dict[Mode, ForwardPass] = {"vanilla": clt(activations, "vanilla", backend=self.config.backend)}
+        passes: dict[Mode, ForwardPass] = {"vanilla": clt(activations, "vanilla", **options)}
         total, terms = self._mode_loss("vanilla", passes["vanilla"], real)
         if self.policy and clt.connected:
-            passes["sparse"] = clt(activations, "sparse", backend=self.config.backend)
+            passes["sparse"] = clt(activations, "sparse", **options)
             sparse, sparse_terms = self._mode_loss("sparse", passes["sparse"], real)
             terms |= sparse_terms
             pairs = zip(passes["sparse"].latents, passes["vanilla"].latents, strict=True)
@@ -153,7 +158,7 @@ class Trainer:
                 terms[f"aux_{mode}"] = aux
                 total = total + c.aux * aux
         if c.cross_entropy:
-            hooks = replacement(self.clt, mode, self.config.backend)
+            hooks = replacement(self.clt, mode, self.config.backend, gradients=forward.gradients)
             terms[f"cross_entropy_{mode}"] = self.language_model.cross_entropy(forward.activations.tokens, **hooks)
             total = total + c.cross_entropy * terms[f"cross_entropy_{mode}"]
         return total, terms

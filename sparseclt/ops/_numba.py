@@ -280,6 +280,7 @@ register("topk_encode", "numba", _topk_encode, _encode_backward)
 for _op in ("batchtopk_encode", "jumprelu_encode"):
     register(_op, "numba", implementation(_op, "torch").forward)
 register("sparse_decode", "numba", gather_sum, _sparse_decode_backward)
+register("transposed_gather_sum", "numba", transposed_gather_sum)
 register("virtual_weights", "numba", _virtual_weights, implementation("virtual_weights", "torch").backward)
 register("virtual_matmul", "numba", _virtual_matmul, _virtual_matmul_backward, csc=True)
 register("connected_encode", "numba", _connected_encode, _connected_encode_backward, csc=True)

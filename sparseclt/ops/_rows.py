@@ -73,6 +73,19 @@ class Transpose(NamedTuple):
     order: Tensor
     starts: Tensor
 
+    def bounds(self) -> Tensor:
+        """[R+1]: where each row's slots begin, and where the last one's end."""
+        return torch.cat([self.starts[1:], self.starts.new_full((1,), len(self.order))])
+
+
+def section(transposed: Transpose, start: int, stop: int) -> Transpose:
+    """Rows start..stop alone, numbered from 0, without the empty slots."""
+    bounds = transposed.bounds()[start : stop + 1]
+    first, last = int(bounds[0]), int(bounds[-1])
+    starts = bounds - first
+    starts[-1] = 0  # no empty slots: they would begin, and end, at 0
+    return Transpose(transposed.order[first:last], starts.roll(1))
+
 
 def transpose(indices: Tensor, rows: int) -> Transpose:
     """The stable order of `indices` by row: the same indices give the same order on every run."""

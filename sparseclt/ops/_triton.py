@@ -5,9 +5,11 @@ from typing import Any
 
 from torch import Tensor
 
+from sparseclt.ops._rows import Transpose
 from sparseclt.ops.backend import register
 
 # By module: what csrc_triton exports under an op's name need not be the module.
+_rows = import_module("csrc_triton.rows")
 _topk = import_module("csrc_triton.topk_encode")
 _decode = import_module("csrc_triton.sparse_decode")
 _weights = import_module("csrc_triton.virtual_weights")
@@ -28,6 +30,10 @@ def encode_backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     # Slots with any value, of either sign: those of the other activations have no negative ones.
     return _topk.backward(grad_values, values, indices, x, W_enc, needed, "abstopk")
+
+
+def transposed_gather_sum(weights: Tensor, transposed: Transpose, bags: Tensor) -> Tensor:
+    return _rows.transposed_gather_sum(weights, *transposed, bags)
 
 
 def jumprelu_encode(
@@ -102,6 +108,7 @@ register("topk_encode", "triton", topk_encode, encode_backward)
 register("batchtopk_encode", "triton", _ragged.batchtopk)
 register("jumprelu_encode", "triton", jumprelu_encode)
 register("sparse_decode", "triton", _decode.forward, _decode.backward)
+register("transposed_gather_sum", "triton", transposed_gather_sum)
 register("virtual_weights", "triton", _weights.forward, _weights.backward)
 register("virtual_matmul", "triton", virtual_matmul, virtual_matmul_backward, csc=True)
 register("connected_encode", "triton", connected_encode, connected_encode_backward, csc=True)

@@ -55,6 +55,7 @@ def backward_torch(
 
 register("sparse_decode", "reference", sparse_decode_reference)
 register("sparse_decode", "torch", gather_sum, backward_torch)
+register("transposed_gather_sum", "torch", transposed_gather_sum)
 
 
 def _run(values: Tensor, indices: Tensor, W_dec: Tensor, backend: str) -> Tensor:
