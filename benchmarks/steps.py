@@ -45,11 +45,17 @@ def make_trainer(mode: str, device: str, L: int, D: int, F: int, K: int, C: int,
             m.b_dec.normal_(0, 0.02)
             if mode == "both" and m.upstream:
                 m.connect(random_connections(F, min(C, m.upstream), m.upstream, device).indices)
-    for parameter in trainer.clt.parameters():
-        parameter.grad = torch.zeros_like(parameter)
-    trainer.optimizer.step()  # its moments are there before memory is measured
-    trainer.optimizer.zero_grad(set_to_none=True)
     return trainer
+
+
+def make_adam(parameters: list[torch.nn.Parameter]) -> torch.optim.Adam:
+    """Adam that changes nothing, its moments there before memory is measured."""
+    adam = torch.optim.Adam(parameters, lr=0.0, fused=True)
+    for parameter in parameters:
+        parameter.grad = torch.zeros_like(parameter)
+    adam.step()
+    adam.zero_grad(set_to_none=True)
+    return adam
 
 
 def make_activations(L: int, D: int, N: int, device: str, **_: int) -> Activations:
@@ -116,15 +122,16 @@ def step_comparison(mode: str, sizes: dict[str, int], device: str, strict: bool,
         agreement_weight=trainer.config.loss.latent_agreement,
     )  # fmt: skip
     parameters = dict(trainer.clt.named_parameters())
+    adam = make_adam(list(parameters.values()))
     if mode == "both" and dense:
         i.masks = dense_masks(trainer)
 
     def stepping(loss: Callable[[], Tensor]) -> Callable[[], Tensor]:
         def step() -> Tensor:
-            trainer.optimizer.zero_grad(set_to_none=True)
+            adam.zero_grad(set_to_none=True)
             total = loss()
             total.backward()
-            trainer.optimizer.step()
+            adam.step()
             return total.detach()
 
         return step
@@ -145,7 +152,7 @@ def step_comparison(mode: str, sizes: dict[str, int], device: str, strict: bool,
 
     def prepared(run: Callable[[], Any]) -> Callable[[], Callable[[], Any]]:
         def prepare() -> Callable[[], Any]:
-            trainer.optimizer.zero_grad(set_to_none=True)
+            adam.zero_grad(set_to_none=True)
             return run
 
         return prepare

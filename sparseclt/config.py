@@ -106,6 +106,12 @@ class OptimizerConfig:
     """Adam's betas."""
     clip: float | None = 1.0
     """Largest norm of the gradient; None: not clipped."""
+    state: Literal["fp32", "factored"] = "fp32"
+    """Adam's moments. fp32: 8 bytes a parameter. factored: one second moment for each encoder and decoder vector, and
+    first moments in bf16, 2 bytes a parameter."""
+    rows: Literal["all", "touched"] = "all"
+    """Decoder rows that a step updates: all, or those alone that a latent or a connection touched; the others'
+    moments decay later, when they are touched."""
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,6 @@
 """Training: both modes from one activation capture, checkpoints that continue bit-exactly."""
 
 import json
-import math
 import shutil
 from collections.abc import Iterator
 from dataclasses import replace
@@ -22,6 +21,7 @@ from sparseclt.forward import ForwardPass
 from sparseclt.language_model import Activations, LanguageModel
 from sparseclt.loggers import JsonLinesLogger, make_loggers, truncate_after
 from sparseclt.model import Architecture, SparseCLT
+from sparseclt.optim import RowAdam, apply
 from sparseclt.prefetch import one_ahead
 from sparseclt.serialization import load_clt_tensors, write_clt
 from sparseclt.sites import MODES, Mode, Site
@@ -100,8 +100,7 @@ class Trainer:
         if self.policy and config.connections.importance == "coactivation":
             recent = RecentLatents(M, config.clt.active, config.connections.recent_tokens, self.device)
             self.activity["vanilla"].recent = recent
-        o = config.optimizer
-        self.optimizer = torch.optim.Adam(self.clt.parameters(), lr=o.learning_rate, betas=o.betas, fused=True)
+        self.optimizer = RowAdam(self.clt, config.optimizer, config.seed)
         self.step = 0
 
     # One step
@@ -178,21 +177,17 @@ class Trainer:
         self._check_activations(activations)
         if self.policy and step >= self.config.loss.begin * self.config.steps:
             self.policy.update(self.clt, self.activity["vanilla"], step)
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.learning_rate(step)
-        self.optimizer.zero_grad(set_to_none=True)
-        total, terms, passes = self.loss(activations, step)
+        gradients = DecoderGradients(self.clt, self.config.backend)
+        total, terms, passes = self.loss(activations, step, gradients)
         if not torch.isfinite(total):
             bad = next((name for name, term in terms.items() if not torch.isfinite(term)), "loss")
             raise NonFiniteError(f"step {step}: {bad} is {terms[bad].item()}; stopped before the optimiser's step")
         total.backward()
-        norm = torch.nn.utils.clip_grad_norm_(self.clt.parameters(), self.config.optimizer.clip or math.inf)
-        if not torch.isfinite(norm):
-            bad = next(n for n, p in self.clt.named_parameters() if p.grad is not None and not p.grad.isfinite().all())
+        norm, bad = apply(self.clt, gradients, self.optimizer, self.learning_rate(step), self.config.optimizer.clip)
+        if bad is not None:
             raise NonFiniteError(
                 f"step {step}: the gradient of {bad} is not finite; stopped before the optimiser's step"
             )
-        self.optimizer.step()
         for mode, forward in passes.items():
             self.activity[mode].update(forward.latents)
         self.step += 1
@@ -265,9 +260,7 @@ class Trainer:
     def save(self) -> Path:
         """Write checkpoints/step_N of the run directory, whole or not at all, and drop the oldest ones."""
         tensors: dict[str, Tensor] = {"random_state": torch.get_rng_state()}
-        for name, parameter in self.clt.named_parameters():
-            for key, value in self.optimizer.state.get(parameter, {}).items():
-                tensors[f"optimizer/{name}/{key}"] = value
+        tensors |= {f"optimizer/{name}": tensor for name, tensor in self.optimizer.tensors().items()}
         for mode, activity in self.activity.items():
             for key, value in activity.state().items():
                 tensors[f"activity/{mode}/{key}"] = value
@@ -291,18 +284,13 @@ class Trainer:
         _, clt_state = checkpoint.load_clt(path)
         load_clt_tensors(self.clt, clt_state)
         tensors, numbers = checkpoint.load_state(path)
-        for name, parameter in self.clt.named_parameters():
-            prefix = f"optimizer/{name}/"
-            self.optimizer.state[parameter] = {
-                key.removeprefix(prefix): value.to("cpu" if key.endswith("/step") else self.device)
-                for key, value in tensors.items()
-                if key.startswith(prefix)
-            }
+        for name, tensor in self.optimizer.tensors().items():
+            tensor.copy_(tensors[f"optimizer/{name}"])
         for mode, activity in self.activity.items():
             prefix = f"activity/{mode}/"
             activity.load_state({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
         torch.set_rng_state(tensors["random_state"])
-        self.step = int(numbers["step"])
+        self.step = self.optimizer.step = int(numbers["step"])
         self.stream = RowStream(
             self.stream.rows, self.config.batch_rows, self.config.seed, position=int(numbers["position"])
         )

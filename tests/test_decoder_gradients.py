@@ -8,6 +8,7 @@ from tiny_models import tokens
 from sparseclt.config import CLTConfig, ConnectionConfig, DataConfig, LossConfig, TrainConfig
 from sparseclt.decoder_gradients import DecoderGradients
 from sparseclt.ops._rows import section, transpose
+from sparseclt.optim import RowAdam
 from sparseclt.trainer import Trainer
 
 ROWS, LENGTH = 3, 12
@@ -23,6 +24,7 @@ def trainer(tmp_path, kind="gpt2", attention="frozen", policy="top", **more) -> 
     model = language_model(kind, torch.float64)
     t = Trainer(config, language_model=model, rows=tokens(ROWS, LENGTH))
     t.clt.double()
+    t.optimizer = RowAdam(t.clt, config.optimizer)
     return t
 
 
@@ -40,7 +42,7 @@ def warmed_up(t: Trainer):
 def test_chunks_are_the_rows_of_autograds_gradient(tmp_path, kind, attention, policy):
     t = trainer(tmp_path, kind, attention, policy)
     activations = warmed_up(t)
-    t.optimizer.zero_grad()
+    t.clt.zero_grad()
     expected = dict(zip([n for n, _ in t.clt.named_parameters()], torch.autograd.grad(
         t.loss(activations, 5)[0], list(t.clt.parameters()), allow_unused=True), strict=True))  # fmt: skip
     gradients = DecoderGradients(t.clt, chunk_bytes=11 * t.clt.transcoder(0).W_dec[0].numel() * 4)
@@ -65,7 +67,7 @@ def test_passes_over_parts_of_a_batch_add_up(tmp_path):
     t = trainer(tmp_path)
     activations = warmed_up(t)
     once, twice = DecoderGradients(t.clt), DecoderGradients(t.clt)
-    t.optimizer.zero_grad()
+    t.clt.zero_grad()
     t.loss(activations, 5, once)[0].backward()
     for _ in range(2):
         (t.loss(activations, 5, twice)[0] / 2).backward()

@@ -44,8 +44,7 @@ def trainer(out: Path, model, **changes) -> Trainer:
 
 def whole_state(t: Trainer) -> dict[str, torch.Tensor]:
     state = {f"clt/{k}": v for k, v in t.clt.state_dict().items()}
-    for name, parameter in t.clt.named_parameters():
-        state |= {f"optimizer/{name}/{k}": v for k, v in t.optimizer.state[parameter].items()}
+    state |= {f"optimizer/{name}": tensor.float() for name, tensor in t.optimizer.tensors().items()}
     for mode in MODES:
         state |= {f"activity/{mode}/{k}": v for k, v in t.activity[mode].state().items()}
     for module in t.clt:

@@ -1,0 +1,166 @@
+"""Adam that updates some rows of a parameter at a time, so that a decoder's gradient need never be whole."""
+
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+from torch.optim.adam import adam
+
+from sparseclt.config import OptimizerConfig
+from sparseclt.decoder_gradients import Chunk, DecoderGradients
+from sparseclt.model import SparseCLT
+
+KEPT_BYTES = 256 << 20  # decoder gradients that are kept for the update; larger ones are computed again for it
+EPSILON = 1e-8
+
+
+class Moments(NamedTuple):
+    """Adam's state of a parameter, or of some of its rows."""
+
+    mean: Tensor  # running mean of the gradient: as the parameter; bf16 where factored
+    square: Tensor  # of its square: as the parameter, or one number for each vector [D] where factored
+    last: Tensor | None  # by row, the step that last updated it, where only touched rows are
+
+
+class RowAdam:
+    """Adam (as `torch.optim.Adam`), over rows of parameters.
+
+    `state="factored"`: encoder and decoder vectors [D] have one second moment each, the mean over D of the squared
+    gradient (as Adam-mini has one a neuron: Zhang et al., 2024), and first moments in bf16: 2 bytes a parameter in
+    place of 8.
+
+    `rows="touched"`: a decoder row that no latent or connection touched is left alone. Its moments decay when it is
+    next touched, by as many steps as have passed: they, and their bias correction, are exactly those of Adam with
+    zero gradients in between; but the weights do not drift on meanwhile, as Adam's would.
+
+    Weights in bf16 are rounded stochastically: the expected weight is the exact one, so that updates far below the
+    spacing of bf16 still add up. The random bits follow from `seed`, the step, the parameter and the row.
+    """
+
+    def __init__(self, clt: SparseCLT, config: OptimizerConfig, seed: int = 0):
+        self.config, self.seed = config, seed
+        self.parameters = dict(clt.named_parameters())
+        self.step = 0
+        self.state = {name: self._moments(name, parameter) for name, parameter in self.parameters.items()}
+
+    def _moments(self, name: str, parameter: Parameter) -> Moments:
+        wide = torch.promote_types(parameter.dtype, torch.float32)
+        decoder = name.endswith("W_dec")
+        factored = self.config.state == "factored" and (decoder or name.endswith("W_enc"))
+        square = parameter.shape[:-1] if factored else parameter.shape
+        last = decoder and self.config.rows == "touched"
+        return Moments(
+            torch.zeros_like(parameter, dtype=torch.bfloat16 if factored else wide, requires_grad=False),
+            torch.zeros(square, dtype=wide, device=parameter.device),
+            torch.zeros(len(parameter), dtype=torch.int32, device=parameter.device) if last else None,
+        )
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The state by name, to be saved, or copied into."""
+        return {
+            f"{name}/{key}": tensor
+            for name, moments in self.state.items()
+            for key, tensor in moments._asdict().items()
+            if tensor is not None
+        }
+
+    @torch.no_grad()
+    def update(
+        self, name: str, gradient: Tensor, learning_rate: float, rows: slice = slice(None), touched: Tensor | None = None
+    ) -> None:
+        """One step for `rows` of a parameter; `gradient` is theirs, and is overwritten. `self.step` counts from 1."""
+        parameter, moments = self.parameters[name].data, self.state[name]
+        weights = parameter[rows]
+        part = Moments(*(None if tensor is None else tensor[rows] for tensor in moments))
+        if part.last is None:
+            self._adam(name, weights, gradient, part, learning_rate, rows.start or 0)
+            return
+        assert touched is not None
+        ids = touched.nonzero().flatten()
+        some, few = weights[ids], Moments(*(tensor[ids] for tensor in part))
+        assert few.last is not None
+        idle = (self.step - 1 - few.last).to(few.square.dtype)
+        for tensor, beta in zip((few.mean, few.square), self.config.betas, strict=True):
+            tensor.mul_((beta**idle).view(-1, *[1] * (tensor.ndim - 1)))
+        few.last.fill_(self.step)
+        self._adam(name, some, gradient[ids], few, learning_rate, rows.start or 0)
+        weights[ids] = some
+        for tensor, new in zip(part, few, strict=True):
+            tensor[ids] = new
+
+    def _adam(
+        self, name: str, weights: Tensor, gradient: Tensor, moments: Moments, learning_rate: float, row: int
+    ) -> None:
+        beta1, beta2 = self.config.betas
+        exact = weights if weights.dtype == moments.square.dtype else weights.to(moments.square.dtype)
+        if moments.mean.shape == moments.square.shape:
+            adam(
+                [exact], [gradient.to(exact.dtype)], [moments.mean], [moments.square], [],
+                [torch.tensor(self.step - 1.0, device=weights.device)], fused=True, amsgrad=False,
+                beta1=beta1, beta2=beta2, lr=learning_rate, weight_decay=0.0, eps=EPSILON, maximize=False,
+            )  # fmt: skip
+        else:
+            moments.square.lerp_(gradient.square().mean(-1).to(exact.dtype), 1 - beta2)
+            spread = (moments.square / (1 - beta2**self.step)).sqrt_().add_(EPSILON)
+            mean = moments.mean.to(exact.dtype).lerp_(gradient.to(exact.dtype), 1 - beta1)
+            exact.addcdiv_(mean, spread[..., None].expand_as(mean), value=-learning_rate / (1 - beta1**self.step))
+            moments.mean.copy_(mean)
+        if exact is not weights:
+            generator = torch.Generator(weights.device)
+            generator.manual_seed(hash((self.seed, self.step, list(self.parameters).index(name), row)) & (2**63 - 1))
+            round_stochastically(exact, weights, generator)
+
+
+def round_stochastically(exact: Tensor, out: Tensor, generator: torch.Generator) -> None:
+    """bf16 `out` gets one of the two neighbours of each fp32 number of `exact`, so that its expectation is that number.
+    `exact` is overwritten."""
+    bits = exact.view(torch.int32)
+    words = torch.empty(-(-exact.numel() // 2), dtype=torch.int32, device=exact.device)
+    words.random_(-(2**31), 2**31, generator=generator)
+    noise = words.view(torch.uint16)[: exact.numel()].view(exact.shape).to(torch.int32)
+    rounded = bits.add_(noise).bitwise_and_(-65536).view(torch.float32)
+    out.copy_(rounded)
+
+
+@torch.no_grad()
+def apply(
+    clt: SparseCLT, gradients: DecoderGradients, optimizer: RowAdam, learning_rate: float, clip: float | None
+) -> tuple[Tensor, str | None]:
+    """One optimiser step from the gathered gradients: their norm, and the name of the first parameter whose gradient
+    is not finite (then nothing was updated).
+
+    The norm that `clip` bounds is that of the whole gradient, exactly: all of it is computed once for the norm, and
+    that of large decoders a second time, for the update. Encoders and biases come last, for the gradient of decoders
+    is made of encoder rows.
+    """
+    gradients.add_to_encoders()
+    decoders = {f"transcoders.{i}.W_dec": i for i in range(len(clt.sites))}
+    size = sum(p.numel() for name, p in optimizer.parameters.items() if name in decoders) * 4
+    kept: dict[str, list[Chunk]] = {}
+    squares: dict[str, Tensor] = {}
+    for name, parameter in optimizer.parameters.items():
+        if name not in decoders:
+            if parameter.grad is not None:
+                squares[name] = parameter.grad.square().sum()
+            continue
+        chunks: Iterator[Chunk] = gradients.chunks(decoders[name])
+        if size <= KEPT_BYTES:
+            kept[name] = list(chunks)
+            chunks = iter(kept[name])
+        squares[name] = torch.stack([chunk.gradient.square().sum() for chunk in chunks]).sum()
+    norm = torch.stack([square.to(torch.float64) for square in squares.values()]).sum().sqrt()
+    if not torch.isfinite(norm):
+        return norm, next(name for name, square in squares.items() if not torch.isfinite(square))
+    scale = min(1.0, (math.inf if clip is None else clip) / (float(norm) + 1e-6))
+    optimizer.step += 1
+    for name, index in decoders.items():
+        for chunk in kept.pop(name, None) or gradients.chunks(index):
+            optimizer.update(name, chunk.gradient.mul_(scale), learning_rate, chunk.rows, chunk.touched)
+    for name, parameter in optimizer.parameters.items():
+        if parameter.grad is not None:
+            optimizer.update(name, parameter.grad.mul_(scale), learning_rate)
+            parameter.grad = None
+    return norm, None
