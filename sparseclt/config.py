@@ -44,6 +44,8 @@ class CLTConfig:
     """Active latents for each token and module (K)."""
     attention: Literal["frozen", "latents"] = "frozen"
     """What stands for attention: the model's real attention outputs, or latents of their own."""
+    dtype: Literal["fp32", "bf16"] = "fp32"
+    """Of the weights. bf16: half the memory; updates are rounded stochastically."""
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sparseclt import ops
 from sparseclt.attention import head_rows
-from sparseclt.ops._rows import Transpose, chunks, gather_sum, section, transpose
+from sparseclt.ops._rows import Transpose, accumulation_dtype, chunks, gather_sum, section, transpose
 from sparseclt.ops.backend import Implementation, choose, implementation
 
 if TYPE_CHECKING:
@@ -52,6 +52,7 @@ class DecoderGradients:
     def __init__(self, clt: "SparseCLT", backend: str | None = None, chunk_bytes: int = CHUNK_BYTES):
         self.clt, self.backend, self.chunk_bytes = clt, backend, chunk_bytes
         self.readers = clt.readers()
+        self.dtype = accumulation_dtype(clt.transcoder(0).W_dec.dtype)  # of the chunks
         self.written: list[list[Written]] = [[] for _ in clt]
         self.read: dict[int, Tensor] = {}  # by reader: gradient of its virtual weights
 
@@ -88,7 +89,7 @@ class DecoderGradients:
         """The gradient of module `index`'s decoder, all of it, some rows at a time."""
         F, T, D = self.clt.transcoder(index).W_dec.shape
         parts = [
-            (values, transpose(indices, F), torch.stack(grads, 1).flatten(1))
+            (values.to(self.dtype), transpose(indices, F), torch.stack(grads, 1).flatten(1).to(self.dtype))
             for values, indices, grads in self.written[index]
         ]
         for rows in chunks(F, T * D * 4, self.chunk_bytes):
@@ -106,14 +107,15 @@ class DecoderGradients:
 
     def _sum(self, parts: list[tuple[Tensor, Transpose, Tensor]], size: int, width: int) -> tuple[Tensor, Tensor]:
         """Sum [R, width] of the parts' weighted bags, and which rows have any."""
-        like = self.clt.transcoder(0).W_dec
-        total = None
-        touched = torch.zeros(size, dtype=torch.bool, device=like.device)
+        device, total = self.clt.transcoder(0).W_dec.device, None
+        touched = torch.zeros(size, dtype=torch.bool, device=device)
         for weights, order, bags in parts:
             part = self._implementation("transposed_gather_sum", bags).forward(weights, order, bags)
             total = part if total is None else total.add_(part)
             touched |= order.bounds().diff() > 0
-        return like.new_zeros(size, width) if total is None else total, touched
+        if total is None:
+            total = torch.zeros(size, width, dtype=self.dtype, device=device)
+        return total, touched
 
     def _add_read(self, gradient: Tensor, index: int, rows: slice) -> Tensor:
         """Add what virtual weights read of these rows, in place; which rows are read. A reader meets the sum of what
@@ -128,8 +130,9 @@ class DecoderGradients:
             for reader in layer_readers:
                 assert reader.connections is not None
                 order = section(reader.connections.transposed, first + rows.start, first + rows.stop)
-                encoder = self.clt.reading_rows(reader.index).detach()
-                parts = [(dV, order, read) for read, dV in _heads(reader, encoder, self.read[reader.index])]
+                encoder = self.clt.reading_rows(reader.index).detach().to(self.dtype)
+                dV = self.read[reader.index].to(self.dtype)
+                parts = [(weights, order, read) for read, weights in _heads(reader, encoder, dV)]
                 total, some = self._sum(parts, len(gradient), D)
                 behind.add_(total)
                 touched.logical_or_(some)

@@ -68,7 +68,7 @@ class ForwardPass:
         else:
             parts = self.gradients.decode(index, latents)
         for target, written in enumerate(parts):
-            yield Site(module.site.kind, module.site.layer + target), written
+            yield Site(module.site.kind, module.site.layer + target), written.to(self.activations.r_0.dtype)
 
     def _write(self, index: int, latents: Latents) -> None:
         module = self.clt.transcoder(index)
@@ -111,6 +111,7 @@ class ForwardPass:
         if self.mode == "sparse":
             V = self.virtual_weights[index]
             reading = self._connected_reading(module.site, reading, connected=V is not None)
+        reading = reading.to(W_enc.dtype)
         if rows is not None:
             W_enc, b_enc = W_enc[rows], b_enc[rows]
             if V is not None:
@@ -121,7 +122,7 @@ class ForwardPass:
         assert connections is not None
         z = self._upstream_latents(index)
         if module.site.kind == "mlp":
-            scale = self.activations.scale[module.site.layer].flatten()
+            scale = self.activations.scale[module.site.layer].flatten().to(V.dtype)
             return Latents(
                 *ops.connected_encode(reading, W_enc, b_enc, *z, V, connections, scale, k, backend=self.backend)
             )
@@ -129,7 +130,7 @@ class ForwardPass:
         values, indices = attention_encode(
             reading.unflatten(0, by_sequence), W_enc, b_enc,
             z.values.unflatten(0, by_sequence), z.indices.unflatten(0, by_sequence),
-            V, self._mix(module.site.layer), connections, k, backend=self.backend,
+            V, self._mix(module.site.layer).to(V.dtype), connections, k, backend=self.backend,
         )  # fmt: skip
         return Latents(values.flatten(0, 1), indices.flatten(0, 1))
 

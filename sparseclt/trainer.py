@@ -26,6 +26,8 @@ from sparseclt.prefetch import one_ahead
 from sparseclt.serialization import load_clt_tensors, write_clt
 from sparseclt.sites import MODES, Mode, Site
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
 
 class NonFiniteError(ValueError):
     """NaN or Inf in activations, loss or gradients; raised before the optimiser's step."""
@@ -43,7 +45,8 @@ def build_clt(config: TrainConfig, language_model: LanguageModel) -> SparseCLT:
         attention = [language_model.attention_weights(layer) for layer in range(info.n_layers)]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        return SparseCLT(architecture, attention)
+        clt = SparseCLT(architecture, attention)
+    return clt.to(DTYPES[config.clt.dtype])
 
 
 def load_rows(config: TrainConfig, tokenizer: Any, split: Split) -> Tensor:

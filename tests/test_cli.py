@@ -115,7 +115,7 @@ def test_the_flags_are_these():
 
     assert list(flags(TrainConfig)) == [
         "out", "model.path", "model.layers", "data.source", "data.text_field", "data.row_length", "data.max_tokens",
-        "data.held_out_tokens", "data.held_out_fraction", "clt.latents", "clt.active", "clt.attention",
+        "data.held_out_tokens", "data.held_out_fraction", "clt.latents", "clt.active", "clt.attention", "clt.dtype",
         "connections.policy", "connections.per_latent", "connections.start", "connections.anneal",
         "connections.refresh_every", "connections.freeze", "connections.importance", "connections.recent_tokens",
         "connections.pressure",
