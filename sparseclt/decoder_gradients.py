@@ -169,7 +169,8 @@ class _Decode(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         values, indices = ctx.saved_tensors
         notes, index = ctx.notes, ctx.index
-        notes.written[index].append(Written(values, indices, grads))
+        # Detached: with their graph, which holds the notes, neither would ever be freed.
+        notes.written[index].append(Written(values.detach(), indices, tuple(grad.detach() for grad in grads)))
         W_dec = notes.clt.transcoder(index).W_dec.detach().flatten(1)
         run = notes._implementation("sparse_decode", values).gradients
         d_values, _ = run(torch.stack(grads, 1).flatten(1), values, indices, W_dec, [True, False])

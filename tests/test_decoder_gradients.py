@@ -1,5 +1,8 @@
 """Decoder gradients gathered in sparse form, a chunk of rows at a time, against autograd's."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 from clts import language_model
@@ -85,3 +88,14 @@ def test_a_section_of_a_transpose_names_its_rows_alone():
         for row in range(start, stop):
             slots = part.order[bounds[row - start] : bounds[row - start + 1]]
             assert slots.tolist() == (indices.flatten() == row).nonzero().flatten().tolist()
+
+
+def test_a_step_leaves_nothing_behind(tmp_path):
+    t = trainer(tmp_path)
+    activations = warmed_up(t)
+    gradients = DecoderGradients(t.clt)
+    t.loss(activations, 5, gradients)[0].backward()
+    left = weakref.ref(gradients)
+    del gradients
+    gc.collect()
+    assert left() is None

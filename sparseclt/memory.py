@@ -1,0 +1,184 @@
+"""What a training run will hold in memory, term by term, before anything is allocated."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from sparseclt.config import TrainConfig
+from sparseclt.decoder_gradients import CHUNK_BYTES
+from sparseclt.optim import KEPT_BYTES
+from sparseclt.sites import model_sites, upstream_modules
+
+GiB = 1 << 30
+FLOAT, INDEX, SHORT = 4, 8, 4  # bytes of activations, of ids, and of ids in the order of upstream latents
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """What the plan has to know of the language model."""
+
+    layers: int
+    """Layers that the CLT covers (L)."""
+    d_model: int
+    """Width of the residual stream (D)."""
+    heads: int = 0
+    """Attention heads (H); needed for attention latents alone."""
+    parameters: int = 0
+    """Parameters of the language model."""
+    parallel: bool = False
+    """Whether attention and MLP of a block read the same residual stream."""
+
+
+@dataclass(frozen=True)
+class Term:
+    """One kind of memory: its bytes, and the phases of a step ("forward", "backward", "update") in which it is held."""
+
+    name: str
+    bytes: int
+    phases: tuple[str, ...]
+    formula: str
+
+
+ALWAYS = ("forward", "backward", "update")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The terms of a run, and the memory that there is."""
+
+    terms: tuple[Term, ...]
+    available: int | None
+
+    def phase(self, name: str) -> int:
+        return sum(term.bytes for term in self.terms if name in term.phases)
+
+    @property
+    def peak(self) -> int:
+        """Bytes of the largest phase."""
+        return max(self.phase(name) for name in ALWAYS)
+
+    @property
+    def fits(self) -> bool:
+        return self.available is None or self.peak <= self.available
+
+
+def make_plan(config: TrainConfig, shape: ModelShape, available: int | None = None) -> Plan:
+    """The memory of a training run of `config` on a model of `shape`; `available`: bytes of the device.
+
+    Every term is linear in N and in F, and in the number of decoder vectors; none grows as N x F, F x F or F x U.
+    """
+    return Plan(tuple(term for term in _terms(config, shape) if term.bytes), available)
+
+
+def _terms(config: TrainConfig, shape: ModelShape) -> list[Term]:
+    L, D, F, K = shape.layers, shape.d_model, config.clt.latents, config.clt.active
+    S, N = config.data.row_length, config.batch_rows * config.data.row_length
+    attention = config.clt.attention == "latents"
+    sites = model_sites(L, attention)
+    M = len(sites)
+    targets = [L - site.layer if site.kind == "mlp" else 1 for site in sites]
+    upstream = [upstream_modules(sites, i, shape.parallel) for i in range(M)]
+    readers = [u for u in upstream if u]
+    w = 2 if config.clt.dtype == "bf16" else 4
+    vectors = F * (M + sum(targets))  # encoder and decoder vectors [D]
+    biases = M * (F + D)
+    encoders = w * (M * F * D + biases)
+    sparse = config.connections.policy != "none" and bool(readers)
+    modes = 2 if sparse else 1
+    aux = config.loss.aux_active if config.loss.aux else 0
+    decoders = 4 * F * D * sum(targets)
+    chunk = decoders if decoders <= KEPT_BYTES else min(CHUNK_BYTES, 4 * F * D * max(targets))
+    terms = [
+        Term("weights", w * (vectors * D + biases), ALWAYS, "w (P_enc + P_dec)"),
+        Term("optimiser state", _state_bytes(config, vectors, D, biases, F * sum(targets)), ALWAYS,
+             "8 (P_enc + P_dec), factored: 2 (P_enc + P_dec) + 4 (P_enc + P_dec) / D"),
+        Term("language model", FLOAT * shape.parameters, ALWAYS, "4 P_model"),
+        Term("activations captured", 2 * _captured(L, D, N, S, shape.heads, attention), ALWAYS,
+             "2 x 4 N D (1 + 3 L): this batch and the next"),
+        Term("activity of latents", _activity(config, M, F, K), ALWAYS, "2 x 16 M F + 8 M K x recent tokens"),
+        Term("encoder gradients", encoders, ("backward", "update"), "w P_enc"),
+        Term("reconstructions and what is kept for backward", modes * _kept(L, M, D, N, K, aux, targets),
+             ("forward", "backward"), "modes x 4 N (D x 6 L + 3 K M)"),
+        Term("gradients of reconstructions", modes * FLOAT * N * D * L, ("backward", "update"), "modes x 4 N D L"),
+        Term("one encoder's gradient", 2 * w * F * D, ("backward",), "2 w F D"),
+        Term("decoder gradients, a chunk", 2 * chunk, ("update",), "2 x min(64 MiB, 4 F D L)"),
+        Term("what one decoder writes", 2 * FLOAT * N * D * max(targets), ALWAYS, "2 x 4 N D L"),
+    ]  # fmt: skip
+    if sparse:
+        C = [min(config.connections.per_latent, u * F) for u in upstream if u]
+        slots = F * sum(C)
+        terms += [
+            Term("connections", slots * (INDEX + SHORT) + SHORT * F * sum(readers), ALWAYS, "12 F C + 4 U, a reader"),
+            Term("virtual weights and their gradient", 2 * w * slots, ALWAYS, "2 w F C, a reader"),
+            Term("effective decoders", w * F * D * max(readers), ("forward", "update"), "w F D (L - 1)"),
+        ]
+    return terms
+
+
+def _state_bytes(config: TrainConfig, vectors: int, D: int, biases: int, decoder_rows: int) -> int:
+    factored = config.optimizer.state == "factored"
+    state = (2 * vectors * D + 4 * vectors) if factored else 8 * vectors * D
+    return state + 8 * biases + (4 * decoder_rows if config.optimizer.rows == "touched" else 0)
+
+
+def _captured(L: int, D: int, N: int, S: int, H: int, attention: bool) -> int:
+    pattern = FLOAT * L * N * (S * H + 1) if attention else 0
+    return FLOAT * N * (D * (1 + 3 * L) + L) + pattern
+
+
+def _activity(config: TrainConfig, M: int, F: int, K: int) -> int:
+    recent = config.connections.recent_tokens if config.connections.importance == "coactivation" else 0
+    recent = recent if config.connections.policy != "none" else 0
+    return 2 * M * F * (INDEX + 2 * FLOAT) + M * recent * K * 2 * FLOAT
+
+
+def _kept(L: int, M: int, D: int, N: int, K: int, aux: int, targets: list[int]) -> int:
+    return FLOAT * N * (6 * D * L + 3 * (K + aux) * M)
+
+
+def shape_of(path: str, layers: int | None = None) -> ModelShape:
+    """The shape of a model from its configuration alone: a local directory, 'embedded', or a hub name."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from sparseclt.model_files import locate
+
+    found = locate(path)
+    config = AutoConfig.from_pretrained(str(found or path))
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    return ModelShape(
+        layers or config.num_hidden_layers, config.hidden_size, config.num_attention_heads,
+        sum(p.numel() for p in model.parameters()), bool(getattr(config, "use_parallel_residual", False)),
+    )  # fmt: skip
+
+
+def dense_plan(config: TrainConfig, shape: ModelShape, available: int | None = None) -> Plan:
+    """What a plain dense trainer would hold for the same CLT: fp32 Adam with all gradients, pre-activations [N, F] of
+    every module and mode, and a virtual weight matrix F x U, with its mask and its gradient, for every reader."""
+    L, D, F = shape.layers, shape.d_model, config.clt.latents
+    N = config.batch_rows * config.data.row_length
+    sites = model_sites(L, config.clt.attention == "latents")
+    weights = F * D * sum(1 + (L - site.layer if site.kind == "mlp" else 1) for site in sites)
+    pairs = sum(upstream_modules(sites, i, shape.parallel) for i in range(len(sites)))
+    sparse = config.connections.policy != "none"
+    terms = [
+        Term("weights, gradients and Adam's state", 16 * weights, ALWAYS, "16 (P_enc + P_dec)"),
+        Term("language model", FLOAT * shape.parameters, ALWAYS, "4 P_model"),
+        Term("pre-activations and latents", (4 if sparse else 2) * FLOAT * N * F * len(sites), ALWAYS, "modes x 8 N F M"),
+        Term("virtual weights, masks and gradients", 3 * FLOAT * F * F * pairs * sparse, ALWAYS, "12 F U, a reader"),
+    ]
+    return Plan(tuple(term for term in terms if term.bytes), available)
+
+
+def table(plan: Plan) -> str:
+    """The plan as a Markdown table, in GiB, and whether it fits."""
+    lines = ["| term | GiB | held in | formula (bytes) |", "| --- | ---: | --- | --- |"]
+    for term in sorted(plan.terms, key=lambda term: -term.bytes):
+        held = "all of the step" if term.phases == ALWAYS else ", ".join(term.phases)
+        lines.append(f"| {term.name} | {term.bytes / GiB:.3f} | {held} | {term.formula} |")
+    largest = max(ALWAYS, key=plan.phase)
+    lines.append(f"| **peak** ({largest}) | **{plan.peak / GiB:.3f}** | | |")
+    if plan.available is not None:
+        lines.append(f"\n{'Fits' if plan.fits else 'Does not fit'}: {plan.available / GiB:.2f} GiB available.")
+    return "\n".join(lines)
