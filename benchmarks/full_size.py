@@ -20,6 +20,7 @@ from sparseclt.memory import GiB, ModelShape, dense_plan, make_plan, table
 from sparseclt.trainer import Trainer
 
 ROW = 128
+LEARNING_RATE = 1e-4  # wide vectors and few steps: every weight moves by about this much in a step
 
 
 def resident() -> int:
@@ -77,7 +78,7 @@ def main() -> None:
         out="", device="cpu", steps=steps, batch_rows=a.rows, progress=False, data=DataConfig(row_length=ROW),
         clt=CLTConfig(latents=a.latents, active=a.active), loss=LossConfig(begin=begin, ramp=0.0),
         connections=ConnectionConfig(per_latent=a.connections, refresh_every=10**9, recent_tokens=2048),
-        optimizer=OptimizerConfig(state="factored", rows="touched", learning_rate=1e-3, decay=0.0),
+        optimizer=OptimizerConfig(state="factored", rows="touched", learning_rate=LEARNING_RATE, warmup=0.2),
     )  # fmt: skip
     limit = int(a.limit * GiB)
     model = gpt2(a.layers, a.d_model)
