@@ -14,9 +14,17 @@ import time
 
 import torch
 
-from sparseclt.config import CLTConfig, ConnectionConfig, DataConfig, LossConfig, OptimizerConfig, TrainConfig
+from sparseclt.config import (
+    CLTConfig,
+    ConnectionConfig,
+    DataConfig,
+    LossConfig,
+    ModelShape,
+    OptimizerConfig,
+    TrainConfig,
+)
 from sparseclt.language_model import LanguageModel
-from sparseclt.memory import GiB, ModelShape, dense_plan, make_plan, table
+from sparseclt.memory import GiB, dense_plan, make_plan, table
 from sparseclt.trainer import Trainer
 
 ROW = 128

@@ -34,7 +34,7 @@ def make_trainer(mode: str, device: str, L: int, D: int, F: int, K: int, C: int,
         connections=ConnectionConfig("top" if mode == "both" else "none", C, refresh_every=NEVER),
         loss=LossConfig(begin=0.0, ramp=0.0, dead_after=NEVER**2), optimizer=OptimizerConfig(learning_rate=0.0),
     )  # fmt: skip
-    info = Inputs(n_layers=L, d_model=D, parallel=False, centred=True, name="", context=None)
+    info = Inputs(n_layers=L, d_model=D, n_heads=1, parallel=False, centred=True, name="", context=None)
     rows = torch.zeros(N // row, row, dtype=torch.int64)
     trainer = Trainer(config, language_model=Inputs(info=info), rows=rows)  # type: ignore[arg-type]
     trainer.step = 1  # the ramp is over

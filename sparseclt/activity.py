@@ -64,6 +64,7 @@ class Activity:
         return self.tokens_since_fired >= after_tokens
 
     def state(self) -> dict[str, Tensor]:
+        """The statistics by name, to be saved, or copied into."""
         state = {
             "tokens_since_fired": self.tokens_since_fired,
             "mean": self.mean,
@@ -71,10 +72,6 @@ class Activity:
             "weight": self.weight,
         }
         return state | (self.recent.state() if self.recent is not None else {})
-
-    def load_state(self, state: dict[str, Tensor]) -> None:
-        for name, tensor in self.state().items():
-            tensor.copy_(state[name])
 
 
 class RecentLatents:

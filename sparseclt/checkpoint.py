@@ -21,8 +21,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+from sparseclt.safetensors_stream import TensorFiles, save_file, stored_names
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
@@ -114,7 +115,7 @@ def save_clt(directory: str | Path, config: Mapping[str, Any], tensors: Mapping[
     tensors: flat, with keys "mlp.{l}.NAME" and "attn.{l}.NAME". NAME is W_enc [F, D], b_enc [F], b_dec [D],
         W_dec ([F, L-l, D] for mlp, [F, D] for attn), and optionally connections [F, C] int32, V [F, C] and
         logits [F, C]; for attn also the model's own W_V, W_O and bias. mlp layers must be 0..L-1.
-        Copied to the CPU one file at a time, never all at once.
+        Written a piece at a time: never a copy of a whole tensor.
     config: JSON values, with a "model_name"; tuples come back as lists.
 
     The files are circuit-tracer's (`config.yaml`, `W_enc_{l}`, `W_dec_{l}`) and our sidecars (`attn_{l}`,
@@ -139,29 +140,30 @@ def save_clt(directory: str | Path, config: Mapping[str, Any], tensors: Mapping[
         encoding="utf-8",
     )
     for file, named_tensors in files.items():
-        _save_tensors(directory / file, named_tensors)
+        save_file(named_tensors, directory / file)
 
 
-def load_clt(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Verify a CLT directory and read back (config, tensors) as given to `save_clt`, tensors on the CPU.
+def load_clt(path: str | Path) -> tuple[dict[str, Any], Mapping[str, Tensor]]:
+    """Verify a CLT directory and read back (config, tensors) as given to `save_clt`, each tensor read, onto the CPU,
+    when it is asked for.
 
     Raises CheckpointError for a missing or damaged file, a newer format version, or an unknown tensor.
     """
     path = _find(Path(path))
     files = _verified_files(path)
     config = _read_versioned(path, files, "sparseclt.json")
-    tensors = {}
+    places = {}
     for file in files:
         match = _ON_DISK.fullmatch(file.removesuffix(".safetensors"))
         if not match or match[1] not in {stem for stem, _ in _IN_MEMORY}:
             continue
         stem, layer = match.groups()
-        for stored, tensor in load_file(path / file).items():
+        for stored in stored_names(path / file):
             in_memory = _IN_MEMORY.get((stem, stored.removesuffix(f"_{layer}")))
             if in_memory is None or not stored.endswith(f"_{layer}"):
                 raise CheckpointError(f"{path / file}: unknown tensor {stored!r} for layer {layer}")
-            tensors[f"{in_memory[0]}.{layer}.{in_memory[1]}"] = tensor
-    return config, tensors
+            places[f"{in_memory[0]}.{layer}.{in_memory[1]}"] = path / file, stored
+    return config, TensorFiles(places)
 
 
 def save_state(directory: str | Path, tensors: Mapping[str, Tensor], numbers: Mapping[str, int | float | str]) -> None:
@@ -180,18 +182,20 @@ def save_state(directory: str | Path, tensors: Mapping[str, Tensor], numbers: Ma
     directory = Path(directory)
     state = {"format_version": FORMAT_VERSION, "numbers": dict(numbers)}
     _write_json(directory / "state.json", state, "numbers")
-    _save_tensors(directory / "state.safetensors", tensors)
+    save_file(tensors, directory / "state.safetensors")
 
 
-def load_state(path: str | Path) -> tuple[dict[str, Tensor], dict[str, int | float | str]]:
-    """Verify a checkpoint and read back (tensors, numbers) as given to `save_state`, tensors on the CPU.
+def load_state(path: str | Path) -> tuple[Mapping[str, Tensor], dict[str, int | float | str]]:
+    """Verify a checkpoint and read back (tensors, numbers) as given to `save_state`, each tensor read, onto the CPU,
+    when it is asked for.
 
     Raises CheckpointError for a missing or damaged file or a newer format version.
     """
     path = _find(Path(path))
     files = _verified_files(path)
     numbers = _read_versioned(path, files, "state.json")["numbers"]
-    return load_file(path / "state.safetensors"), numbers
+    file = path / "state.safetensors"
+    return TensorFiles({name: (file, name) for name in stored_names(file)}), numbers
 
 
 def latest(run: str | Path) -> Path | None:
@@ -297,17 +301,6 @@ def _group_by_file(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]
 def _check_tensor(name: str, tensor: Tensor) -> None:
     if not isinstance(tensor, Tensor):
         raise TypeError(f"tensors[{name!r}] must be a torch.Tensor, got {type(tensor).__name__}")
-
-
-def _save_tensors(file: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Save contiguous CPU copies: safetensors refuses views that share storage."""
-    save_file(
-        {
-            name: tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
-            for name, tensor in tensors.items()
-        },
-        file,
-    )
 
 
 def _write_json(file: Path, content: Mapping[str, Any], argument: str) -> None:

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
-from sparseclt.config import TrainConfig
+from sparseclt.config import ModelShape, TrainConfig
 
 
 def _train(config: TrainConfig) -> None:
@@ -43,6 +43,22 @@ def _sweep(config: TrainConfig, connections: tuple[int, ...]) -> None:
 
     print(report.sweep_table(pipeline.sweep(config, connections)))
     print(f"\nRun directories: {config.out}")
+
+
+def _plan(config: TrainConfig, shape: ModelShape, memory_gib: float | None) -> int:
+    import torch
+
+    from sparseclt import memory
+
+    if not shape.layers:
+        shape = memory.shape_of(config.model.path, config.model.layers)
+    device = config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    available = memory.available_bytes(torch.device(device)) if memory_gib is None else int(memory_gib * memory.GiB)
+    plan = memory.make_plan(config, shape, available)
+    print(memory.table(plan))
+    if available is not None and not plan.fits:
+        print(memory.advice_text(config, shape, available))
+    return 0 if plan.fits else 1
 
 
 def _selftest(device: str, backends: tuple[str, ...]) -> int:
@@ -107,6 +123,20 @@ def main(arguments: list[str] | None = None) -> int:
         """
         _sweep(config, connections)
 
+    def plan(
+        config: Config = TrainConfig(),  # noqa: B008
+        shape: ModelShape = ModelShape(),  # noqa: B008
+        memory_gib: float | None = None,
+    ) -> int:
+        """What a training run would hold in memory, term by term, and whether it fits; exit status 1 where not.
+
+        Args:
+            config: The run's configuration.
+            shape: The language model's, where it is not at hand.
+            memory_gib: Memory that there is, in GiB; None: what is free on the device.
+        """
+        return _plan(config, shape, memory_gib)
+
     def selftest(device: str = "auto", backends: tuple[str, ...] = ()) -> int:
         """Compare every op, dtype and backend, and each gradient, with float64 on this machine; print the errors.
 
@@ -133,6 +163,7 @@ def main(arguments: list[str] | None = None) -> int:
         "repeat": repeat,
         "eval": evaluate,
         "sweep": sweep,
+        "plan": plan,
         "bench-report": bench_report,
         "selftest": selftest,
     }

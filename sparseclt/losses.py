@@ -3,7 +3,6 @@
 import torch
 from torch import Tensor
 
-from sparseclt import ops
 from sparseclt.forward import ForwardPass
 from sparseclt.model import SparseCLT
 from sparseclt.modules import Latents
@@ -24,7 +23,8 @@ def latent_fvu(latents: Latents, target: Latents, F: int) -> Tensor:
     size N x F exists. Indices are distinct within a token.
     """
     match = latents.indices[:, :, None] == target.indices[:, None, :]
-    inner = (latents.values * (match * target.values[:, None, :]).sum(2)).sum()
+    # Not match * target: backward would keep a float for each of the K x K.
+    inner = (latents.values * torch.where(match, target.values[:, None, :], 0.0).sum(2)).sum()
     norm = target.values.square().sum()
     error = latents.values.square().sum() - 2 * inner + norm
     mean = torch.zeros(F, dtype=norm.dtype, device=norm.device)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from sparseclt.config import TrainConfig
+from sparseclt.config import ModelShape, TrainConfig
 from sparseclt.decoder_gradients import CHUNK_BYTES
 from sparseclt.optim import KEPT_BYTES
 from sparseclt.sites import model_sites, upstream_modules
@@ -15,24 +15,8 @@ FLOAT, INDEX, SHORT = 4, 8, 4  # bytes of activations, of ids, and of ids in the
 
 
 @dataclass(frozen=True)
-class ModelShape:
-    """What the plan has to know of the language model."""
-
-    layers: int
-    """Layers that the CLT covers (L)."""
-    d_model: int
-    """Width of the residual stream (D)."""
-    heads: int = 0
-    """Attention heads (H); needed for attention latents alone."""
-    parameters: int = 0
-    """Parameters of the language model."""
-    parallel: bool = False
-    """Whether attention and MLP of a block read the same residual stream."""
-
-
-@dataclass(frozen=True)
 class Term:
-    """One kind of memory: its bytes, and the phases of a step ("forward", "backward", "update") in which it is held."""
+    """One kind of memory: its bytes, and the phases of a step in which it is held."""
 
     name: str
     bytes: int
@@ -40,7 +24,8 @@ class Term:
     formula: str
 
 
-ALWAYS = ("forward", "backward", "update")
+# "encoders": their gradient through virtual weights, after the backward passes; "update": the optimiser's step.
+ALWAYS = ("forward", "backward", "encoders", "update")
 
 
 @dataclass(frozen=True)
@@ -87,8 +72,12 @@ def _terms(config: TrainConfig, shape: ModelShape) -> list[Term]:
     sparse = config.connections.policy != "none" and bool(readers)
     modes = 2 if sparse else 1
     aux = config.loss.aux_active if config.loss.aux else 0
+    outputs = FLOAT * N * D * M
     decoders = 4 * F * D * sum(targets)
-    chunk = decoders if decoders <= KEPT_BYTES else min(CHUNK_BYTES, 4 * F * D * max(targets))
+    largest = min(CHUNK_BYTES, 4 * F * D * max(targets))
+    chunk = decoders + (modes - 1) * largest if decoders <= KEPT_BYTES else 4 * largest
+    if config.clt.dtype == "bf16":
+        chunk += 2 * largest  # in fp32, and random bits
     terms = [
         Term("weights", w * (vectors * D + biases), ALWAYS, "w (P_enc + P_dec)"),
         Term("optimiser state", _state_bytes(config, vectors, D, biases, F * sum(targets)), ALWAYS,
@@ -97,13 +86,17 @@ def _terms(config: TrainConfig, shape: ModelShape) -> list[Term]:
         Term("activations captured", 2 * _captured(L, D, N, S, shape.heads, attention), ALWAYS,
              "2 x 4 N D (1 + 3 L): this batch and the next"),
         Term("activity of latents", _activity(config, M, F, K), ALWAYS, "2 x 16 M F + 8 M K x recent tokens"),
-        Term("encoder gradients", encoders, ("backward", "update"), "w P_enc"),
-        Term("reconstructions and what is kept for backward", modes * _kept(L, M, D, N, K, aux, targets),
-             ("forward", "backward"), "modes x 4 N (D x 6 L + 3 K M)"),
-        Term("gradients of reconstructions", modes * FLOAT * N * D * L, ("backward", "update"), "modes x 4 N D L"),
+        Term("encoder gradients", encoders, ALWAYS[1:], "w P_enc"),
+        Term("reconstructions", modes * outputs, ALWAYS, "modes x 4 N D L"),
+        Term("active latents", modes * 16 * N * K * M, ALWAYS, "modes x 16 N K M"),
+        Term("kept for backward", (modes + sparse) * outputs + sparse * N * K * K * (M + 4), ("forward", "backward"),
+             "(modes + 1) x 4 N D L + N K^2 (M + 4)"),
+        Term("AuxK, when latents are dead", modes * (3 * outputs + 16 * N * aux * M) if aux else 0,
+             ("forward", "backward"), "modes x (12 N D L + 16 N M aux_active)"),
+        Term("gradients of reconstructions, in backward", outputs, ("backward",), "4 N D L"),
+        Term("gradients of reconstructions, noted", 2 * modes * outputs, ALWAYS[2:], "modes x 8 N D L"),
         Term("one encoder's gradient", 2 * w * F * D, ("backward",), "2 w F D"),
-        Term("decoder gradients, a chunk", 2 * chunk, ("update",), "2 x min(64 MiB, 4 F D L)"),
-        Term("what one decoder writes", 2 * FLOAT * N * D * max(targets), ALWAYS, "2 x 4 N D L"),
+        Term("decoder gradients", chunk, ("update",), "4 P_dec and a chunk, or 4 chunks; min(64 MiB, 4 F D L) each"),
     ]  # fmt: skip
     if sparse:
         C = [min(config.connections.per_latent, u * F) for u in upstream if u]
@@ -111,7 +104,8 @@ def _terms(config: TrainConfig, shape: ModelShape) -> list[Term]:
         terms += [
             Term("connections", slots * (INDEX + SHORT) + SHORT * F * sum(readers), ALWAYS, "12 F C + 4 U, a reader"),
             Term("virtual weights and their gradient", 2 * w * slots, ALWAYS, "2 w F C, a reader"),
-            Term("effective decoders", w * F * D * max(readers), ("forward", "update"), "w F D (L - 1)"),
+            Term("effective decoders", w * F * D * max(readers), ("forward", "encoders"), "w F D (L - 1)"),
+            Term("encoder rows, centred", FLOAT * F * D, ("update",), "4 F D"),
         ]
     return terms
 
@@ -133,8 +127,54 @@ def _activity(config: TrainConfig, M: int, F: int, K: int) -> int:
     return 2 * M * F * (INDEX + 2 * FLOAT) + M * recent * K * 2 * FLOAT
 
 
-def _kept(L: int, M: int, D: int, N: int, K: int, aux: int, targets: list[int]) -> int:
-    return FLOAT * N * (6 * D * L + 3 * (K + aux) * M)
+def available_bytes(device: torch.device) -> int | None:
+    """Free memory of a device; None where it cannot be told."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    meminfo = Path("/proc/meminfo")
+    if device.type != "cpu" or not meminfo.exists():
+        return None
+    lines = dict(line.split(":") for line in meminfo.read_text().splitlines())
+    return int(lines["MemAvailable"].split()[0]) * 1024
+
+
+def advice(config: TrainConfig, shape: ModelShape, available: int) -> list[tuple[str, int]]:
+    """Changes that make a run fit, each on top of those before it, the most harmless first, with the peak that they
+    leave; up to the first that fits."""
+    steps = [
+        ("optimizer.state", lambda c: replace(c, optimizer=replace(c.optimizer, state="factored"))),
+        ("clt.dtype", lambda c: replace(c, clt=replace(c.clt, dtype="bf16"))),
+        *[("batch_rows", lambda c: replace(c, batch_rows=max(1, c.batch_rows // 2)))] * 3,
+        *[("clt.latents", lambda c: replace(c, clt=replace(c.clt, latents=max(c.clt.active, c.clt.latents // 2))))] * 6,
+    ]
+    found: list[tuple[str, int]] = []
+    for name, change in steps:
+        changed = change(config)
+        if changed == config:
+            continue
+        config, peak = changed, make_plan(changed, shape).peak
+        section, _, field = name.rpartition(".")
+        value = getattr(getattr(config, section) if section else config, field)
+        found.append((f"--{name.replace('_', '-')} {value}", peak))
+        if peak <= available:
+            break
+    return found
+
+
+def check_fits(config: TrainConfig, shape: ModelShape, available: int | None) -> Plan:
+    """The plan; a ValueError with its peak and advice where it does not fit."""
+    plan = make_plan(config, shape, available)
+    if available is not None and not plan.fits:
+        raise ValueError(
+            f"memory: this run would hold {plan.peak / GiB:.2f} GiB, and {available / GiB:.2f} GiB are available; "
+            f"{advice_text(config, shape, available)} (sparseclt plan shows every term)"
+        )
+    return plan
+
+
+def advice_text(config: TrainConfig, shape: ModelShape, available: int) -> str:
+    steps = [f"{change} ({peak / GiB:.2f} GiB)" for change, peak in advice(config, shape, available)]
+    return f"in order of harm, one on top of the other: {', '.join(steps)}"
 
 
 def shape_of(path: str, layers: int | None = None) -> ModelShape:
@@ -165,7 +205,7 @@ def dense_plan(config: TrainConfig, shape: ModelShape, available: int | None = N
     terms = [
         Term("weights, gradients and Adam's state", 16 * weights, ALWAYS, "16 (P_enc + P_dec)"),
         Term("language model", FLOAT * shape.parameters, ALWAYS, "4 P_model"),
-        Term("pre-activations and latents", (4 if sparse else 2) * FLOAT * N * F * len(sites), ALWAYS, "modes x 8 N F M"),
+        Term("pre-activations and latents", (1 + sparse) * 2 * FLOAT * N * F * len(sites), ALWAYS, "modes x 8 N F M"),
         Term("virtual weights, masks and gradients", 3 * FLOAT * F * F * pairs * sparse, ALWAYS, "12 F U, a reader"),
     ]
     return Plan(tuple(term for term in terms if term.bytes), available)

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,12 +16,10 @@ KEPT_BYTES = 256 << 20  # decoder gradients that are kept for the update; larger
 EPSILON = 1e-8
 
 
-class Moments(NamedTuple):
-    """Adam's state of a parameter, or of some of its rows."""
-
-    mean: Tensor  # running mean of the gradient: as the parameter; bf16 where factored
-    square: Tensor  # of its square: as the parameter, or one number for each vector [D] where factored
-    last: Tensor | None  # by row, the step that last updated it, where only touched rows are
+# Adam's state of a parameter, or of some rows. "mean": running mean of the gradient, as the parameter, bf16 where
+# factored; "square": of its square, as the parameter, or one number for each vector [D] where factored; "last": by row,
+# the step that last updated it, where only touched rows are.
+Moments = dict[str, Tensor]
 
 
 class RowAdam:
@@ -51,63 +48,63 @@ class RowAdam:
         decoder = name.endswith("W_dec")
         factored = self.config.state == "factored" and (decoder or name.endswith("W_enc"))
         square = parameter.shape[:-1] if factored else parameter.shape
-        last = decoder and self.config.rows == "touched"
-        return Moments(
-            torch.zeros_like(parameter, dtype=torch.bfloat16 if factored else wide, requires_grad=False),
-            torch.zeros(square, dtype=wide, device=parameter.device),
-            torch.zeros(len(parameter), dtype=torch.int32, device=parameter.device) if last else None,
-        )
+        moments = {
+            "mean": torch.zeros_like(parameter, dtype=torch.bfloat16 if factored else wide, requires_grad=False),
+            "square": torch.zeros(square, dtype=wide, device=parameter.device),
+        }
+        if decoder and self.config.rows == "touched":
+            moments["last"] = torch.zeros(len(parameter), dtype=torch.int32, device=parameter.device)
+        return moments
 
     def tensors(self) -> dict[str, Tensor]:
         """The state by name, to be saved, or copied into."""
-        return {
-            f"{name}/{key}": tensor
-            for name, moments in self.state.items()
-            for key, tensor in moments._asdict().items()
-            if tensor is not None
-        }
+        return {f"{name}/{key}": tensor for name, moments in self.state.items() for key, tensor in moments.items()}
 
     @torch.no_grad()
     def update(
-        self, name: str, gradient: Tensor, learning_rate: float, rows: slice = slice(None), touched: Tensor | None = None
+        self,
+        name: str,
+        gradient: Tensor,
+        learning_rate: float,
+        rows: slice = slice(None),
+        touched: Tensor | None = None,
     ) -> None:
         """One step for `rows` of a parameter; `gradient` is theirs, and is overwritten. `self.step` counts from 1."""
-        parameter, moments = self.parameters[name].data, self.state[name]
-        weights = parameter[rows]
-        part = Moments(*(None if tensor is None else tensor[rows] for tensor in moments))
-        if part.last is None:
-            self._adam(name, weights, gradient, part, learning_rate, rows.start or 0)
+        weights, first = self.parameters[name].data[rows], rows.start or 0
+        part = {key: tensor[rows] for key, tensor in self.state[name].items()}
+        if "last" not in part:
+            self._adam(name, weights, gradient, part, learning_rate, first)
             return
         assert touched is not None
         ids = touched.nonzero().flatten()
-        some, few = weights[ids], Moments(*(tensor[ids] for tensor in part))
-        assert few.last is not None
-        idle = (self.step - 1 - few.last).to(few.square.dtype)
-        for tensor, beta in zip((few.mean, few.square), self.config.betas, strict=True):
-            tensor.mul_((beta**idle).view(-1, *[1] * (tensor.ndim - 1)))
-        few.last.fill_(self.step)
-        self._adam(name, some, gradient[ids], few, learning_rate, rows.start or 0)
+        some, few = weights[ids], {key: tensor[ids] for key, tensor in part.items()}
+        idle = (self.step - 1 - few["last"]).to(few["square"].dtype)
+        for key, beta in zip(("mean", "square"), self.config.betas, strict=True):
+            few[key].mul_((beta**idle).view(-1, *[1] * (few[key].ndim - 1)))
+        few["last"].fill_(self.step)
+        self._adam(name, some, gradient[ids], few, learning_rate, first)
         weights[ids] = some
-        for tensor, new in zip(part, few, strict=True):
-            tensor[ids] = new
+        for key, tensor in part.items():
+            tensor[ids] = few[key]
 
     def _adam(
         self, name: str, weights: Tensor, gradient: Tensor, moments: Moments, learning_rate: float, row: int
     ) -> None:
-        beta1, beta2 = self.config.betas
-        exact = weights if weights.dtype == moments.square.dtype else weights.to(moments.square.dtype)
-        if moments.mean.shape == moments.square.shape:
+        (beta1, beta2), mean, square = self.config.betas, moments["mean"], moments["square"]
+        exact = weights if weights.dtype == square.dtype else weights.to(square.dtype)
+        gradient = gradient.to(square.dtype)
+        if mean.shape == square.shape:
             adam(
-                [exact], [gradient.to(exact.dtype)], [moments.mean], [moments.square], [],
-                [torch.tensor(self.step - 1.0, device=weights.device)], fused=True, amsgrad=False,
-                beta1=beta1, beta2=beta2, lr=learning_rate, weight_decay=0.0, eps=EPSILON, maximize=False,
+                [exact], [gradient], [mean], [square], [], [torch.tensor(self.step - 1.0, device=weights.device)],
+                fused=True, amsgrad=False, beta1=beta1, beta2=beta2, lr=learning_rate, weight_decay=0.0, eps=EPSILON,
+                maximize=False,
             )  # fmt: skip
         else:
-            moments.square.lerp_(gradient.square().mean(-1).to(exact.dtype), 1 - beta2)
-            spread = (moments.square / (1 - beta2**self.step)).sqrt_().add_(EPSILON)
-            mean = moments.mean.to(exact.dtype).lerp_(gradient.to(exact.dtype), 1 - beta1)
-            exact.addcdiv_(mean, spread[..., None].expand_as(mean), value=-learning_rate / (1 - beta1**self.step))
-            moments.mean.copy_(mean)
+            square.lerp_(gradient.square().mean(-1), 1 - beta2)
+            spread = (square / (1 - beta2**self.step)).sqrt_().add_(EPSILON)
+            wide = mean.to(square.dtype).lerp_(gradient, 1 - beta1)
+            exact.addcdiv_(wide, spread[..., None].expand_as(wide), value=-learning_rate / (1 - beta1**self.step))
+            mean.copy_(wide)
         if exact is not weights:
             generator = torch.Generator(weights.device)
             generator.manual_seed(hash((self.seed, self.step, list(self.parameters).index(name), row)) & (2**63 - 1))

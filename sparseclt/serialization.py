@@ -1,5 +1,6 @@
 """A SparseCLT as named tensors on disk: what `SparseCLT.save_pretrained` writes and `from_pretrained` reads."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -35,7 +36,7 @@ def clt_tensors(clt: SparseCLT) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def load_clt_tensors(clt: SparseCLT, tensors: dict[str, Tensor]) -> None:
+def load_clt_tensors(clt: SparseCLT, tensors: Mapping[str, Tensor]) -> None:
     """Take over the tensors of a CLT of the same architecture."""
     for module in clt:
         prefix = _prefix(module)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sparseclt import checkpoint, losses
 from sparseclt.activity import Activity, RecentLatents
-from sparseclt.config import TrainConfig, from_dict, to_dict
+from sparseclt.config import ModelShape, TrainConfig, from_dict, to_dict
 from sparseclt.connections import make_policy
 from sparseclt.data import NoHeldOutSplit, RowStream, Split, read_documents, split_held_out, token_rows
 from sparseclt.decoder_gradients import DecoderGradients
@@ -20,6 +20,7 @@ from sparseclt.evaluation import replacement
 from sparseclt.forward import ForwardPass
 from sparseclt.language_model import Activations, LanguageModel
 from sparseclt.loggers import JsonLinesLogger, make_loggers, truncate_after
+from sparseclt.memory import available_bytes, check_fits
 from sparseclt.model import Architecture, SparseCLT
 from sparseclt.optim import RowAdam, apply
 from sparseclt.prefetch import one_ahead
@@ -87,6 +88,9 @@ class Trainer:
             raise ValueError(
                 f"data.row_length: expected at most the model's context of {context}, got {config.data.row_length}"
             )
+        info = self.language_model.info  # which is in memory already
+        shape = ModelShape(info.n_layers, info.d_model, info.n_heads, parallel=info.parallel)
+        check_fits(config, shape, available_bytes(self.device))
         if rows is None:
             rows = load_rows(config, self.language_model.tokenizer, "train")
         self.stream = RowStream(rows, config.batch_rows, config.seed)
@@ -186,10 +190,10 @@ class Trainer:
             bad = next((name for name, term in terms.items() if not torch.isfinite(term)), "loss")
             raise NonFiniteError(f"step {step}: {bad} is {terms[bad].item()}; stopped before the optimiser's step")
         total.backward()
-        norm, bad = apply(self.clt, gradients, self.optimizer, self.learning_rate(step), self.config.optimizer.clip)
-        if bad is not None:
+        norm, spoiled = apply(self.clt, gradients, self.optimizer, self.learning_rate(step), self.config.optimizer.clip)
+        if spoiled is not None:
             raise NonFiniteError(
-                f"step {step}: the gradient of {bad} is not finite; stopped before the optimiser's step"
+                f"step {step}: the gradient of {spoiled} is not finite; stopped before the optimiser's step"
             )
         for mode, forward in passes.items():
             self.activity[mode].update(forward.latents)
@@ -290,8 +294,8 @@ class Trainer:
         for name, tensor in self.optimizer.tensors().items():
             tensor.copy_(tensors[f"optimizer/{name}"])
         for mode, activity in self.activity.items():
-            prefix = f"activity/{mode}/"
-            activity.load_state({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
+            for name, tensor in activity.state().items():
+                tensor.copy_(tensors[f"activity/{mode}/{name}"])
         torch.set_rng_state(tensors["random_state"])
         self.step = self.optimizer.step = int(numbers["step"])
         self.stream = RowStream(

@@ -122,7 +122,8 @@ def test_the_flags_are_these():
         "loss.begin",
         "loss.ramp", "loss.latent_agreement", "loss.aux", "loss.aux_active", "loss.dead_after",
         "loss.cross_entropy", "optimizer.learning_rate", "optimizer.warmup", "optimizer.decay", "optimizer.betas",
-        "optimizer.clip", "optimizer.state", "optimizer.rows", "steps", "batch_rows", "seed", "device", "backend", "log_every", "checkpoint_every",
+        "optimizer.clip", "optimizer.state", "optimizer.rows",
+        "steps", "batch_rows", "seed", "device", "backend", "log_every", "checkpoint_every",
         "keep_checkpoints", "loggers", "progress",
     ]  # fmt: skip
 

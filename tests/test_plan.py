@@ -1,0 +1,130 @@
+"""The plan of memory against what a training step really allocates."""
+
+import gc
+import warnings
+from types import SimpleNamespace
+
+import pytest
+import torch
+from test_memory import peak_allocation
+
+from sparseclt import memory
+from sparseclt.capture import Activations
+from sparseclt.cli import main
+from sparseclt.config import (
+    CLTConfig,
+    ConnectionConfig,
+    DataConfig,
+    LossConfig,
+    ModelShape,
+    OptimizerConfig,
+    TrainConfig,
+)
+from sparseclt.trainer import Trainer
+
+S = 64
+
+
+def held() -> int:
+    """Bytes of all tensors that are alive."""
+    gc.collect()
+    storages = {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # some objects mind being looked at
+        for thing in gc.get_objects():
+            if isinstance(thing, torch.Tensor) and thing.device.type == "cpu":
+                storages[thing.untyped_storage().data_ptr()] = thing.untyped_storage().nbytes()
+    return sum(storages.values())
+
+
+def activations(L: int, D: int, rows: int) -> Activations:
+    def layers(*last: int) -> list[torch.Tensor]:
+        return [torch.randn(rows, S, *last) for _ in range(L)]
+
+    scale = [1 + torch.rand(rows, S) for _ in range(L)]
+    return Activations(torch.zeros(rows, S, dtype=torch.int64), layers(D)[0], layers(D), scale, layers(D), layers(D))
+
+
+def configured(F=4096, K=8, rows=4, policy="top", dtype="fp32", aux=0.0, dead_after=10**9, **optimizer) -> TrainConfig:
+    return TrainConfig(
+        out="", batch_rows=rows, progress=False, clt=CLTConfig(latents=F, active=K, dtype=dtype), device="cpu",
+        data=DataConfig(row_length=S), loss=LossConfig(begin=0.0, aux=aux, dead_after=dead_after),
+        connections=ConnectionConfig(policy=policy, per_latent=16, refresh_every=1000, recent_tokens=1024),
+        optimizer=OptimizerConfig(**optimizer),
+    )  # fmt: skip
+
+
+def planned_and_measured(config: TrainConfig, L: int = 4, D: int = 64) -> tuple[int, int]:
+    info = SimpleNamespace(
+        n_layers=L, d_model=D, n_heads=1, parallel=False, centred=True, name="", context=None
+    )  # fmt: skip
+    before, rows = held(), torch.zeros(config.batch_rows, S, dtype=torch.int64)
+    trainer = Trainer(config, language_model=SimpleNamespace(info=info), rows=rows)  # type: ignore[arg-type]
+    batch, following = (activations(L, D, config.batch_rows) for _ in range(2))
+    for _ in range(2):
+        trainer.train_step(batch)
+    start = held() - before
+    with peak_allocation() as peak:
+        trainer.train_step(batch)
+    del following
+    return memory.make_plan(config, ModelShape(L, D)).peak, start + peak[0]
+
+
+CASES = {
+    "many weights, both modes": configured(F=8192),
+    "many weights, vanilla mode": configured(F=8192, policy="none"),
+    "factored moments": configured(F=8192, rows=16, state="factored"),
+    "weights in bf16": configured(F=8192, rows=16, dtype="bf16", state="factored"),
+    "many tokens, both modes": configured(F=1024, rows=64),
+    "many tokens, vanilla mode": configured(F=1024, rows=64, policy="none"),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_planned_and_measured_peaks_agree_within_five_per_cent(name):
+    planned, measured = planned_and_measured(CASES[name])
+    assert planned == pytest.approx(measured, rel=0.05), f"{planned / 2**20:.1f} and {measured / 2**20:.1f} MiB"
+
+
+def test_the_plan_grows_linearly_in_tokens_and_in_latents():
+    def peak(**sizes) -> int:
+        return memory.make_plan(configured(**sizes), ModelShape(12, 768)).peak
+
+    for name, at in (("rows", 64), ("F", 1 << 16)):
+        one, two, three = (peak(**{name: at * times}) for times in (1, 2, 3))
+        assert three - two == pytest.approx(two - one, rel=1e-3)
+
+
+def test_a_full_size_clt_is_planned_and_its_dense_baseline_is_not():
+    config = configured(F=24_576, K=32, state="factored", rows=2)
+    shape = ModelShape(12, 768, 12, 124_000_000)
+    assert memory.make_plan(config, shape, 14 * memory.GiB).fits
+    assert not memory.dense_plan(config, shape, 24 * memory.GiB).fits
+
+
+def test_a_run_that_does_not_fit_is_refused_before_it_allocates(monkeypatch):
+    monkeypatch.setattr("sparseclt.trainer.available_bytes", lambda device: 100 << 20)
+    info = SimpleNamespace(n_layers=4, d_model=64, n_heads=1, parallel=False, context=None)
+    with pytest.raises(ValueError, match=r"memory: .* GiB are available; in order of harm.*--optimizer.state factored"):
+        Trainer(configured(F=8192), language_model=SimpleNamespace(info=info), rows=torch.zeros(4, S))  # type: ignore[arg-type]
+
+
+def test_advice_ends_with_what_fits():
+    config, shape = configured(F=8192), ModelShape(4, 64)
+    for share in (0.9, 0.5, 0.2):
+        available = int(memory.make_plan(config, shape).peak * share)
+        peaks = [peak for _, peak in memory.advice(config, shape, available)]
+        assert all(peak > available for peak in peaks[:-1]) and peaks[-1] <= available
+
+
+def test_the_command_prints_every_term_and_says_whether_it_fits(capsys):
+    gemma = "plan --shape.layers 26 --shape.d-model 2304 --clt.latents 16384 --clt.active 64".split()
+    assert main([*gemma, "--memory-gib", "80"]) == 1
+    shown = capsys.readouterr().out
+    assert "| weights |" in shown and "Does not fit" in shown and "--clt.dtype bf16" in shown
+    assert main([*gemma, "--memory-gib", "80", "--clt.dtype", "bf16", "--optimizer.state", "factored"]) == 0
+
+
+def test_the_shape_of_a_model_is_read_without_its_weights(capsys):
+    assert main(["plan", "--memory-gib", "4"]) == 0
+    assert "language model" in capsys.readouterr().out
