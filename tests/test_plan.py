@@ -2,6 +2,7 @@
 
 import gc
 import warnings
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -128,3 +129,14 @@ def test_the_command_prints_every_term_and_says_whether_it_fits(capsys):
 def test_the_shape_of_a_model_is_read_without_its_weights(capsys):
     assert main(["plan", "--memory-gib", "4"]) == 0
     assert "language model" in capsys.readouterr().out
+
+
+def test_the_tables_in_the_docs_are_what_their_commands_print(capsys):
+    page = (Path(__file__).parent.parent / "docs" / "memory.md").read_text()
+    commands = [line.split()[1:] for line in page.splitlines() if line.startswith("    sparseclt plan")]
+    assert commands
+    for command in commands:
+        main(command)
+        assert capsys.readouterr().out.strip().splitlines()[-1] in page
+    main(commands[0])
+    assert capsys.readouterr().out.strip() in page
