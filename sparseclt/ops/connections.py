@@ -43,9 +43,16 @@ class Connections:
         """Slots of each downstream latent."""
         return self.indices.shape[1]
 
-    @cached_property
+    @property
     def transposed(self) -> Transpose:
-        """The slots in the order of their upstream latent (CSC)."""
+        """The slots in the order of their upstream latent (CSC). Kept; inside `torch.compile` sorted at each call,
+        unless it was asked for before."""
+        if torch.compiler.is_compiling() and "_transposed" not in self.__dict__:
+            return transpose(self.indices, self.upstream)
+        return self._transposed
+
+    @cached_property
+    def _transposed(self) -> Transpose:
         return transpose(self.indices, self.upstream)
 
     def to(self, device: torch.device | str) -> "Connections":

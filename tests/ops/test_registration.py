@@ -111,6 +111,28 @@ def test_compiles_as_one_graph(module, backend, compiler):
     torch.testing.assert_close(torch.autograd.grad(got.sum(), leaves), expected_grads)
 
 
+@pytest.mark.filterwarnings("ignore")  # of the compiler's own
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("bare", [False, True])
+def test_compiles_with_connections_that_were_never_sorted(backend, bare):
+    torch._dynamo.reset()
+
+    def weights(W_enc, E, connections):
+        V = ops.virtual_weights(W_enc, E, connections, backend=backend)
+        z, places = ops.topk_encode(E[:5], E, None, 4, backend=backend)
+        return ops.virtual_matmul(z, places, V, connections, upstream=20, backend=backend)
+
+    W_enc, E = (rows(n, 8, seed=n).float().requires_grad_() for n in (30, 20))
+    ids = distinct_ids(30, 3, count=20)
+    got = torch.compile(weights, fullgraph=True, backend="aot_eager")(
+        W_enc, E, ids if bare else ops.Connections(ids, 20)
+    )
+    expected = weights(W_enc, E, ops.Connections(ids, 20))
+    torch.testing.assert_close(got, expected)
+    for one, two in zip(*(torch.autograd.grad(y.square().sum(), (W_enc, E)) for y in (got, expected)), strict=True):
+        torch.testing.assert_close(one, two)
+
+
 def test_an_op_differentiated_twice_says_that_it_cannot():
     W = rows(7, 4).requires_grad_()
     values, _ = ops.topk_encode(rows(3, 4), W, None, 2)
