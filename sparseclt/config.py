@@ -172,6 +172,8 @@ class TrainConfig:
         _share(self.connections, "anneal", "freeze")
         _share(self.loss, "begin", "ramp")
         _share(self.optimizer, "warmup", "decay")
+        if self.clt.dtype != "fp32" and self.clt.attention == "latents":
+            raise ValueError(f"clt.dtype: expected 'fp32' with attention latents, got {self.clt.dtype!r}")
         if self.clt.active > self.clt.latents:
             raise ValueError(f"clt.active: expected at most clt.latents = {self.clt.latents}, got {self.clt.active}")
 

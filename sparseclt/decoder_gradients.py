@@ -5,14 +5,15 @@ virtual weights read. The backward pass only notes these parts, of the size of t
 the gradient of one decoder some rows at a time, for an optimiser that updates them and lets them go.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from sparseclt import ops
-from sparseclt.attention import head_rows
+from sparseclt.attention import centre, head_rows
 from sparseclt.ops._rows import Transpose, accumulation_dtype, chunks, gather_sum, section, transpose
 from sparseclt.ops.backend import Implementation, choose, implementation
 
@@ -80,10 +81,9 @@ class DecoderGradients:
         for reader, E in effective_decoders(readers, self.clt.sites, decoders):
             assert reader.connections is not None
             W_enc = self.clt.transcoder(reader.index).W_enc
-            with torch.enable_grad():
-                rows = self.clt.reading_rows(reader.index)
-                for read, dV in _heads(reader, rows, self.read[reader.index]):
-                    read.backward(gather_sum(dV, reader.connections.indices, E), inputs=[W_enc], retain_graph=True)
+            for carry, dV in self._heads(reader):
+                with torch.enable_grad():
+                    carry(W_enc).backward(gather_sum(dV, reader.connections.indices, E), inputs=[W_enc])
 
     def chunks(self, index: int) -> Iterator[Chunk]:
         """The gradient of module `index`'s decoder, all of it, some rows at a time."""
@@ -99,6 +99,16 @@ class DecoderGradients:
             gradient = gradient.view(size, T, D)
             touched |= self._add_read(gradient, index, rows)
             yield Chunk(rows, gradient, touched)
+
+    def _heads(self, reader: "Reader") -> Iterator[tuple[Callable[[Tensor], Tensor], Tensor]]:
+        """(what carries encoder rows [R, D] to where they meet a decoder row, dV [F, C]): one pair, or one a head of an
+        attention reader."""
+        dV, weights = self.read[reader.index], reader.attention
+        if weights is None:
+            yield (centre if self.clt.architecture.centred else torch.clone), dV
+            return
+        for head in range(len(weights.W_V)):
+            yield partial(head_rows, weights=weights, head=head), dV[head]
 
     def _implementation(self, op: str, tensor: Tensor) -> Implementation:
         """What runs `op`; with the reference backend, which has no gradients of its own, torch's."""
@@ -130,12 +140,12 @@ class DecoderGradients:
             for reader in layer_readers:
                 assert reader.connections is not None
                 order = section(reader.connections.transposed, first + rows.start, first + rows.stop)
-                encoder = self.clt.reading_rows(reader.index).detach().to(self.dtype)
-                dV = self.read[reader.index].to(self.dtype)
-                parts = [(weights, order, read) for read, weights in _heads(reader, encoder, dV)]
-                total, some = self._sum(parts, len(gradient), D)
-                behind.add_(total)
-                touched.logical_or_(some)
+                W_enc = self.clt.transcoder(reader.index).W_enc.detach()
+                for carry, dV in self._heads(reader):
+                    # Linear: rows are added up first, and carried to the decoder then.
+                    total, some = self._sum([(dV, order, W_enc)], len(gradient), D)
+                    behind.add_(carry(total))
+                    touched.logical_or_(some)
 
         if site.kind == "attn":
             take(readers)
@@ -145,15 +155,6 @@ class DecoderGradients:
             take([reader for reader in readers if reader.site.layer == layer + 1])
             gradient[:, layer - site.layer] += behind
         return touched
-
-
-def _heads(reader: "Reader", rows: Tensor, dV: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """(encoder rows [F, D] as they meet a decoder row, dV [F, C]): one pair, or one a head of an attention reader."""
-    if reader.attention is None:
-        yield rows, dV
-        return
-    for head in range(len(reader.attention.W_V)):
-        yield head_rows(rows, reader.attention, head), dV[head]
 
 
 class _Decode(torch.autograd.Function):

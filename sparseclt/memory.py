@@ -105,7 +105,6 @@ def _terms(config: TrainConfig, shape: ModelShape) -> list[Term]:
             Term("connections", slots * (INDEX + SHORT) + SHORT * F * sum(readers), ALWAYS, "12 F C + 4 U, a reader"),
             Term("virtual weights and their gradient", 2 * w * slots, ALWAYS, "2 w F C, a reader"),
             Term("effective decoders", w * F * D * max(readers), ("forward", "encoders"), "w F D (L - 1)"),
-            Term("encoder rows, centred", FLOAT * F * D, ("update",), "4 F D"),
         ]
     return terms
 

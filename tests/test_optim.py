@@ -8,7 +8,7 @@ from test_decoder_gradients import trainer, warmed_up
 from torch.nn import Parameter
 
 from sparseclt import optim
-from sparseclt.config import OptimizerConfig
+from sparseclt.config import CLTConfig, OptimizerConfig, TrainConfig
 from sparseclt.decoder_gradients import DecoderGradients
 from sparseclt.optim import RowAdam, round_stochastically
 from sparseclt.trainer import NonFiniteError
@@ -157,3 +157,8 @@ def test_a_lean_run_continues_bit_exactly_and_learns(tmp_path, dtype):
 
     losses = [line["fvu_vanilla"] for line in read_metrics(tmp_path / "whole" / "metrics.jsonl")]
     assert losses[-1] < losses[0]
+
+
+def test_attention_latents_in_bf16_are_refused():
+    with pytest.raises(ValueError, match="clt.dtype"):
+        TrainConfig(clt=CLTConfig(attention="latents", dtype="bf16"))
