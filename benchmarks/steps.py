@@ -138,14 +138,14 @@ def step_comparison(mode: str, sizes: dict[str, int], device: str, strict: bool,
 
     def ours(backend: str) -> Callable[[], Tensor]:
         def loss() -> Tensor:
-            trainer.config = replace(trainer.config, backend=backend)
+            trainer.config = trainer.objective.config = replace(trainer.config, backend=backend)
             return trainer.loss(i.activations, 1)[0]
 
         return loss
 
     def whole(backend: str) -> Callable[[], Any]:
         def step() -> Tensor:
-            trainer.config = replace(trainer.config, backend=backend)
+            trainer.config = trainer.objective.config = replace(trainer.config, backend=backend)
             return torch.tensor(trainer.train_step(i.activations)["loss"])
 
         return step

@@ -1,7 +1,7 @@
 """What is recorded of a run of the language model, and the hooks that record it and replace outputs."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from torch import Tensor
@@ -28,6 +28,16 @@ class Activations:
     def residual(self, layer: int, after_attention: bool = False) -> Tensor:
         """The residual stream [B, S, D] before block `layer`, or after that block's attention."""
         return sum(self.mlp_out[:layer] + self.attn_out[: layer + after_attention], self.r_0)
+
+    def split(self, rows: int) -> list["Activations"]:
+        """Views of `rows` rows each, of fewer at the end."""
+        return [self._rows(slice(i, i + rows)) for i in range(0, len(self.tokens), rows)]
+
+    def _rows(self, rows: slice) -> "Activations":
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return Activations(
+            **{name: [t[rows] for t in v] if isinstance(v, list) else v[rows] for name, v in values.items()}
+        )
 
 
 Replace = Callable[[int, Activations], Tensor]

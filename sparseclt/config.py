@@ -148,6 +148,9 @@ class TrainConfig:
     """Training steps."""
     batch_rows: int = 4
     """Rows of text in a step."""
+    micro_batch_rows: int | None = None
+    """Rows that go forward and backward at a time; None: all, which takes one forward pass less. The gradient is that
+    of the whole step either way."""
     seed: int = 0
     """Seed of the initial weights and of the order of the data."""
     device: str = "auto"
@@ -167,6 +170,8 @@ class TrainConfig:
 
     def __post_init__(self):
         _at_least(self, 1, "steps", "batch_rows", "log_every", "checkpoint_every", "keep_checkpoints")
+        if self.micro_batch_rows is not None:
+            _at_least(self, 1, "micro_batch_rows")
         _at_least(self.data, 2, "row_length")
         _at_least(self.clt, 1, "latents", "active")
         _share(self.connections, "anneal", "freeze")

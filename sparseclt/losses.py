@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor
+from torch.nn.functional import mse_loss
 
 from sparseclt.forward import ForwardPass
 from sparseclt.model import SparseCLT
@@ -13,7 +14,8 @@ def fvu(y: Tensor, reconstruction: Tensor) -> Tensor:
     """Fraction of variance unexplained, a scalar: equivalent to
     `((y - reconstruction)**2).sum() / ((y - y.mean(0))**2).sum()`, the mean over all N tokens of y [N, D]."""
     variance = (y - y.mean(0)).square().sum()
-    return (y - reconstruction).square().sum() / variance.clamp_min(torch.finfo(y.dtype).tiny)
+    # mse_loss keeps no difference for backward.
+    return mse_loss(reconstruction, y, reduction="sum") / variance.clamp_min(torch.finfo(y.dtype).tiny)
 
 
 def latent_fvu(latents: Latents, target: Latents, F: int) -> Tensor:
@@ -39,21 +41,25 @@ def targets(clt: SparseCLT, activations) -> dict[Site, Tensor]:
     return {site: outputs[site.kind][site.layer].flatten(0, 1) for site in clt.sites}
 
 
-def aux_k(forward: ForwardPass, errors: dict[Site, Tensor], dead: Tensor, k: int) -> Tensor | None:
-    """AuxK: how badly the k strongest dead latents of each module explain what the live ones left, summed over
-    sites (FVU of the detached errors); None where no module has a dead latent.
+def written_by_dead(forward: ForwardPass, dead: Tensor, k: int) -> dict[Site, Tensor]:
+    """What the k strongest dead latents of each module would write to each site, [N, D]; empty where no module has a
+    dead latent. `dead` is boolean [M, F].
 
     Dead latents are encoded as the mode encodes them: from the module's input in vanilla mode, through their
-    virtual weights in sparsely-connected mode. `dead` is boolean [M, F].
+    virtual weights in sparsely-connected mode.
     """
-    explained: dict[Site, Tensor] = {}
+    written: dict[Site, Tensor] = {}
     for index in range(len(forward.clt.sites)):
         rows = dead[index].nonzero().flatten()
         if not len(rows):
             continue
         latents = forward.encode(index, rows, min(k, len(rows)))
         for to, part in forward.decode(index, Latents(latents.values, rows[latents.indices])):
-            explained[to] = explained[to] + part if to in explained else part
-    if not explained:
-        return None
-    return torch.stack([fvu(errors[site].detach(), part) for site, part in explained.items()]).sum()
+            written[to] = written[to] + part if to in written else part
+    return written
+
+
+def aux_k(written: dict[Site, Tensor], outputs: dict[Site, Tensor], real: dict[Site, Tensor]) -> Tensor:
+    """AuxK: how badly what dead latents would write explains what the live ones left, summed over sites (FVU of the
+    detached errors)."""
+    return torch.stack([fvu((real[site] - outputs[site]).detach(), part) for site, part in written.items()]).sum()

@@ -7,11 +7,16 @@ import torch
 
 from sparseclt.config import ModelShape, TrainConfig
 from sparseclt.decoder_gradients import CHUNK_BYTES
+from sparseclt.ops._rows import SCRATCH_BYTES
 from sparseclt.optim import KEPT_BYTES
 from sparseclt.sites import model_sites, upstream_modules
 
 GiB = 1 << 30
 FLOAT, INDEX, SHORT = 4, 8, 4  # bytes of activations, of ids, and of ids in the order of upstream latents
+
+
+class OutOfMemory(RuntimeError):
+    """A training step ran out of memory; the message has the plan and what would make it smaller."""
 
 
 @dataclass(frozen=True)
@@ -26,6 +31,7 @@ class Term:
 
 # "encoders": their gradient through virtual weights, after the backward passes; "update": the optimiser's step.
 ALWAYS = ("forward", "backward", "encoders", "update")
+FORWARD = ALWAYS[:2]
 
 
 @dataclass(frozen=True)
@@ -72,7 +78,9 @@ def _terms(config: TrainConfig, shape: ModelShape) -> list[Term]:
     sparse = config.connections.policy != "none" and bool(readers)
     modes = 2 if sparse else 1
     aux = config.loss.aux_active if config.loss.aux else 0
-    outputs = FLOAT * N * D * M
+    rows = min(config.micro_batch_rows or config.batch_rows, config.batch_rows)
+    n, in_parts = rows * S, rows < config.batch_rows
+    outputs, part = FLOAT * N * D * M, FLOAT * n * D * M
     decoders = 4 * F * D * sum(targets)
     largest = min(CHUNK_BYTES, 4 * F * D * max(targets))
     chunk = decoders + (modes - 1) * largest if decoders <= KEPT_BYTES else 4 * largest
@@ -87,14 +95,22 @@ def _terms(config: TrainConfig, shape: ModelShape) -> list[Term]:
              "2 x 4 N D (1 + 3 L): this batch and the next"),
         Term("activity of latents", _activity(config, M, F, K), ALWAYS, "2 x 16 M F + 8 M K x recent tokens"),
         Term("encoder gradients", encoders, ALWAYS[1:], "w P_enc"),
-        Term("reconstructions", modes * outputs, ALWAYS, "modes x 4 N D L"),
-        Term("active latents", modes * 16 * N * K * M, ALWAYS, "modes x 16 N K M"),
-        Term("kept for backward", (modes + sparse) * outputs + sparse * N * K * K * (M + 4), ("forward", "backward"),
-             "(modes + 1) x 4 N D L + N K^2 (M + 4)"),
-        Term("AuxK, when latents are dead", modes * (3 * outputs + 16 * N * aux * M) if aux else 0,
-             ("forward", "backward"), "modes x (12 N D L + 16 N M aux_active)"),
-        Term("gradients of reconstructions, in backward", outputs, ("backward",), "4 N D L"),
-        Term("gradients of reconstructions, noted", 2 * modes * outputs, ALWAYS[2:], "modes x 8 N D L"),
+        Term("reconstructions", modes * outputs, FORWARD[: 2 - in_parts], "modes x 4 N D L"),
+        Term("active latents", (1 + in_parts) * modes * 12 * N * K * M, ALWAYS, "modes x 12 N K M"),
+        Term("kept for backward", sparse * (part + 6 * n * K * M * (M - 1) + N * K * K * M), FORWARD[in_parts:],
+             "4 n D L + 6 n K M (M - 1) + N K^2 M; n: tokens of a micro-batch"),
+        Term("AuxK, when latents are dead",
+             modes * (3 * part + 20 * n * aux * M) + sparse * 6 * n * K * M * (M - 1) if aux else 0, FORWARD,
+             "modes x (12 n D L + 20 n M aux_active) + 6 n K M (M - 1)"),
+        Term("its latents, noted", modes * 12 * N * aux * M, ALWAYS[2 - in_parts :], "modes x 12 N M aux_active"),
+        Term("a micro-batch beside the whole", in_parts * modes * ((2 if aux else 1) * outputs + 4 * N * K * M),
+             FORWARD, "modes x (8 N D L + 4 N K M)"),
+        Term("gradients of reconstructions, in backward", (1 + in_parts) * modes * part, ("backward",),
+             "modes x 4 n D L; in micro-batches, the reconstructions again"),
+        Term("gradients of reconstructions, noted", modes * outputs, ALWAYS[2:], "modes x 4 N D L"),
+        Term("what one module writes", FLOAT * n * D * max(targets), FORWARD, "4 n D L"),
+        Term("its gradient, noted", modes * FLOAT * N * D * max(targets), ("update",), "modes x 4 N D L"),
+        Term("working memory of an op", min(SCRATCH_BYTES, FLOAT * n * F), ("forward",), "at most 4 MiB on a CPU"),
         Term("one encoder's gradient", 2 * w * F * D, ("backward",), "2 w F D"),
         Term("decoder gradients", chunk, ("update",), "4 P_dec and a chunk, or 4 chunks; min(64 MiB, 4 F D L) each"),
     ]  # fmt: skip
@@ -126,6 +142,12 @@ def _activity(config: TrainConfig, M: int, F: int, K: int) -> int:
     return 2 * M * F * (INDEX + 2 * FLOAT) + M * recent * K * 2 * FLOAT
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out: torch's on a GPU, its CPU allocator's, or Python's own."""
+    cpu = isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    return cpu or isinstance(error, torch.OutOfMemoryError | MemoryError)
+
+
 def available_bytes(device: torch.device) -> int | None:
     """Free memory of a device; None where it cannot be told."""
     if device.type == "cuda":
@@ -141,6 +163,7 @@ def advice(config: TrainConfig, shape: ModelShape, available: int) -> list[tuple
     """Changes that make a run fit, each on top of those before it, the most harmless first, with the peak that they
     leave; up to the first that fits."""
     steps = [
+        *[("micro_batch_rows", _half_the_micro_batch)] * 2,
         ("optimizer.state", lambda c: replace(c, optimizer=replace(c.optimizer, state="factored"))),
         ("clt.dtype", lambda c: replace(c, clt=replace(c.clt, dtype="bf16"))),
         *[("batch_rows", lambda c: replace(c, batch_rows=max(1, c.batch_rows // 2)))] * 3,
@@ -149,15 +172,20 @@ def advice(config: TrainConfig, shape: ModelShape, available: int) -> list[tuple
     found: list[tuple[str, int]] = []
     for name, change in steps:
         changed = change(config)
-        if changed == config:
+        peak = make_plan(changed, shape).peak
+        if peak >= make_plan(config, shape).peak:
             continue
-        config, peak = changed, make_plan(changed, shape).peak
+        config = changed
         section, _, field = name.rpartition(".")
         value = getattr(getattr(config, section) if section else config, field)
         found.append((f"--{name.replace('_', '-')} {value}", peak))
         if peak <= available:
             break
     return found
+
+
+def _half_the_micro_batch(config: TrainConfig) -> TrainConfig:
+    return replace(config, micro_batch_rows=max(1, (config.micro_batch_rows or config.batch_rows) // 2))
 
 
 def check_fits(config: TrainConfig, shape: ModelShape, available: int | None) -> Plan:
@@ -169,6 +197,14 @@ def check_fits(config: TrainConfig, shape: ModelShape, available: int | None) ->
             f"{advice_text(config, shape, available)} (sparseclt plan shows every term)"
         )
     return plan
+
+
+def explain(config: TrainConfig, shape: ModelShape) -> str:
+    """What to do about a step that ran out of memory: the plan, and changes down to three quarters of its peak."""
+    plan = make_plan(config, shape)
+    changes = advice_text(config, shape, plan.peak * 3 // 4)
+    rows = config.micro_batch_rows or config.batch_rows
+    return f"out of memory, in micro-batches of {rows} rows. {changes}. The plan of this run:\n{table(plan)}"
 
 
 def advice_text(config: TrainConfig, shape: ModelShape, available: int) -> str:

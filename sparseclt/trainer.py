@@ -2,7 +2,9 @@
 
 import json
 import shutil
+import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,22 +12,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparseclt import checkpoint, losses
+from sparseclt import checkpoint, losses, memory
 from sparseclt.activity import Activity, RecentLatents
 from sparseclt.config import ModelShape, TrainConfig, from_dict, to_dict
 from sparseclt.connections import make_policy
 from sparseclt.data import NoHeldOutSplit, RowStream, Split, read_documents, split_held_out, token_rows
 from sparseclt.decoder_gradients import DecoderGradients
-from sparseclt.evaluation import replacement
-from sparseclt.forward import ForwardPass
 from sparseclt.language_model import Activations, LanguageModel
 from sparseclt.loggers import JsonLinesLogger, make_loggers, truncate_after
-from sparseclt.memory import available_bytes, check_fits
 from sparseclt.model import Architecture, SparseCLT
+from sparseclt.modules import Latents
+from sparseclt.objective import Objective, Outcome
 from sparseclt.optim import RowAdam, apply
 from sparseclt.prefetch import one_ahead
 from sparseclt.serialization import load_clt_tensors, write_clt
-from sparseclt.sites import MODES, Mode, Site
+from sparseclt.sites import MODES, Mode
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -89,8 +90,8 @@ class Trainer:
                 f"data.row_length: expected at most the model's context of {context}, got {config.data.row_length}"
             )
         info = self.language_model.info  # which is in memory already
-        shape = ModelShape(info.n_layers, info.d_model, info.n_heads, parallel=info.parallel)
-        check_fits(config, shape, available_bytes(self.device))
+        self.shape = ModelShape(info.n_layers, info.d_model, info.n_heads, parallel=info.parallel)
+        memory.check_fits(config, self.shape, memory.available_bytes(self.device))
         if rows is None:
             rows = load_rows(config, self.language_model.tokenizer, "train")
         self.stream = RowStream(rows, config.batch_rows, config.seed)
@@ -108,6 +109,8 @@ class Trainer:
             recent = RecentLatents(M, config.clt.active, config.connections.recent_tokens, self.device)
             self.activity["vanilla"].recent = recent
         self.optimizer = RowAdam(self.clt, config.optimizer, config.seed)
+        self.objective = Objective(config, self.clt, self.policy, self.activity, self.language_model)
+        self.micro_rows, self.halved = config.micro_batch_rows or config.batch_rows, False
         self.step = 0
 
     # One step
@@ -125,49 +128,12 @@ class Trainer:
 
     def loss(
         self, activations: Activations, step: int, gradients: DecoderGradients | None = None
-    ) -> tuple[Tensor, dict[str, Tensor], dict[Mode, ForwardPass]]:
-        """The loss of a batch, its terms by name, and the forward pass of each mode that ran. `gradients` gathers the
-        decoders' gradient in place of their `.grad`."""
-        clt, rho = self.clt, self.ramp(step)
-        options: dict[str, Any] = {"backend": self.config.backend, "gradients": gradients}
-        real = losses.targets(clt, activations)
-        passes: dict[Mode, ForwardPass] = {"vanilla": clt(activations, "vanilla", **options)}
-        total, terms = self._mode_loss("vanilla", passes["vanilla"], real)
-        if self.policy and clt.connected:
-            passes["sparse"] = clt(activations, "sparse", **options)
-            sparse, sparse_terms = self._mode_loss("sparse", passes["sparse"], real)
-            terms |= sparse_terms
-            pairs = zip(passes["sparse"].latents, passes["vanilla"].latents, strict=True)
-            agreement = [losses.latent_fvu(z, target, self.config.clt.latents) for z, target in pairs]
-            terms["latent_agreement"] = torch.stack(agreement).sum()
-            sparse = sparse + self.config.loss.latent_agreement * terms["latent_agreement"]
-            pressure = self.policy.pressure(clt)
-            if pressure is not None:
-                terms["pressure"] = pressure
-                sparse = sparse + pressure
-            total = total + rho * sparse
-        terms["loss"] = total
-        return total, terms, passes
-
-    def _mode_loss(
-        self, mode: Mode, forward: ForwardPass, real: dict[Site, Tensor]
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """What one mode adds to the loss: FVU of every site, AuxK, cross-entropy; and the terms by name."""
-        c, sites = self.config.loss, self.clt.sites
-        terms = {f"fvu_{mode}/{site.name}": losses.fvu(real[site], forward.output(site)) for site in sites}
-        total = torch.stack(list(terms.values())).sum()
-        dead = self.activity[mode].dead(c.dead_after)
-        if c.aux and dead.any():
-            errors = {site: real[site] - forward.output(site) for site in sites}
-            aux = losses.aux_k(forward, errors, dead, c.aux_active)
-            if aux is not None:
-                terms[f"aux_{mode}"] = aux
-                total = total + c.aux * aux
-        if c.cross_entropy:
-            hooks = replacement(self.clt, mode, self.config.backend, gradients=forward.gradients)
-            terms[f"cross_entropy_{mode}"] = self.language_model.cross_entropy(forward.activations.tokens, **hooks)
-            total = total + c.cross_entropy * terms[f"cross_entropy_{mode}"]
-        return total, terms
+    ) -> tuple[Tensor, dict[str, Tensor], dict[Mode, Outcome]]:
+        """The loss of a batch, its terms by name, and each mode's pass. `gradients` gathers the decoders' gradient in
+        place of their `.grad`."""
+        outcomes = self.objective.outcomes(activations, gradients)
+        total, terms = self.objective.loss(outcomes, losses.targets(self.clt, activations), self.ramp(step))
+        return total, terms, outcomes
 
     def capture(self, tokens: Tensor) -> Activations:
         """The model's activations on `tokens` [B, S]: the one run of the model that both modes share."""
@@ -179,26 +145,72 @@ class Trainer:
         return batches if self.config.loss.cross_entropy else one_ahead(batches)
 
     def train_step(self, activations: Activations) -> dict[str, float]:
-        """One optimiser step on a captured batch; returns the loss terms and counters as numbers."""
-        step = self.step
-        self._check_activations(activations)
-        if self.policy and step >= self.config.loss.begin * self.config.steps:
-            self.policy.update(self.clt, self.activity["vanilla"], step)
-        gradients = DecoderGradients(self.clt, self.config.backend)
-        total, terms, passes = self.loss(activations, step, gradients)
-        if not torch.isfinite(total):
-            bad = next((name for name, term in terms.items() if not torch.isfinite(term)), "loss")
-            raise NonFiniteError(f"step {step}: {bad} is {terms[bad].item()}; stopped before the optimiser's step")
-        total.backward()
-        norm, spoiled = apply(self.clt, gradients, self.optimizer, self.learning_rate(step), self.config.optimizer.clip)
+        """One optimiser step on a captured batch; returns the loss terms and counters as numbers.
+
+        Raises NonFiniteError for NaN or Inf, and `memory.OutOfMemory`, before weights change where the backward pass
+        ran out of memory in micro-batches of half as many rows, too.
+        """
+        with self._explaining_out_of_memory():
+            self._check_activations(activations)
+            if self.policy and self.step >= self.config.loss.begin * self.config.steps:
+                self.policy.update(self.clt, self.activity["vanilla"], self.step)
+            gradients, terms, latents = self._backward(activations)
+            rate, clip = self.learning_rate(self.step), self.config.optimizer.clip
+            norm, spoiled = apply(self.clt, gradients, self.optimizer, rate, clip)
         if spoiled is not None:
             raise NonFiniteError(
-                f"step {step}: the gradient of {spoiled} is not finite; stopped before the optimiser's step"
+                f"step {self.step}: the gradient of {spoiled} is not finite; stopped before the optimiser's step"
             )
-        for mode, forward in passes.items():
-            self.activity[mode].update(forward.latents)
+        for mode, of_mode in latents.items():
+            self.activity[mode].update(of_mode)
         self.step += 1
         return self._metrics(terms, norm)
+
+    def _backward(
+        self, activations: Activations
+    ) -> tuple[DecoderGradients, dict[str, Tensor], dict[Mode, list[Latents]]]:
+        """The gradient of a batch's loss, its terms, and each mode's latents. Where memory runs out, the same once
+        more in micro-batches of half as many rows, and so for the rest of the run."""
+        try:
+            return self._backward_in_micro_batches(activations)
+        except Exception as error:
+            if self.halved or self.micro_rows == 1 or not memory.is_out_of_memory(error):
+                raise
+        # Behind the handler, which keeps the tensors of the step alive.
+        self.clt.zero_grad(set_to_none=True)
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        self.micro_rows, self.halved = (self.micro_rows + 1) // 2, True
+        warnings.warn(
+            f"step {self.step}: out of memory; going on in micro-batches of {self.micro_rows} rows, with the same "
+            "gradients",
+            stacklevel=3,
+        )
+        return self._backward_in_micro_batches(activations)
+
+    def _backward_in_micro_batches(
+        self, activations: Activations
+    ) -> tuple[DecoderGradients, dict[str, Tensor], dict[Mode, list[Latents]]]:
+        gradients = DecoderGradients(self.clt, self.config.backend)
+        terms, latents = self.objective.backward(
+            activations, self.ramp(self.step), gradients, self.micro_rows, self._check_loss
+        )
+        return gradients, terms, latents
+
+    @contextmanager
+    def _explaining_out_of_memory(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            if not memory.is_out_of_memory(error):
+                raise
+            config = replace(self.config, micro_batch_rows=self.micro_rows)
+            raise memory.OutOfMemory(f"step {self.step}: {memory.explain(config, self.shape)}") from error
+
+    def _check_loss(self, total: Tensor, terms: dict[str, Tensor]) -> None:
+        if not torch.isfinite(total):
+            bad = next((name for name, term in terms.items() if not torch.isfinite(term)), "loss")
+            raise NonFiniteError(f"step {self.step}: {bad} is {terms[bad].item()}; stopped before the optimiser's step")
 
     def _check_activations(self, activations: Activations) -> None:
         for name in ("x", "mlp_out", "attn_out"):
@@ -246,17 +258,18 @@ class Trainer:
             disable=not self.config.progress,
         )  # fmt: skip
         try:
-            for activations in self._batches():
-                metrics = self.train_step(activations)
-                bar.update()
-                last = self.step == self.config.steps
-                if last or self.step % self.config.log_every == 0:
-                    for logger in loggers:
-                        logger.log(self.step, metrics)
-                    shown = {name: metrics[f"fvu_{name}"] for name in MODES if f"fvu_{name}" in metrics}
-                    bar.set_postfix({f"FVU {name}": f"{value:.3f}" for name, value in shown.items()})
-                if last or self.step % self.config.checkpoint_every == 0:
-                    self.save()
+            with self._explaining_out_of_memory():
+                for activations in self._batches():
+                    metrics = self.train_step(activations)
+                    bar.update()
+                    last = self.step == self.config.steps
+                    if last or self.step % self.config.log_every == 0:
+                        for logger in loggers:
+                            logger.log(self.step, metrics)
+                        shown = {name: metrics[f"fvu_{name}"] for name in MODES if f"fvu_{name}" in metrics}
+                        bar.set_postfix({f"FVU {name}": f"{value:.3f}" for name, value in shown.items()})
+                    if last or self.step % self.config.checkpoint_every == 0:
+                        self.save()
         finally:
             bar.close()
             for logger in loggers:
@@ -271,7 +284,7 @@ class Trainer:
         for mode, activity in self.activity.items():
             for key, value in activity.state().items():
                 tensors[f"activity/{mode}/{key}"] = value
-        numbers = {"step": self.step, "position": self.step * self.config.batch_rows}
+        numbers = {"step": self.step, "position": self.step * self.config.batch_rows, "micro_rows": self.micro_rows}
         folder = self.out / "checkpoints"
         with checkpoint.atomic_directory(folder / f"step_{self.step:08d}") as directory:
             write_clt(directory, self.clt)
@@ -298,6 +311,8 @@ class Trainer:
                 tensor.copy_(tensors[f"activity/{mode}/{name}"])
         torch.set_rng_state(tensors["random_state"])
         self.step = self.optimizer.step = int(numbers["step"])
+        configured, self.micro_rows = self.micro_rows, int(numbers.get("micro_rows", self.micro_rows))
+        self.halved = self.micro_rows < configured
         self.stream = RowStream(
             self.stream.rows, self.config.batch_rows, self.config.seed, position=int(numbers["position"])
         )

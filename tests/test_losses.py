@@ -4,7 +4,7 @@ import pytest
 import torch
 from clts import connect_random, language_model, random_clt, tokens
 
-from sparseclt.losses import aux_k, fvu, latent_fvu, targets
+from sparseclt.losses import aux_k, fvu, latent_fvu, targets, written_by_dead
 from sparseclt.modules import Latents
 
 
@@ -58,8 +58,7 @@ def test_aux_k_moves_dead_latents_only_and_reaches_their_encoder_and_decoder(set
     real = targets(clt, activations)
     dead = torch.zeros(3, 20, dtype=torch.bool)
     dead[1, [3, 7]] = True
-    errors = {site: real[site] - forward.output(site) for site in clt.sites}
-    loss = aux_k(forward, errors, dead, k=2)
+    loss = aux_k(written_by_dead(forward, dead, k=2), {site: forward.output(site) for site in clt.sites}, real)
     module = clt.transcoder(1)
     W_enc, W_dec = torch.autograd.grad(loss, [module.W_enc, module.W_dec])
     others = [i for i in range(20) if i not in (3, 7)]
@@ -76,14 +75,13 @@ def test_aux_k_of_vanilla_mode_encodes_the_input_not_the_target(setting):
     dead = torch.zeros(3, 20, dtype=torch.bool)
     rows = torch.tensor([3, 7])
     dead[2, rows] = True
-    errors = {site: real[site] - forward.output(site) for site in clt.sites}
+    outputs = {site: forward.output(site) for site in clt.sites}
     module, site = clt.transcoder(2), clt.sites[2]
     codes = torch.relu(activations.x[2].flatten(0, 1) @ module.W_enc[rows].T + module.b_enc[rows])
-    expected = fvu(errors[site], codes @ module.W_dec[rows, 0])
-    torch.testing.assert_close(aux_k(forward, errors, dead, k=2), expected)
+    expected = fvu(real[site] - outputs[site], codes @ module.W_dec[rows, 0])
+    torch.testing.assert_close(aux_k(written_by_dead(forward, dead, k=2), outputs, real), expected)
 
 
-def test_aux_k_without_dead_latents_is_none(setting):
+def test_nothing_is_written_without_dead_latents(setting):
     clt, activations = setting
-    forward = clt(activations, "vanilla")
-    assert aux_k(forward, {}, torch.zeros(3, 20, dtype=torch.bool), k=2) is None
+    assert not written_by_dead(clt(activations, "vanilla"), torch.zeros(3, 20, dtype=torch.bool), k=2)
