@@ -1,7 +1,7 @@
 """What is recorded of a run of the language model, and the hooks that record it and replace outputs."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
@@ -34,10 +34,10 @@ class Activations:
         return [self._rows(slice(i, i + rows)) for i in range(0, len(self.tokens), rows)]
 
     def _rows(self, rows: slice) -> "Activations":
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return Activations(
-            **{name: [t[rows] for t in v] if isinstance(v, list) else v[rows] for name, v in values.items()}
-        )
+        values: dict[str, Any] = {}
+        for name, value in vars(self).items():
+            values[name] = [tensor[rows] for tensor in value] if isinstance(value, list) else value[rows]
+        return Activations(**values)
 
 
 Replace = Callable[[int, Activations], Tensor]

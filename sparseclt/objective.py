@@ -1,7 +1,9 @@
 """The training loss of a batch, and its gradient: all rows at once, or a micro-batch of rows at a time."""
 
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,6 +16,7 @@ from sparseclt.connections import ConnectionPolicy
 from sparseclt.decoder_gradients import DecoderGradients
 from sparseclt.evaluation import replacement
 from sparseclt.language_model import LanguageModel
+from sparseclt.memory import is_out_of_memory
 from sparseclt.model import SparseCLT
 from sparseclt.modules import Latents
 from sparseclt.sites import Mode, Site
@@ -36,6 +39,14 @@ class Outcome:
         return tensors if self.cross_entropy is None else [*tensors, self.cross_entropy]
 
 
+class Backward(NamedTuple):
+    """What a backward pass leaves: decoder gradients, the loss terms, and each mode's latents."""
+
+    gradients: DecoderGradients
+    terms: Terms
+    latents: dict[Mode, list[Latents]]
+
+
 class Objective:
     """The loss of both modes, as a function of weights, connections and the latents that are dead."""
 
@@ -49,6 +60,7 @@ class Objective:
     ):
         self.config, self.clt, self.policy = config, clt, policy
         self.activity, self.language_model = activity, language_model
+        self.micro_rows = self._configured_rows = config.micro_batch_rows or config.batch_rows
 
     def modes(self) -> list[Mode]:
         return ["vanilla", "sparse"] if self.policy and self.clt.connected else ["vanilla"]
@@ -101,31 +113,44 @@ class Objective:
             total = total + c.cross_entropy * outcome.cross_entropy
         return total, terms
 
-    def backward(
-        self,
-        activations: Activations,
-        rho: float,
-        gradients: DecoderGradients,
-        micro_rows: int,
-        check: Callable[[Tensor, Terms], None],
-    ) -> tuple[Terms, dict[Mode, list[Latents]]]:
-        """Leave the gradient of a batch's loss in `gradients` and in `.grad`; the loss terms, and each mode's latents.
+    def backward(self, activations: Activations, rho: float, check: Callable[[Tensor, Terms], None]) -> Backward:
+        """The gradient of a batch's loss; the encoders' and biases' in `.grad`. `rho`: weight of the
+        sparsely-connected terms. `check(loss, terms)` may raise before anything is differentiated.
 
-        `check(loss, terms)` may raise before anything is differentiated.
-
-        The loss is one of the whole batch: variances and means over its tokens stand in it. Micro-batches of
-        `micro_rows` rows therefore run twice: once without a graph, for what the loss reads; then, the gradient with
-        respect to that being known, once more to carry it back (as in GradCache: Gao et al., 2021). The gradient is
-        that of the whole batch, up to rounding.
+        Where memory runs out, the same once more in micro-batches of half as many rows, which is then how the run
+        goes on.
         """
+        try:
+            return self._backward(activations, rho, check)
+        except Exception as error:
+            halved = self.micro_rows < self._configured_rows
+            if halved or self.micro_rows == 1 or not is_out_of_memory(error):
+                raise
+        # Behind the handler, which keeps the tensors of the step alive.
+        self.clt.zero_grad(set_to_none=True)
+        if activations.r_0.is_cuda:
+            torch.cuda.empty_cache()
+        self.micro_rows = (self.micro_rows + 1) // 2
+        warnings.warn(
+            f"out of memory; going on in micro-batches of {self.micro_rows} rows, with the same gradients", stacklevel=2
+        )
+        return self._backward(activations, rho, check)
+
+    def _backward(self, activations: Activations, rho: float, check: Callable[[Tensor, Terms], None]) -> Backward:
+        """The loss is one of the whole batch: variances and means over its tokens stand in it. Micro-batches
+        therefore run twice: once without a graph, for what the loss reads; then, the gradient with respect to that
+        being known, once more to carry it back (as in GradCache: Gao et al., 2021). The gradient is that of the whole
+        batch, up to rounding.
+        """
+        gradients = DecoderGradients(self.clt, self.config.backend)
         real = losses.targets(self.clt, activations)
-        parts = activations.split(micro_rows)
+        parts = activations.split(self.micro_rows)
         if len(parts) == 1:
             outcomes = self.outcomes(activations, gradients)
             total, terms = self.loss(outcomes, real, rho)
             check(total, terms)
             total.backward()
-            return _numbers(terms), _latents(outcomes)
+            return Backward(gradients, _numbers(terms), _latents(outcomes))
         shares = [len(part.tokens) / len(activations.tokens) for part in parts]
         with torch.no_grad():
             runs = [self.outcomes(part) for part in parts]
@@ -143,7 +168,7 @@ class Objective:
             for mode, outcome in self.outcomes(part, gradients).items():
                 _carry_back(outcome.differentiable(), grads[mode], slice(start, stop), share)
             start = stop
-        return numbers, latents
+        return Backward(gradients, numbers, latents)
 
 
 def _joined(parts: list[Outcome], shares: list[float]) -> Outcome:

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -21,7 +20,6 @@ from sparseclt.decoder_gradients import DecoderGradients
 from sparseclt.language_model import Activations, LanguageModel
 from sparseclt.loggers import JsonLinesLogger, make_loggers, truncate_after
 from sparseclt.model import Architecture, SparseCLT
-from sparseclt.modules import Latents
 from sparseclt.objective import Objective, Outcome
 from sparseclt.optim import RowAdam, apply
 from sparseclt.prefetch import one_ahead
@@ -110,7 +108,6 @@ class Trainer:
             self.activity["vanilla"].recent = recent
         self.optimizer = RowAdam(self.clt, config.optimizer, config.seed)
         self.objective = Objective(config, self.clt, self.policy, self.activity, self.language_model)
-        self.micro_rows, self.halved = config.micro_batch_rows or config.batch_rows, False
         self.step = 0
 
     # One step
@@ -154,48 +151,17 @@ class Trainer:
             self._check_activations(activations)
             if self.policy and self.step >= self.config.loss.begin * self.config.steps:
                 self.policy.update(self.clt, self.activity["vanilla"], self.step)
-            gradients, terms, latents = self._backward(activations)
+            backward = self.objective.backward(activations, self.ramp(self.step), self._check_loss)
             rate, clip = self.learning_rate(self.step), self.config.optimizer.clip
-            norm, spoiled = apply(self.clt, gradients, self.optimizer, rate, clip)
+            norm, spoiled = apply(self.clt, backward.gradients, self.optimizer, rate, clip)
         if spoiled is not None:
             raise NonFiniteError(
                 f"step {self.step}: the gradient of {spoiled} is not finite; stopped before the optimiser's step"
             )
-        for mode, of_mode in latents.items():
-            self.activity[mode].update(of_mode)
+        for mode, latents in backward.latents.items():
+            self.activity[mode].update(latents)
         self.step += 1
-        return self._metrics(terms, norm)
-
-    def _backward(
-        self, activations: Activations
-    ) -> tuple[DecoderGradients, dict[str, Tensor], dict[Mode, list[Latents]]]:
-        """The gradient of a batch's loss, its terms, and each mode's latents. Where memory runs out, the same once
-        more in micro-batches of half as many rows, and so for the rest of the run."""
-        try:
-            return self._backward_in_micro_batches(activations)
-        except Exception as error:
-            if self.halved or self.micro_rows == 1 or not memory.is_out_of_memory(error):
-                raise
-        # Behind the handler, which keeps the tensors of the step alive.
-        self.clt.zero_grad(set_to_none=True)
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
-        self.micro_rows, self.halved = (self.micro_rows + 1) // 2, True
-        warnings.warn(
-            f"step {self.step}: out of memory; going on in micro-batches of {self.micro_rows} rows, with the same "
-            "gradients",
-            stacklevel=3,
-        )
-        return self._backward_in_micro_batches(activations)
-
-    def _backward_in_micro_batches(
-        self, activations: Activations
-    ) -> tuple[DecoderGradients, dict[str, Tensor], dict[Mode, list[Latents]]]:
-        gradients = DecoderGradients(self.clt, self.config.backend)
-        terms, latents = self.objective.backward(
-            activations, self.ramp(self.step), gradients, self.micro_rows, self._check_loss
-        )
-        return gradients, terms, latents
+        return self._metrics(backward.terms, norm)
 
     @contextmanager
     def _explaining_out_of_memory(self) -> Iterator[None]:
@@ -204,7 +170,7 @@ class Trainer:
         except Exception as error:
             if not memory.is_out_of_memory(error):
                 raise
-            config = replace(self.config, micro_batch_rows=self.micro_rows)
+            config = replace(self.config, micro_batch_rows=self.objective.micro_rows)
             raise memory.OutOfMemory(f"step {self.step}: {memory.explain(config, self.shape)}") from error
 
     def _check_loss(self, total: Tensor, terms: dict[str, Tensor]) -> None:
@@ -284,7 +250,11 @@ class Trainer:
         for mode, activity in self.activity.items():
             for key, value in activity.state().items():
                 tensors[f"activity/{mode}/{key}"] = value
-        numbers = {"step": self.step, "position": self.step * self.config.batch_rows, "micro_rows": self.micro_rows}
+        numbers = {
+            "step": self.step,
+            "position": self.step * self.config.batch_rows,
+            "micro_rows": self.objective.micro_rows,
+        }
         folder = self.out / "checkpoints"
         with checkpoint.atomic_directory(folder / f"step_{self.step:08d}") as directory:
             write_clt(directory, self.clt)
@@ -311,8 +281,7 @@ class Trainer:
                 tensor.copy_(tensors[f"activity/{mode}/{name}"])
         torch.set_rng_state(tensors["random_state"])
         self.step = self.optimizer.step = int(numbers["step"])
-        configured, self.micro_rows = self.micro_rows, int(numbers.get("micro_rows", self.micro_rows))
-        self.halved = self.micro_rows < configured
+        self.objective.micro_rows = int(numbers.get("micro_rows", self.objective.micro_rows))
         self.stream = RowStream(
             self.stream.rows, self.config.batch_rows, self.config.seed, position=int(numbers["position"])
         )

@@ -19,7 +19,6 @@ from test_trainer import trainer as small_trainer
 from sparseclt import memory, optim
 from sparseclt.checkpoint import latest, load_state
 from sparseclt.config import LossConfig, ModelShape, TrainConfig
-from sparseclt.decoder_gradients import DecoderGradients
 from sparseclt.objective import Objective
 from sparseclt.trainer import Trainer
 
@@ -27,8 +26,8 @@ from sparseclt.trainer import Trainer
 def gradients_of(t: Trainer, activations, rows: int) -> dict[str, torch.Tensor]:
     """All gradients, and the loss terms, of a batch taken `rows` rows at a time."""
     t.clt.zero_grad()
-    noted = DecoderGradients(t.clt)
-    terms, _ = t.objective.backward(activations, 0.7, noted, rows, lambda total, terms: None)
+    t.objective.micro_rows = rows
+    noted, terms, _ = t.objective.backward(activations, 0.7, lambda total, terms: None)
     noted.add_to_encoders()
     found = {name: p.grad.clone() for name, p in t.clt.named_parameters() if p.grad is not None}
     for index in range(len(t.clt.sites)):
@@ -86,7 +85,7 @@ def test_a_step_that_runs_out_of_memory_goes_on_in_micro_batches(tmp_path, model
     halves.fit()
     memory_for(2)
     t = small_trainer(tmp_path / "short", model, batch_rows=4)
-    with pytest.warns(UserWarning, match="step 0: out of memory; going on in micro-batches of 2 rows"):
+    with pytest.warns(UserWarning, match="out of memory; going on in micro-batches of 2 rows"):
         t.fit()
     expected, got = whole_state(halves), whole_state(t)
     assert all(torch.equal(expected[name], got[name]) for name in expected)
@@ -108,12 +107,12 @@ def test_a_step_that_runs_out_of_memory_twice_fails_with_plan_and_advice(tmp_pat
     t = small_trainer(tmp_path, model, batch_rows=4, checkpoint_every=2)
     step = t.train_step
 
-    def short_of_memory_from_step_5(activations):
-        if t.step == 5:
-            memory_for(1)
+    def ever_shorter_of_memory(activations):
+        if t.step in (3, 5):
+            memory_for({3: 2, 5: 1}[t.step])
         return step(activations)
 
-    t.train_step = short_of_memory_from_step_5
+    t.train_step = ever_shorter_of_memory
     with pytest.warns(UserWarning, match="micro-batches of 2 rows"), pytest.raises(memory.OutOfMemory) as error:
         t.fit()
     assert "step 5: out of memory, in micro-batches of 2 rows" in str(error.value)
@@ -189,5 +188,5 @@ def test_a_step_that_really_runs_out_of_memory_goes_on_in_micro_batches():
     assert done.returncode == 0, done.stderr[-2000:]
     whole, halves, messages, difference = json.loads(done.stdout.strip().splitlines()[-1])
     assert whole > 1.1 * halves, "the test must be able to tell"
-    assert ["step 1: out of memory; going on in micro-batches of 32 rows" in m for m in messages] == [True]
+    assert ["out of memory; going on in micro-batches of 32 rows" in m for m in messages] == [True]
     assert difference < 1e-5
