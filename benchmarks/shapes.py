@@ -9,6 +9,7 @@ _decode = {"N": 1024, "D": 512, "F": 16384, "K": 32}
 _encode = {"N": 1024, "D": 512, "F": 32768, "K": 32}
 _pair = {"N": 1024, "D": 256, "F": 8192, "C": 32, "U": 8192, "S": 32}
 _small_pair = {"N": 512, "D": 256, "F": 2048, "C": 32, "U": 4096, "S": 64}
+_quick_pair = _small_pair | {"F": 1024, "U": 2048}
 _select = {"D": 256, "F": 4096, "C": 32, "U": 32768}
 
 
@@ -29,12 +30,12 @@ OPS: dict[str, dict[str, list[dict[str, int]]]] = {
     },
     "quick": {
         "sparse_decode": [_decode],
-        "topk_encode": [_encode | {"N": 512, "F": 16384}],
-        "virtual_weights": [_of(_small_pair, "DFCU")],
-        "virtual_matmul": [_of(_small_pair, "NFCUS")],
-        "virtual_weights+virtual_matmul": [_small_pair],
-        "connected_encode": [_small_pair | {"K": 32}],
-        "select_connections": [_select | {"F": 1024}],
+        "topk_encode": [_encode | {"N": 512, "F": 8192}],
+        "virtual_weights": [_of(_quick_pair, "DFCU")],
+        "virtual_matmul": [_of(_quick_pair, "NFCUS")],
+        "virtual_weights+virtual_matmul": [_quick_pair],
+        "connected_encode": [_quick_pair | {"K": 32}],
+        "select_connections": [_select | {"F": 512}],
     },
     "full": {
         "sparse_decode": [_decode, _decode | {"K": 128}, {"N": 256, "D": 256, "F": 1024, "K": 32}],
@@ -50,7 +51,7 @@ OPS: dict[str, dict[str, list[dict[str, int]]]] = {
 _step = {"L": 4, "D": 256, "F": 4096, "K": 32, "C": 32, "N": 1024}
 STEPS: dict[str, dict[str, dict[str, int]]] = {
     "tiny": {mode: {"L": 3, "D": 16, "F": 64, "K": 4, "C": 5, "N": 24} for mode in ("vanilla", "both")},
-    "quick": {mode: {"L": 4, "D": 128, "F": 2048, "K": 32, "C": 32, "N": 512} for mode in ("vanilla", "both")},
+    "quick": {mode: {"L": 4, "D": 128, "F": 1024, "K": 32, "C": 32, "N": 512} for mode in ("vanilla", "both")},
     "full": {"vanilla": _step | {"L": 12, "F": 8192}, "both": _step},
 }
 # One letter at a time leaves the base.
@@ -58,7 +59,7 @@ SCALING: dict[str, tuple[dict[str, int], dict[str, list[int]]]] = {
     "tiny": ({"L": 2, "D": 16, "F": 64, "K": 4, "C": 4, "N": 24}, {"F": [64, 96]}),
     "quick": (
         {"L": 3, "D": 64, "F": 1024, "K": 16, "C": 16, "N": 256},
-        {"N": [64, 256, 1024], "F": [256, 1024, 4096], "K": [4, 16, 64], "C": [4, 16, 64], "L": [2, 3, 5]},
+        {"N": [64, 256, 512], "F": [256, 1024, 2048], "K": [4, 16, 64], "C": [4, 16, 64], "L": [2, 3, 4]},
     ),
     "full": (
         {"L": 4, "D": 128, "F": 2048, "K": 32, "C": 32, "N": 512},

@@ -43,7 +43,7 @@ from pathlib import Path
 from sparseclt import checkpoint
 def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 folder, what = Path(sys.argv[1]), sys.argv[2]
-tensors = {f"t{i}": torch.full((48, 1 << 18), float(i)) for i in range(6)}
+tensors = {f"t{i}": torch.full((1 << 18, 48), float(i)).T for i in range(6)}  # views: the library takes none
 if what == "save":
     checkpoint.save_state(folder, {"t0": tensors["t0"][:1]}, {})
     before = peak()
