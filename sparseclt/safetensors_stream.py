@@ -39,13 +39,14 @@ def save_file(tensors: Mapping[str, Tensor], path: Path) -> None:
         offset = end
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
+    room = torch.empty(max(PIECE_BYTES, 8), dtype=torch.uint8)  # a scalar has up to 8 bytes
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for tensor in tensors.values():
             for piece in _pieces(tensor.detach()):
-                # A copy: one element may call itself contiguous with a stride of 0, which no view of bytes takes.
-                own = piece.to("cpu", copy=True, memory_format=torch.contiguous_format)
-                file.write(own.reshape(-1).view(torch.uint8).numpy().data)
+                own = room[: piece.numel() * piece.element_size()]
+                own.view(piece.dtype).view(piece.shape).copy_(piece)
+                file.write(own.numpy().data)
 
 
 def _pieces(tensor: Tensor) -> Iterator[Tensor]:
