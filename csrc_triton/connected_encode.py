@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import select
-from .launch import AheadOfTime, LaunchConfig, cdiv, check_range, launcher
+from .launch import AheadOfTime, LaunchConfig, ahead_of_time_case, cdiv, check_range, launcher
 from .rows import transposed_gather_sum
 from .scores import ahead_of_time_encoder, ahead_of_time_maxima, encoder_scores, group_maxima
 from .stream import SCRATCH_BYTES, spans, streamed_topk
@@ -263,7 +263,6 @@ def ahead_of_time() -> list[AheadOfTime]:
         for kernel in (read_kernel, d_upstream_kernel):
             steps = {n: 1 for n in kernel.arg_names if n.endswith(("_k", "_c", "_s"))}
             constexprs = steps | MATCH.constexprs
-            signature = {n: "constexpr" if n in constexprs else types.get(n, "i32") for n in kernel.arg_names}
             name = f"connected {kernel.__name__.removesuffix('_kernel')} {dtype}"
-            kernels.append(AheadOfTime(name, kernel, signature, constexprs, MATCH.options))
+            kernels.append(ahead_of_time_case(name, kernel, types, constexprs, MATCH.options))
     return kernels

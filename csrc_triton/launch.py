@@ -46,12 +46,15 @@ class AheadOfTime(NamedTuple):
 
 
 def ahead_of_time_case(
-    name: str, kernel: Any, types: list[str], constexprs: dict[str, Any], options: dict[str, int]
+    name: str, kernel: Any, types: list[str] | dict[str, str], constexprs: dict[str, Any], options: dict[str, int]
 ) -> AheadOfTime:
-    """`types` are those of the arguments that are not in `constexprs`, in the kernel's own order."""
-    rest = iter(types)
-    signature = {arg: "constexpr" if arg in constexprs else next(rest) for arg in kernel.arg_names}
-    assert next(rest, None) is None, f"{name}: more types than arguments"
+    """`types` are those of the arguments that are not in `constexprs`: all, in the kernel's own order, or by name,
+    where strides of rows are else multiples of 16, and the rest i32."""
+    left = [arg for arg in kernel.arg_names if arg not in constexprs]
+    if isinstance(types, list):
+        types = dict(zip(left, types, strict=True))
+    signature = dict.fromkeys(kernel.arg_names, "constexpr")
+    signature |= {arg: types.get(arg, "i32:16" if arg.endswith("_row") else "i32") for arg in left}
     return AheadOfTime(name, kernel, signature, constexprs, options)
 
 

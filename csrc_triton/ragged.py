@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import select
-from .launch import AheadOfTime, cdiv, launcher
+from .launch import AheadOfTime, ahead_of_time_case, cdiv, launcher
 from .scores import encoder_scores, float_key
 from .stream import SCRATCH_BYTES, plan, spans
 from .topk_encode import check_encoder, encoder_gradients, sum_by_latent
@@ -294,8 +294,7 @@ def ahead_of_time() -> list[AheadOfTime]:
     types |= {"room": "*i64:16", "starts": "*i64:16", "F": "i32:16", "half_window": "fp32", "threshold_step": "i32"}
 
     def add(kernel, name: str, constexprs: dict[str, object]) -> None:  # type: ignore[no-untyped-def]
-        signature = {n: "constexpr" if n in constexprs else types.get(n, "i32") for n in kernel.arg_names}
-        kernels.append(AheadOfTime(name, kernel, signature, constexprs, {"num_warps": 4, "num_stages": 3}))
+        kernels.append(ahead_of_time_case(name, kernel, types, constexprs, {"num_warps": 4, "num_stages": 3}))
 
     add(histogram_kernel, "batchtopk histogram", {"SPAN": SPAN, "BLOCK": BLOCK})
     for jump in (False, True):

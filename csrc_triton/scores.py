@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import INTERPRETED, AheadOfTime, cdiv
+from .launch import INTERPRETED, AheadOfTime, ahead_of_time_case, cdiv
 
 LOWEST = tl.constexpr(-(2**31))  # the key of nothing: below that of every float, -inf included
 
@@ -347,16 +347,13 @@ def _ahead(
 ) -> AheadOfTime:
     constexprs = {**flags, **config.constexprs, "UPCAST": False}
     known = {name: f"*{kind or element}:16" for name, kind in pointers.items()} | integers
-    steps = {name: 1 for name in kernel.arg_names if name not in known and name not in constexprs}
-    constexprs |= steps
-    signature = {name: known.get(name, "constexpr") for name in kernel.arg_names}
+    constexprs |= {name: 1 for name in kernel.arg_names if name not in known and name not in constexprs}
     name = kernel.__name__.removesuffix("_kernel")
     which = "".join(f" {f.lower()}" for f, on in flags.items() if on is True)
-    return AheadOfTime(f"{name} {element}{which}", kernel, signature, constexprs, config.options)
+    return ahead_of_time_case(f"{name} {element}{which}", kernel, known, constexprs, config.options)
 
 
 def ahead_of_time_maxima() -> list[AheadOfTime]:
     flags = {"GROUP": 16, "ROWS": MAXIMA_ROWS, "COLUMNS": MAXIMA_COLUMNS}
-    types = {"scores": "*fp32:16", "maxima": "*i32:16", "n": "i32", "F": "i32"}
-    signature = {n: "constexpr" if n in flags else types.get(n, "i32:16") for n in maxima_kernel.arg_names}
-    return [AheadOfTime("maxima", maxima_kernel, signature, flags, {"num_warps": 8, "num_stages": 3})]
+    types = {"scores": "*fp32:16", "maxima": "*i32:16"}
+    return [ahead_of_time_case("maxima", maxima_kernel, types, flags, {"num_warps": 8, "num_stages": 3})]

@@ -12,14 +12,13 @@ largest. There is no sort, and nothing to autotune.
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import AheadOfTime
+from .launch import AheadOfTime, ahead_of_time_case
 from .scores import LOWEST, float_key
 
 MAX_BLOCK = 2048  # keys of a row held in registers at a time; longer rows are read again at each bit
@@ -309,18 +308,12 @@ def ahead_of_time() -> list[AheadOfTime]:
             pointers = {"source": source, "parents": "*i32:16", "labels": "*i32:16"}
             pointers |= {"ids": "*i32:16", "values": "*fp32:16"}
             name = f"select {stage} {candidates}"
-            kernels.append(_ahead(name, select_kernel, pointers, flags, config.warps))
+            options = {"num_warps": config.warps, "num_stages": 1}
+            kernels.append(ahead_of_time_case(name, select_kernel, pointers, flags, options))
     for k in (8, 32, 128):
         config = place_config(k)
         flags = {"HAS_VALUES": True, "RELU": True, "ABSOLUTE": False, "ROWS": config.rows, "BLOCK": config.block}
         pointers = {"values": "*fp32:16", "ids": "*i32:16", "out_values": "*bf16:16", "out_ids": "*i64:16"}
-        kernels.append(_ahead(f"place {k}", place_kernel, pointers, flags, config.warps))
+        options = {"num_warps": config.warps, "num_stages": 1}
+        kernels.append(ahead_of_time_case(f"place {k}", place_kernel, pointers, flags, options))
     return kernels
-
-
-def _ahead(name: str, kernel: Any, pointers: dict[str, str], flags: dict[str, Any], warps: int) -> AheadOfTime:
-    signature = {
-        n: pointers.get(n, "constexpr" if n in flags else "i32:16" if n.endswith("_row") else "i32")
-        for n in kernel.arg_names
-    }
-    return AheadOfTime(name, kernel, signature, flags, {"num_warps": warps, "num_stages": 1})

@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import select
-from .launch import AheadOfTime, cdiv, launcher, pow2
+from .launch import AheadOfTime, ahead_of_time_case, cdiv, launcher, pow2
 from .rows import gather_sum, transposed_gather_sum
 from .scores import LOWEST, ahead_of_time_encoder, encoder_scores, float_key
 from .stream import SCRATCH_BYTES, plan, spans, streamed_topk
@@ -170,13 +170,12 @@ def _groupmax(
 
 
 def ahead_of_time() -> list[AheadOfTime]:
-    sizes = dict.fromkeys(("pairs", "F", "k", "longest"), "i32") | {"scores_row": "i32:16"}
     pointers = {"scores": "*fp32:16", "values": "*fp32:16", "ids": "*i32:16"}
     groupmax = [
-        AheadOfTime(
+        ahead_of_time_case(
             f"groupmax {block}",
             groupmax_kernel,
-            pointers | sizes | {"PAIRS": "constexpr", "BLOCK": "constexpr"},
+            pointers,
             {"PAIRS": GROUP_TILE // block, "BLOCK": block},
             {"num_warps": 8, "num_stages": 3},
         )

@@ -1,7 +1,7 @@
 """safetensors files written a piece, and read a tensor, at a time.
 
-`safetensors.torch.save_file` (0.8.0) writes contiguous CPU tensors from where they lie, but first copies all that are on a
-GPU, and takes no views; `load_file` reads all tensors at once.
+`safetensors.torch.save_file` (0.8.0) writes contiguous CPU tensors from where they lie, but first copies all that are
+on a GPU, and takes no views; `load_file` reads all tensors at once.
 
 The format (github.com/huggingface/safetensors): the header's length in 8 bytes, little-endian; the header, JSON that
 gives each tensor's dtype, shape and place; the tensors' bytes. Read back by any reader of safetensors.
