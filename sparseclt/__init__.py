@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from sparseclt.config import (
+        ActivationConfig,
         CLTConfig,
         ConnectionConfig,
         DataConfig,
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from sparseclt.trainer import Trainer
 
 __all__ = [
+    "ActivationConfig",
     "Architecture",
     "CLTConfig",
     "ConnectionConfig",
@@ -41,6 +43,7 @@ __all__ = [
 __version__ = "0.1.0"
 
 _HOME = {
+    "ActivationConfig": "config",
     "CLTConfig": "config",
     "ConnectionConfig": "config",
     "DataConfig": "config",

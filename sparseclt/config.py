@@ -117,6 +117,19 @@ class OptimizerConfig:
 
 
 @dataclass(frozen=True)
+class ActivationConfig:
+    """Where the activations come from, and in what order (docs/activations.md)."""
+
+    shuffle_bytes: int = 0
+    """Bytes of a buffer of activations whose tokens are shuffled; 0: none, a batch is whole rows of text."""
+    cache: str | None = None
+    """Directory for the activations of all training rows: written first if absent, then read in place of running the
+    language model. None: the model runs in each step."""
+    cache_dtype: Literal["bf16", "int8"] = "bf16"
+    """Of the cache on disk. int8: half the bytes, with one scale for each token and vector."""
+
+
+@dataclass(frozen=True)
 class ModelShape:
     """What a plan of memory has to know of the language model."""
 
@@ -144,6 +157,7 @@ class TrainConfig:
     connections: ConnectionConfig = field(default_factory=ConnectionConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    activations: ActivationConfig = field(default_factory=ActivationConfig)
     steps: int = 850
     """Training steps."""
     batch_rows: int = 4
@@ -174,6 +188,7 @@ class TrainConfig:
             _at_least(self, 1, "micro_batch_rows")
         _at_least(self.data, 2, "row_length")
         _at_least(self.clt, 1, "latents", "active")
+        _at_least(self.activations, 0, "shuffle_bytes")
         _share(self.connections, "anneal", "freeze")
         _share(self.loss, "begin", "ramp")
         _share(self.optimizer, "warmup", "decay")
@@ -181,6 +196,19 @@ class TrainConfig:
             raise ValueError(f"clt.dtype: expected 'fp32' with attention latents, got {self.clt.dtype!r}")
         if self.clt.active > self.clt.latents:
             raise ValueError(f"clt.active: expected at most clt.latents = {self.clt.latents}, got {self.clt.active}")
+        a = self.activations
+        if a.cache_dtype not in ("bf16", "int8"):
+            raise ValueError(f"activations.cache_dtype: expected 'bf16' or 'int8', got {a.cache_dtype!r}")
+        if self.clt.attention == "latents" and (a.shuffle_bytes or a.cache is not None):
+            raise ValueError(
+                f"activations.shuffle_bytes, activations.cache: expected 0 and None with clt.attention 'latents', "
+                f"which needs the attention patterns of whole rows, got {a.shuffle_bytes} and {a.cache!r}"
+            )
+        if a.shuffle_bytes and self.loss.cross_entropy:
+            raise ValueError(
+                f"activations.shuffle_bytes: expected 0 with loss.cross_entropy > 0, for which the language model runs "
+                f"on whole rows, got {a.shuffle_bytes}"
+            )
 
 
 def _at_least(config: Any, least: int, *names: str) -> None:

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from sparseclt.config import TrainConfig
 from sparseclt.model_files import looks_like_path
 
 Split = Literal["train", "held_out"]
@@ -92,8 +93,24 @@ def split_held_out(rows: Tensor, fraction: float, seed: int) -> tuple[Tensor, Te
         raise ValueError(f"rows: expected at least 2 to hold some out, got {len(rows)}; give more text")
     held_out = min(max(1, round(fraction * len(rows))), len(rows) - 1)
     chosen = torch.zeros(len(rows), dtype=torch.bool)
-    chosen[_permutation(len(rows), seed, 0)[:held_out]] = True
+    chosen[permutation(len(rows), seed, 0)[:held_out]] = True
     return rows[~chosen], rows[chosen]
+
+
+def load_rows(config: TrainConfig, tokenizer: Any, split: Split) -> Tensor:
+    """The token rows [R, S] of one split of the text that `config` names."""
+    data = config.data
+    try:
+        held_out = read_documents(data.source, "held_out", data.text_field)
+    except NoHeldOutSplit:
+        documents = read_documents(data.source, "train", data.text_field)
+        rows = token_rows(tokenizer, documents, data.row_length, max_tokens=data.max_tokens)
+        return split_held_out(rows, data.held_out_fraction, config.seed)[split == "held_out"]
+    if split == "held_out":
+        most = max(data.held_out_tokens, data.row_length)
+        return token_rows(tokenizer, held_out, data.row_length, max_tokens=most)
+    documents = read_documents(data.source, "train", data.text_field)
+    return token_rows(tokenizer, documents, data.row_length, max_tokens=data.max_tokens)
 
 
 class RowStream:
@@ -117,21 +134,26 @@ class RowStream:
         return self
 
     def __next__(self) -> Tensor:
+        return self.rows[self.take()]
+
+    def take(self) -> Tensor:
+        """Which rows, [batch_rows], the next batch has: `__next__` without the rows themselves."""
         chosen, missing = [], self.batch_rows
         while missing:
             epoch, offset = divmod(self.position, len(self.rows))
             if epoch != self._epoch:
-                self._epoch, self._order = epoch, _permutation(len(self.rows), self.seed, epoch)
+                self._epoch, self._order = epoch, permutation(len(self.rows), self.seed, epoch)
             chosen.append(self._order[offset : offset + missing])
             self.position += len(chosen[-1])
             missing -= len(chosen[-1])
-        return self.rows[torch.cat(chosen)]
+        return torch.cat(chosen)
 
 
-def _permutation(length: int, seed: int, epoch: int) -> Tensor:
+def permutation(length: int, *seeds: int) -> Tensor:
+    """The numbers 0 to length - 1 in an order that follows from `seeds`."""
     import numpy as np
 
-    return torch.from_numpy(np.random.default_rng((seed, epoch)).permutation(length))
+    return torch.from_numpy(np.random.default_rng(seeds).permutation(length))
 
 
 def _local_files(path: Path, split: Split) -> list[Path]:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 
+from sparseclt.activation_stream import buffer_bytes, least_bytes
 from sparseclt.config import ModelShape, TrainConfig
 from sparseclt.decoder_gradients import CHUNK_BYTES
 from sparseclt.ops._rows import SCRATCH_BYTES
@@ -91,8 +92,7 @@ def _terms(config: TrainConfig, shape: ModelShape) -> list[Term]:
         Term("optimiser state", _state_bytes(config, vectors, D, biases, F * sum(targets)), ALWAYS,
              "8 (P_enc + P_dec), factored: 2 (P_enc + P_dec) + 4 (P_enc + P_dec) / D"),
         Term("language model", FLOAT * shape.parameters, ALWAYS, "4 P_model"),
-        Term("activations captured", 2 * _captured(L, D, N, S, shape.heads, attention), ALWAYS,
-             "2 x 4 N D (1 + 3 L): this batch and the next"),
+        _activations(config, L, D, N, _captured(L, D, N, S, shape.heads, attention)),
         Term("activity of latents", _activity(config, M, F, K), ALWAYS, "2 x 16 M F + 8 M K x recent tokens"),
         Term("encoder gradients", encoders, ALWAYS[1:], "w P_enc"),
         Term("reconstructions", modes * outputs, FORWARD[: 2 - in_parts], "modes x 4 N D L"),
@@ -131,6 +131,13 @@ def _state_bytes(config: TrainConfig, vectors: int, D: int, biases: int, decoder
     return state + 8 * biases + (4 * decoder_rows if config.optimizer.rows == "touched" else 0)
 
 
+def _activations(config: TrainConfig, L: int, D: int, N: int, batch: int) -> Term:
+    if config.activations.shuffle_bytes:
+        size = buffer_bytes(config.activations.shuffle_bytes, N, config.steps, L, D)
+        return Term("shuffle buffer", size, ALWAYS, "at most shuffle_bytes: 2 blocks of activations, and 3 batches")
+    return Term("activations captured", 2 * batch, ALWAYS, "2 x 4 N D (1 + 3 L): this batch and the next")
+
+
 def _captured(L: int, D: int, N: int, S: int, H: int, attention: bool) -> int:
     pattern = FLOAT * L * N * (S * H + 1) if attention else 0
     return FLOAT * N * (D * (1 + 3 * L) + L) + pattern
@@ -164,6 +171,7 @@ def advice(config: TrainConfig, shape: ModelShape, available: int) -> list[tuple
     leave; up to the first that fits."""
     steps = [
         *[("micro_batch_rows", _half_the_micro_batch)] * 2,
+        *[("activations.shuffle_bytes", lambda c: _smaller_buffer(c, shape))] * 3,
         ("optimizer.state", lambda c: replace(c, optimizer=replace(c.optimizer, state="factored"))),
         ("clt.dtype", lambda c: replace(c, clt=replace(c.clt, dtype="bf16"))),
         *[("batch_rows", lambda c: replace(c, batch_rows=max(1, c.batch_rows // 2)))] * 3,
@@ -186,6 +194,12 @@ def advice(config: TrainConfig, shape: ModelShape, available: int) -> list[tuple
 
 def _half_the_micro_batch(config: TrainConfig) -> TrainConfig:
     return replace(config, micro_batch_rows=max(1, (config.micro_batch_rows or config.batch_rows) // 2))
+
+
+def _smaller_buffer(config: TrainConfig, shape: ModelShape) -> TrainConfig:
+    a, tokens = config.activations, config.batch_rows * config.data.row_length
+    least = min(a.shuffle_bytes, least_bytes(tokens, shape.layers, shape.d_model))
+    return replace(config, activations=replace(a, shuffle_bytes=max(a.shuffle_bytes // 2, least)))
 
 
 def check_fits(config: TrainConfig, shape: ModelShape, available: int | None) -> Plan:

@@ -11,11 +11,12 @@ from torch import Tensor
 from sparseclt import plots, report
 from sparseclt.config import TrainConfig
 from sparseclt.connections import check_connections
+from sparseclt.data import load_rows
 from sparseclt.evaluation import evaluate, fvu_against_c
 from sparseclt.language_model import LanguageModel
 from sparseclt.loggers import read_metrics
 from sparseclt.model import SparseCLT
-from sparseclt.trainer import Trainer, load_rows, read_config
+from sparseclt.trainer import Trainer, read_config
 
 PRUNING_TOKENS = 32_768  # held-out tokens for the curve of FVU against C
 

@@ -6,16 +6,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from sparseclt import checkpoint, losses, memory
+from sparseclt.activation_cache import open_cache
+from sparseclt.activation_stream import block_batches, shuffled
 from sparseclt.activity import Activity, RecentLatents
 from sparseclt.config import ModelShape, TrainConfig, from_dict, to_dict
 from sparseclt.connections import make_policy
-from sparseclt.data import NoHeldOutSplit, RowStream, Split, read_documents, split_held_out, token_rows
+from sparseclt.data import RowStream, load_rows
 from sparseclt.decoder_gradients import DecoderGradients
 from sparseclt.language_model import Activations, LanguageModel
 from sparseclt.loggers import JsonLinesLogger, make_loggers, truncate_after
@@ -49,28 +50,13 @@ def build_clt(config: TrainConfig, language_model: LanguageModel) -> SparseCLT:
     return clt.to(DTYPES[config.clt.dtype])
 
 
-def load_rows(config: TrainConfig, tokenizer: Any, split: Split) -> Tensor:
-    """The token rows [R, S] of one split of the text that `config` names."""
-    data = config.data
-    try:
-        held_out = read_documents(data.source, "held_out", data.text_field)
-    except NoHeldOutSplit:
-        documents = read_documents(data.source, "train", data.text_field)
-        rows = token_rows(tokenizer, documents, data.row_length, max_tokens=data.max_tokens)
-        return split_held_out(rows, data.held_out_fraction, config.seed)[split == "held_out"]
-    if split == "held_out":
-        most = max(data.held_out_tokens, data.row_length)
-        return token_rows(tokenizer, held_out, data.row_length, max_tokens=most)
-    documents = read_documents(data.source, "train", data.text_field)
-    return token_rows(tokenizer, documents, data.row_length, max_tokens=data.max_tokens)
-
-
 class Trainer:
     """Trains a `SparseCLT` as `config` says.
 
         Trainer(TrainConfig(out="runs/first")).fit()
 
-    `language_model` and `rows` ([R, S] token ids) may be given instead of what `config` names.
+    `language_model` and `rows` ([R, S] token ids) may be given instead of what `config` names. A cache of activations
+    (`config.activations.cache`) that is absent or incomplete is written here.
     """
 
     def __init__(self, config: TrainConfig, *, language_model: LanguageModel | None = None, rows: Tensor | None = None):
@@ -109,6 +95,7 @@ class Trainer:
         self.optimizer = RowAdam(self.clt, config.optimizer, config.seed)
         self.objective = Objective(config, self.clt, self.policy, self.activity, self.language_model)
         self.step = 0
+        self.cache = open_cache(config, self.language_model, rows) if config.activations.cache is not None else None
 
     # One step
 
@@ -136,10 +123,22 @@ class Trainer:
         """The model's activations on `tokens` [B, S]: the one run of the model that both modes share."""
         return self.language_model.capture(tokens.to(self.device), attention=self.config.clt.attention == "latents")
 
+    def _read(self, chosen: Tensor) -> Activations:
+        """The activations of rows `chosen` [B] of the text: from the cache, or captured where there is none."""
+        if self.cache:
+            return self.cache.read(chosen, self.device)
+        return self.capture(self.stream.rows[chosen])
+
     def _batches(self) -> Iterator[Activations]:
-        """Captured batches for the steps that are left, one ahead where the loss does not run the model as well."""
-        batches = (self.capture(next(self.stream)) for _ in range(self.step, self.config.steps))
-        return batches if self.config.loss.cross_entropy else one_ahead(batches)
+        """Batches for the steps that are left, one ahead unless the loss and the capture would both run the model."""
+        steps, shuffle_bytes = range(self.step, self.config.steps), self.config.activations.shuffle_bytes
+        if shuffle_bytes:
+            info, rows = self.language_model.info, self.stream.rows
+            size = block_batches(shuffle_bytes, self.config.batch_rows * rows.shape[1], info.n_layers, info.d_model)
+            batches = shuffled(self._read, self.stream, steps, size)
+        else:
+            batches = (self._read(self.stream.take()) for _ in steps)
+        return batches if self.config.loss.cross_entropy and not self.cache else one_ahead(batches)
 
     def train_step(self, activations: Activations) -> dict[str, float]:
         """One optimiser step on a captured batch; returns the loss terms and counters as numbers.

@@ -90,6 +90,7 @@ def test_sweep_writes_the_table_and_the_plot(material, tmp_path, capsys):
         (["--loss.ramp", "1.5"], "ramp: expected a share between 0 and 1, got 1.5"),
         (["--loggers", "carrierpigeon"], "carrierpigeon"),
         (["--backend", "cobol"], "cobol"),
+        (["--activations.shuffle-bytes", "5"], "activations.shuffle_bytes: expected at least"),
     ],
 )
 def test_bad_input_is_one_clear_line(material, tmp_path, capsys, flags, message):
@@ -123,7 +124,8 @@ def test_the_flags_are_these():
         "loss.ramp", "loss.latent_agreement", "loss.aux", "loss.aux_active", "loss.dead_after",
         "loss.cross_entropy", "optimizer.learning_rate", "optimizer.warmup", "optimizer.decay", "optimizer.betas",
         "optimizer.clip", "optimizer.state", "optimizer.rows",
-        "steps", "batch_rows", "seed", "device", "backend", "log_every", "checkpoint_every",
+        "activations.shuffle_bytes", "activations.cache", "activations.cache_dtype",
+        "steps", "batch_rows", "micro_batch_rows", "seed", "device", "backend", "log_every", "checkpoint_every",
         "keep_checkpoints", "loggers", "progress",
     ]  # fmt: skip
 

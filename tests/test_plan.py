@@ -14,6 +14,7 @@ from sparseclt import memory
 from sparseclt.capture import Activations
 from sparseclt.cli import main
 from sparseclt.config import (
+    ActivationConfig,
     CLTConfig,
     ConnectionConfig,
     DataConfig,
@@ -48,9 +49,10 @@ def activations(L: int, D: int, rows: int) -> Activations:
 
 
 def configured(
-    F=4096, K=8, rows=4, policy="top", dtype="fp32", aux=0.0, dead_after=10**9, micro=None, **optimizer
+    F=4096, K=8, rows=4, policy="top", dtype="fp32", aux=0.0, dead_after=10**9, micro=None, shuffle_bytes=0, **optimizer
 ) -> TrainConfig:
     return TrainConfig(
+        activations=ActivationConfig(shuffle_bytes),
         out="", batch_rows=rows, micro_batch_rows=micro, progress=False, device="cpu",
         clt=CLTConfig(latents=F, active=K, dtype=dtype), data=DataConfig(row_length=S),
         loss=LossConfig(begin=0.0, aux=aux, dead_after=dead_after),
@@ -130,6 +132,32 @@ def test_what_is_held_all_the_time_is_planned_to_the_byte():
         assert planned[name] == pytest.approx(measured, rel=0.01), name
 
 
+def test_the_planned_shuffle_buffer_is_what_is_held_and_stays_within_its_bytes(monkeypatch):
+    config, L, D = configured(F=512, rows=16, shuffle_bytes=40 << 20), 4, 64
+
+    def ahead(items):
+        """What one_ahead holds, without its thread."""
+        items = iter(items)
+        following = next(items)
+        while following is not None:
+            item, following = following, next(items, None)
+            yield item
+
+    monkeypatch.setattr("sparseclt.trainer.one_ahead", ahead)
+    monkeypatch.setattr("sparseclt.activation_stream.one_ahead", ahead)
+    info = SimpleNamespace(n_layers=L, d_model=D, n_heads=1, parallel=False, centred=True, name="", context=None)
+    model = SimpleNamespace(info=info, capture=lambda tokens, **keywords: activations(L, D, len(tokens)))
+    before = held()
+    trainer = Trainer(config, language_model=model, rows=torch.zeros(config.batch_rows, S, dtype=torch.int64))  # type: ignore[arg-type]
+    start, batches = held() - before, trainer._batches()
+    batch = next(batches)
+    buffer = held() - before - start
+    (term,) = (t for t in memory.make_plan(config, ModelShape(L, D)).terms if t.name == "shuffle buffer")
+    capturing = memory._captured(L, D, batch.tokens.numel(), S, 1, attention=False)  # while a block is being filled
+    assert buffer + capturing == pytest.approx(term.bytes, rel=0.01)
+    assert 30 << 20 < term.bytes <= config.activations.shuffle_bytes
+
+
 def test_the_plan_grows_linearly_in_tokens_and_in_latents():
     def peak(**sizes) -> int:
         return memory.make_plan(configured(**sizes), ModelShape(12, 768)).peak
@@ -154,8 +182,8 @@ def test_a_run_that_does_not_fit_is_refused_before_it_allocates(monkeypatch):
 
 
 def test_advice_ends_with_what_fits():
-    config, shape = configured(F=8192), ModelShape(4, 64)
-    for share in (0.9, 0.5, 0.2):
+    shape = ModelShape(4, 64)
+    for config, share in [(configured(F=8192, shuffle_bytes=n), s) for n in (0, 64 << 20) for s in (0.9, 0.5, 0.2)]:
         available = int(memory.make_plan(config, shape).peak * share)
         peaks = [peak for _, peak in memory.advice(config, shape, available)]
         assert all(peak > available for peak in peaks[:-1]) and peaks[-1] <= available
