@@ -86,7 +86,7 @@ def main() -> None:
         out="", device="cpu", steps=steps, batch_rows=a.rows, progress=False, data=DataConfig(row_length=ROW),
         clt=CLTConfig(latents=a.latents, active=a.active), loss=LossConfig(begin=begin, ramp=0.0),
         connections=ConnectionConfig(per_latent=a.connections, refresh_every=10**9, recent_tokens=2048),
-        optimizer=OptimizerConfig(state="factored", rows="touched", learning_rate=LEARNING_RATE, warmup=0.2),
+        optimizer=OptimizerConfig(state="8bit", rows="touched", learning_rate=LEARNING_RATE, warmup=0.2),
     )  # fmt: skip
     limit = int(a.limit * GiB)
     model = gpt2(a.layers, a.d_model)

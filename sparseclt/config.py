@@ -108,9 +108,9 @@ class OptimizerConfig:
     """Adam's betas."""
     clip: float | None = 1.0
     """Largest norm of the gradient; None: not clipped."""
-    state: Literal["fp32", "factored"] = "fp32"
-    """Adam's moments. fp32: 8 bytes a parameter. factored: one second moment for each encoder and decoder vector, and
-    first moments in bf16, 2 bytes a parameter."""
+    state: Literal["fp32", "8bit"] = "fp32"
+    """Adam's moments. fp32: 8 bytes a parameter. 8bit: 2 bytes a parameter of encoders and decoders, and a scale for
+    each of their vectors."""
     rows: Literal["all", "touched"] = "all"
     """Decoder rows that a step updates: all, or those alone that a latent or a connection touched; the others'
     moments decay later, when they are touched."""

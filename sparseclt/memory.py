@@ -9,7 +9,7 @@ from sparseclt.activation_stream import buffer_bytes, least_bytes
 from sparseclt.config import ModelShape, TrainConfig
 from sparseclt.decoder_gradients import CHUNK_BYTES
 from sparseclt.ops._rows import SCRATCH_BYTES
-from sparseclt.optim import KEPT_BYTES
+from sparseclt.optim import KEPT_BYTES, PIECE_BYTES
 from sparseclt.sites import model_sites, upstream_modules
 
 GiB = 1 << 30
@@ -83,14 +83,14 @@ def _terms(config: TrainConfig, shape: ModelShape) -> list[Term]:
     n, in_parts = rows * S, rows < config.batch_rows
     outputs, part = FLOAT * N * D * M, FLOAT * n * D * M
     decoders = 4 * F * D * sum(targets)
-    largest = min(CHUNK_BYTES, 4 * F * D * max(targets))
-    chunk = decoders + (modes - 1) * largest if decoders <= KEPT_BYTES else 4 * largest
-    if config.clt.dtype == "bf16":
-        chunk += 2 * largest  # in fp32, and random bits
+    chunk = min(CHUNK_BYTES, FLOAT * F * D * max(targets))
+    kept, summed = (decoders, (modes - 1) * FLOAT * F * D) if decoders <= KEPT_BYTES else (chunk, 3 * chunk)
+    widened = config.clt.dtype == "bf16" or config.optimizer.state == "8bit"
+    piece = min(PIECE_BYTES["cpu" if config.device == "cpu" else "cuda"], FLOAT * F * D * max(targets))
     terms = [
         Term("weights", w * (vectors * D + biases), ALWAYS, "w (P_enc + P_dec)"),
         Term("optimiser state", _state_bytes(config, vectors, D, biases, F * sum(targets)), ALWAYS,
-             "8 (P_enc + P_dec), factored: 2 (P_enc + P_dec) + 4 (P_enc + P_dec) / D"),
+             "8 (P_enc + P_dec), 8bit: 2 (P_enc + P_dec) + 8 (P_enc + P_dec) / D"),
         Term("language model", FLOAT * shape.parameters, ALWAYS, "4 P_model"),
         _activations(config, L, D, N, _captured(L, D, N, S, shape.heads, attention)),
         Term("activity of latents", _activity(config, M, F, K), ALWAYS, "2 x 16 M F + 8 M K x recent tokens"),
@@ -112,7 +112,8 @@ def _terms(config: TrainConfig, shape: ModelShape) -> list[Term]:
         Term("its gradient, noted", modes * FLOAT * N * D * max(targets), ("update",), "modes x 4 N D L"),
         Term("working memory of an op", min(SCRATCH_BYTES, FLOAT * n * F), ("forward",), "at most 4 MiB on a CPU"),
         Term("one encoder's gradient", 2 * w * F * D, ("backward",), "2 w F D"),
-        Term("decoder gradients", chunk, ("update",), "4 P_dec and a chunk, or 4 chunks; min(64 MiB, 4 F D L) each"),
+        Term("decoder gradients", kept + max(summed, 5 * widened * piece), ("update",),
+             "4 P_dec, or 64 MiB; and what is summed up, or 5 pieces widened"),
     ]  # fmt: skip
     if sparse:
         C = [min(config.connections.per_latent, u * F) for u in upstream if u]
@@ -126,8 +127,8 @@ def _terms(config: TrainConfig, shape: ModelShape) -> list[Term]:
 
 
 def _state_bytes(config: TrainConfig, vectors: int, D: int, biases: int, decoder_rows: int) -> int:
-    factored = config.optimizer.state == "factored"
-    state = (2 * vectors * D + 4 * vectors) if factored else 8 * vectors * D
+    small = config.optimizer.state == "8bit"
+    state = (2 * vectors * D + 8 * vectors) if small else 8 * vectors * D
     return state + 8 * biases + (4 * decoder_rows if config.optimizer.rows == "touched" else 0)
 
 
@@ -172,7 +173,7 @@ def advice(config: TrainConfig, shape: ModelShape, available: int) -> list[tuple
     steps = [
         *[("micro_batch_rows", _half_the_micro_batch)] * 2,
         *[("activations.shuffle_bytes", lambda c: _smaller_buffer(c, shape))] * 3,
-        ("optimizer.state", lambda c: replace(c, optimizer=replace(c.optimizer, state="factored"))),
+        ("optimizer.state", lambda c: replace(c, optimizer=replace(c.optimizer, state="8bit"))),
         ("clt.dtype", lambda c: replace(c, clt=replace(c.clt, dtype="bf16"))),
         *[("batch_rows", lambda c: replace(c, batch_rows=max(1, c.batch_rows // 2)))] * 3,
         *[("clt.latents", lambda c: replace(c, clt=replace(c.clt, latents=max(c.clt.active, c.clt.latents // 2))))] * 6,

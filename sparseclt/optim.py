@@ -8,26 +8,29 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.optim.adam import adam
 
+from sparseclt import eight_bit
 from sparseclt.config import OptimizerConfig
 from sparseclt.decoder_gradients import Chunk, DecoderGradients
 from sparseclt.model import SparseCLT
+from sparseclt.ops._rows import chunks
 
 KEPT_BYTES = 256 << 20  # decoder gradients that are kept for the update; larger ones are computed again for it
+PIECE_BYTES = {"cpu": 1 << 20, "cuda": 64 << 20}  # of float32 weights that are widened at a time
 EPSILON = 1e-8
+CODES = {"mean": eight_bit.MEAN, "square": eight_bit.SQUARE}
 
 
-# Adam's state of a parameter, or of some rows. "mean": running mean of the gradient, as the parameter, bf16 where
-# factored; "square": of its square, as the parameter, or one number for each vector [D] where factored; "last": by row,
-# the step that last updated it, where only touched rows are.
+# Adam's state of a parameter, or of some rows. "mean": running mean of the gradient; "square": of its square;
+# "mean_scale", "square_scale": of each vector [D], where those two are codes of 8 bits; "last": by row, the step that
+# last updated it, where only touched rows are.
 Moments = dict[str, Tensor]
 
 
 class RowAdam:
     """Adam (as `torch.optim.Adam`), over rows of parameters.
 
-    `state="factored"`: encoder and decoder vectors [D] have one second moment each, the mean over D of the squared
-    gradient (as Adam-mini has one a neuron: Zhang et al., 2024), and first moments in bf16: 2 bytes a parameter in
-    place of 8.
+    `state="8bit"`: the moments of encoders and decoders are codes of 8 bits with a scale for each vector [D]
+    (`eight_bit`): 2 bytes a parameter in place of 8.
 
     `rows="touched"`: a decoder row that no latent or connection touched is left alone. Its moments decay when it is
     next touched, by as many steps as have passed: they, and their bias correction, are exactly those of Adam with
@@ -46,12 +49,12 @@ class RowAdam:
     def _moments(self, name: str, parameter: Parameter) -> Moments:
         wide = torch.promote_types(parameter.dtype, torch.float32)
         decoder = name.endswith("W_dec")
-        factored = self.config.state == "factored" and (decoder or name.endswith("W_enc"))
-        square = parameter.shape[:-1] if factored else parameter.shape
-        moments = {
-            "mean": torch.zeros_like(parameter, dtype=torch.bfloat16 if factored else wide, requires_grad=False),
-            "square": torch.zeros(square, dtype=wide, device=parameter.device),
-        }
+        moments: Moments = {}
+        for key, code in CODES.items():
+            small = self.config.state == "8bit" and (decoder or name.endswith("W_enc"))
+            moments[key] = torch.zeros(parameter.shape, dtype=code.dtype if small else wide, device=parameter.device)
+            if small:
+                moments[f"{key}_scale"] = torch.zeros(parameter.shape[:-1], dtype=wide, device=parameter.device)
         if decoder and self.config.rows == "touched":
             moments["last"] = torch.zeros(len(parameter), dtype=torch.int32, device=parameter.device)
         return moments
@@ -78,9 +81,10 @@ class RowAdam:
         assert touched is not None
         ids = touched.nonzero().flatten()
         some, few = weights[ids], {key: tensor[ids] for key, tensor in part.items()}
-        idle = (self.step - 1 - few["last"]).to(few["square"].dtype)
+        idle = (self.step - 1 - few["last"]).to(torch.float32)
         for key, beta in zip(("mean", "square"), self.config.betas, strict=True):
-            few[key].mul_((beta**idle).view(-1, *[1] * (few[key].ndim - 1)))
+            moment = few.get(f"{key}_scale", few[key])
+            moment.mul_((beta**idle).view(-1, *[1] * (moment.ndim - 1)))
         few["last"].fill_(self.step)
         self._adam(name, some, gradient[ids], few, learning_rate, first)
         weights[ids] = some
@@ -90,25 +94,35 @@ class RowAdam:
     def _adam(
         self, name: str, weights: Tensor, gradient: Tensor, moments: Moments, learning_rate: float, row: int
     ) -> None:
-        (beta1, beta2), mean, square = self.config.betas, moments["mean"], moments["square"]
-        exact = weights if weights.dtype == square.dtype else weights.to(square.dtype)
-        gradient = gradient.to(square.dtype)
-        if mean.shape == square.shape:
-            adam(
-                [exact], [gradient], [mean], [square], [], [torch.tensor(self.step - 1.0, device=weights.device)],
-                fused=True, amsgrad=False, beta1=beta1, beta2=beta2, lr=learning_rate, weight_decay=0.0, eps=EPSILON,
-                maximize=False,
-            )  # fmt: skip
-        else:
-            square.lerp_(gradient.square().mean(-1), 1 - beta2)
-            spread = (square / (1 - beta2**self.step)).sqrt_().add_(EPSILON)
-            wide = mean.to(square.dtype).lerp_(gradient, 1 - beta1)
-            exact.addcdiv_(wide, spread[..., None].expand_as(wide), value=-learning_rate / (1 - beta1**self.step))
-            mean.copy_(wide)
-        if exact is not weights:
-            generator = torch.Generator(weights.device)
-            generator.manual_seed(hash((self.seed, self.step, list(self.parameters).index(name), row)) & (2**63 - 1))
-            round_stochastically(exact, weights, generator)
+        """The step itself, some rows at a time where weights or moments have to be widened for it."""
+        wide = torch.promote_types(weights.dtype, torch.float32)
+        if weights.dtype == wide == moments["mean"].dtype:
+            self._exact(weights, gradient, moments["mean"], moments["square"], learning_rate)
+            return
+        small = "mean_scale" in moments
+        offset = eight_bit.offsets(weights.shape[-1], self.step, weights.device) if small else None
+        generator = torch.Generator(weights.device)
+        generator.manual_seed(hash((self.seed, self.step, list(self.parameters).index(name), row)) & (2**63 - 1))
+        for rows in chunks(len(weights), 4 * weights[:1].numel(), PIECE_BYTES.get(weights.device.type, 1 << 20)):
+            exact, part = weights[rows].to(wide), {key: tensor[rows] for key, tensor in moments.items()}
+            moment = {
+                k: eight_bit.decode(c, part[k], part[f"{k}_scale"]) if small else part[k] for k, c in CODES.items()
+            }
+            self._exact(exact, gradient[rows].to(wide), moment["mean"], moment["square"], learning_rate)
+            if offset is not None:
+                for key, code in CODES.items():
+                    eight_bit.encode(code, moment[key], part[key], part[f"{key}_scale"], offset)
+            if weights.dtype == wide:
+                weights[rows] = exact
+            else:
+                round_stochastically(exact, weights[rows], generator)
+
+    def _exact(self, weights: Tensor, gradient: Tensor, mean: Tensor, square: Tensor, learning_rate: float) -> None:
+        (beta1, beta2), steps = self.config.betas, torch.tensor(self.step - 1.0, device=weights.device)
+        adam(
+            [weights], [gradient], [mean], [square], [], [steps], fused=True, amsgrad=False, beta1=beta1, beta2=beta2,
+            lr=learning_rate, weight_decay=0.0, eps=EPSILON, maximize=False,
+        )  # fmt: skip
 
 
 def round_stochastically(exact: Tensor, out: Tensor, generator: torch.Generator) -> None:

@@ -1,4 +1,4 @@
-"""The row-wise optimiser against torch's Adam, its lazy and factored forms, and rounding to bf16."""
+"""The row-wise optimiser against torch's Adam, its lazy and 8-bit forms, and rounding to bf16."""
 
 import math
 
@@ -7,7 +7,7 @@ import torch
 from test_decoder_gradients import trainer, warmed_up
 from torch.nn import Parameter
 
-from sparseclt import optim
+from sparseclt import eight_bit, optim
 from sparseclt.config import CLTConfig, OptimizerConfig, TrainConfig
 from sparseclt.decoder_gradients import DecoderGradients
 from sparseclt.optim import RowAdam, round_stochastically
@@ -74,15 +74,49 @@ def test_untouched_rows_stay_and_their_moments_decay_as_with_zero_gradients():
         torch.testing.assert_close(lazy.state[name][key][[0, 1, 3]], truth[[0, 1, 3]])
 
 
-def test_factored_moments_take_two_bytes_a_weight_and_one_step_for_a_vector():
-    optimizer, parameter, name = clt_with(5, state="factored")
-    before, gradient = parameter.detach().clone(), torch.randn(5, 2, 3)
-    optimizer.step = 1
-    optimizer.update(name, gradient.clone(), 0.01)
-    expected = before - 0.01 * gradient / gradient.square().mean(-1, keepdim=True).sqrt()
-    torch.testing.assert_close(parameter.detach(), expected)
+def test_eight_bit_moments_take_two_bytes_a_weight_and_follow_adam():
+    optimizer, parameter, name = clt_with(50, state="8bit")
+    plain, copy, _ = clt_with(50)
+    start, sizes = parameter.detach().clone(), 10 ** torch.linspace(-3, 0, 3)
+    for step in range(1, 301):
+        optimizer.step = plain.step = step
+        for own, weights in ((optimizer, parameter), (plain, copy)):
+            noise = torch.randn(50, 2, 3, generator=torch.Generator().manual_seed(step))
+            own.update(name, (weights.detach() + noise) * sizes, 0.01)
+        if step == 1:
+            torch.testing.assert_close(parameter, copy)
+    moved = (copy - start).norm().item()
+    assert (parameter - copy).norm().item() <= 0.05 * moved  # a column is 1000 times smaller than its vector's largest
     state = sum(t.numel() * t.element_size() for t in optimizer.tensors().values())
-    assert state == parameter.numel() * 2 + 5 * 2 * 4
+    assert state == parameter.numel() * 2 + 50 * 2 * 8
+
+
+def test_eight_bit_moments_move_by_less_than_a_code():
+    """The second entry's square shrinks by a thousandth a step, a sixteenth of a code; the first keeps the scale."""
+    optimizer, _, name = clt_with(1, state="8bit")
+    gradient = torch.ones(1, 2, 3)
+    for step in range(1, 1101):
+        optimizer.step = step
+        gradient[..., 1] = float(step <= 100)
+        optimizer.update(name, gradient.clone(), 0.0)
+    state = optimizer.state[name]
+    square = eight_bit.decode(eight_bit.SQUARE, state["square"], state["square_scale"])
+    expected = (1 - 0.999**100) * 0.999**1000
+    torch.testing.assert_close(square[..., 1], torch.full((1, 2), expected), rtol=0.1, atol=0)
+    mean = eight_bit.decode(eight_bit.MEAN, state["mean"], state["mean_scale"])
+    torch.testing.assert_close(mean[..., 0], torch.ones(1, 2))
+    assert mean[..., 1].abs().max() < 1e-4
+
+
+def test_eight_bit_moments_of_untouched_rows_decay_as_with_zero_gradients():
+    optimizer, _, name = clt_with(1, state="8bit", rows="touched")
+    first, second = torch.randn(2, 1, 2, 3).unbind()
+    for step, gradient in ((1, first), (8, second)):
+        optimizer.step = step
+        optimizer.update(name, gradient.clone(), 0.01, slice(0, 1), torch.ones(1, dtype=torch.bool))
+    state = optimizer.state[name]
+    mean = eight_bit.decode(eight_bit.MEAN, state["mean"], state["mean_scale"])
+    torch.testing.assert_close(mean, 0.1 * (0.9**7 * first + second), rtol=0.05, atol=2e-3)
 
 
 def test_rounding_to_bf16_takes_a_neighbour_and_keeps_the_mean():
@@ -137,7 +171,7 @@ def test_a_lean_run_continues_bit_exactly_and_learns(tmp_path, dtype):
     base = trainer(tmp_path / "base").config
     config = replace(
         base, steps=12, checkpoint_every=6, log_every=1, clt=replace(base.clt, dtype=dtype),
-        optimizer=OptimizerConfig(state="factored", rows="touched", learning_rate=1e-2),
+        optimizer=OptimizerConfig(state="8bit", rows="touched", learning_rate=1e-2),
     )  # fmt: skip
     model, rows = language_model("gpt2", torch.float32), tokens(3, 12)
     whole = Trainer(replace(config, out=str(tmp_path / "whole")), language_model=model, rows=rows)

@@ -90,8 +90,8 @@ def planned_and_measured(config: TrainConfig, L: int = 4, D: int = 64) -> tuple[
 CASES = {
     "many weights, both modes": configured(F=8192),
     "many weights, vanilla mode": configured(F=8192, policy="none"),
-    "factored moments": configured(F=8192, rows=16, state="factored"),
-    "weights in bf16": configured(F=8192, rows=16, dtype="bf16", state="factored"),
+    "8-bit moments": configured(F=8192, rows=16, state="8bit"),
+    "weights in bf16": configured(F=8192, rows=16, dtype="bf16", state="8bit"),
     "many tokens, both modes": configured(F=1024, rows=64),
     "many tokens, vanilla mode": configured(F=1024, rows=64, policy="none"),
     "latents are dead": configured(F=1024, rows=64, aux=1 / 32),
@@ -109,7 +109,7 @@ def test_planned_and_measured_peaks_agree_within_five_per_cent(name):
 
 def test_what_is_held_all_the_time_is_planned_to_the_byte():
     """Term by term, with the settings of Gemma-2-2B's plan, scaled down."""
-    config = configured(F=512, K=4, dtype="bf16", state="factored")
+    config = configured(F=512, K=4, dtype="bf16", state="8bit")
     trainer, batch = make_trainer(config, L=5, D=48)
     for _ in range(2):
         trainer.train_step(batch)
@@ -168,7 +168,7 @@ def test_the_plan_grows_linearly_in_tokens_and_in_latents():
 
 
 def test_a_full_size_clt_is_planned_and_its_dense_baseline_is_not():
-    config = configured(F=24_576, K=32, state="factored", rows=2)
+    config = configured(F=24_576, K=32, state="8bit", rows=2)
     shape = ModelShape(12, 768, 12, 124_000_000)
     assert memory.make_plan(config, shape, 14 * memory.GiB).fits
     assert not memory.dense_plan(config, shape, 24 * memory.GiB).fits
@@ -177,7 +177,7 @@ def test_a_full_size_clt_is_planned_and_its_dense_baseline_is_not():
 def test_a_run_that_does_not_fit_is_refused_before_it_allocates(monkeypatch):
     monkeypatch.setattr("sparseclt.memory.available_bytes", lambda device: 100 << 20)
     info = SimpleNamespace(n_layers=4, d_model=64, n_heads=1, parallel=False, context=None)
-    with pytest.raises(ValueError, match=r"memory: .* GiB are available; in order of harm.*--optimizer.state factored"):
+    with pytest.raises(ValueError, match=r"memory: .* GiB are available; in order of harm.*--optimizer.state 8bit"):
         Trainer(configured(F=8192), language_model=SimpleNamespace(info=info), rows=torch.zeros(4, S))  # type: ignore[arg-type]
 
 
@@ -194,7 +194,7 @@ def test_the_command_prints_every_term_and_says_whether_it_fits(capsys):
     assert main([*gemma, "--memory-gib", "80"]) == 1
     shown = capsys.readouterr().out
     assert "| weights |" in shown and "Does not fit" in shown and "--clt.dtype bf16" in shown
-    assert main([*gemma, "--memory-gib", "80", "--clt.dtype", "bf16", "--optimizer.state", "factored"]) == 0
+    assert main([*gemma, "--memory-gib", "80", "--clt.dtype", "bf16", "--optimizer.state", "8bit"]) == 0
 
 
 def test_the_shape_of_a_model_is_read_without_its_weights(capsys):
