@@ -1,7 +1,7 @@
 """One pass over a batch in one mode, a module at a time."""
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -37,6 +37,7 @@ class ForwardPass:
         self.clt, self.mode, self.backend, self.error_nodes = clt, mode, backend, error_nodes
         self.architecture, self.gradients = clt.architecture, gradients
         self.latents: list[Latents] = []
+        self._side_by_side: Latents | None = None  # [N, M K]: all modules' latents, with ids in 0..U-1
         self.virtual_weights = clt.virtual_weights(backend, gradients) if mode == "sparse" else []
         self._outputs: dict[Site, Tensor] = {}
         self._order = model_sites(self.architecture.layers, attention=True)
@@ -57,6 +58,8 @@ class ForwardPass:
         self._readings.append(self._read(site))
         latents = self.encode(index)
         self.latents.append(latents)
+        if self.mode == "sparse":
+            self._put_beside(index, latents)
         self._write(index, latents)
         return self._outputs[site].view_as(activations.r_0)
 
@@ -148,10 +151,34 @@ class ForwardPass:
         """Frozen pattern over the key's scale: [B, H, S, S]."""
         return self.activations.attn_pattern[layer] / self.activations.attn_scale[layer][:, None, None, :]
 
+    def _put_beside(self, index: int, latents: Latents) -> None:
+        """Put the latents of module `index` beside those before it: later modules read them all."""
+        N, K = latents.values.shape
+        if self._side_by_side is None:
+            self._side_by_side = Latents(*(tensor.new_empty(N, len(self.clt.sites) * K) for tensor in latents))
+        columns = slice(index * K, (index + 1) * K)
+        # By .data: autograd has saved columns to the left of these, and shall not take this for a change of them.
+        self._side_by_side.values.data[:, columns] = latents.values.detach()
+        self._side_by_side.indices.data[:, columns] = latents.indices + index * self.architecture.latents
+
     def _upstream_latents(self, index: int) -> Latents:
-        """The latents of all modules before module `index`, side by side: ids in 0..U-1."""
-        F, before = self.architecture.latents, self.latents[: self.clt.upstream[index]]
-        return Latents(
-            torch.cat([z.values for z in before], 1),
-            torch.cat([z.indices + m * F for m, z in enumerate(before)], 1),
-        )
+        """The latents of all modules before module `index`, side by side: ids in 0..U-1. Views of one buffer: copies
+        for each module would grow as the square of the number of layers."""
+        before = [z.values for z in self.latents[: self.clt.upstream[index]]]
+        assert self._side_by_side is not None
+        values, indices = (t.data[:, : len(before) * self.architecture.active] for t in self._side_by_side)
+        return Latents(_SideBySide.apply(values, *before), indices)
+
+
+class _SideBySide(torch.autograd.Function):
+    """`torch.cat(parts, 1)`, which stands in `joined` already."""
+
+    @staticmethod
+    def forward(ctx: Any, joined: Tensor, *parts: Tensor) -> Tensor:
+        ctx.parts = len(parts)
+        return joined.view_as(joined)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return None, *grad.chunk(ctx.parts, 1)

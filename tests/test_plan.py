@@ -23,6 +23,7 @@ from sparseclt.config import (
     OptimizerConfig,
     TrainConfig,
 )
+from sparseclt.decoder_gradients import DecoderGradients
 from sparseclt.trainer import Trainer
 
 S = 64
@@ -165,6 +166,28 @@ def test_the_plan_grows_linearly_in_tokens_and_in_latents():
     for name, at in (("rows", 64), ("F", 1 << 16)):
         one, two, three = (peak(**{name: at * times}) for times in (1, 2, 3))
         assert three - two == pytest.approx(two - one, rel=1e-3)
+
+
+def test_what_a_pass_keeps_for_backward_grows_linearly_in_layers():
+    """Of two modes, with decoders so small that tokens are all that counts."""
+
+    def kept(L: int) -> int:
+        trainer, batch = make_trainer(configured(F=64, K=32, rows=8), L, 8)
+        for _ in range(2):
+            trainer.train_step(batch)
+        storages: dict[int, torch.UntypedStorage] = {}
+
+        def keep(tensor: torch.Tensor) -> torch.Tensor:
+            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            outcomes = trainer.objective.outcomes(batch, DecoderGradients(trainer.clt))
+        assert set(outcomes) == {"vanilla", "sparse"}
+        return sum(storage.nbytes() for storage in storages.values())
+
+    few, some, many = (kept(L) for L in (4, 8, 16))
+    assert many - some == pytest.approx(2 * (some - few), rel=0.1)
 
 
 def test_a_full_size_clt_is_planned_and_its_dense_baseline_is_not():
