@@ -85,13 +85,10 @@ class Comparison:
     def _measured(self, name: str, weighed: Weighed, samples: Mapping[str, Any], ceiling: Ceiling) -> Row:
         cost, own = self.contenders[name].cost, samples[name].seconds
         time = quartiles(own)
-        resident = weighed.resident or 0
-        # What numba allocates is not in torch's records.
-        peak = max(weighed.allocated, resident) if "numba" in name else weighed.allocated
         least = ceiling.seconds(cost.flops, cost.bytes)
         return {
             "seconds": time, "samples": own, "rounds": len(own), "calls": samples[name].calls,
-            "peak_bytes": peak, "allocated_bytes": weighed.allocated, "resident_bytes": weighed.resident,
+            "peak_bytes": weighed.allocated, "resident_bytes": weighed.resident,
             "flops": cost.flops, "bytes": cost.bytes,
             "ceiling": {"flops": ceiling.flops, "bytes": ceiling.bytes}, "achieved": least / time["median"],
             "ratios": {

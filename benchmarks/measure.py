@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -53,13 +54,17 @@ def interleave(
         name: max(1, min(50, round(effort.sample_seconds / max(seconds, 1e-7))))
         for name, seconds in warm_seconds.items()
     }
-    round_seconds = sum(calls[name] * warm_seconds[name] for name in functions)
+    # As in a loop: behind another call, unless one is so long that it does not matter.
+    first = {name: 1 if warm_seconds[name] < 3 else 0 for name in functions}
+    round_seconds = sum((first[name] + calls[name]) * warm_seconds[name] for name in functions)
     rounds = max(effort.least, min(effort.most, int(effort.seconds / max(round_seconds, 1e-7))))
     seconds: dict[str, list[float]] = {name: [] for name in functions}
     order, shuffle = list(functions), random.Random(0).shuffle
     for _ in range(rounds):
         shuffle(order)
         for name in order:
+            for _ in range(first[name]):
+                functions[name]()
             seconds[name].append(sample(functions[name], calls[name]))
     return {name: Samples(values, calls[name]) for name, values in seconds.items()}
 
@@ -96,7 +101,7 @@ class Weighed:
 def weigh(function: Function, parameters: Iterable[Tensor] = ()) -> Weighed:
     """Call the function twice: the first call is its warm-up, too.
 
-    Gradients that it leaves in `parameters` are results from the moment they are there.
+    Gradients that it leaves in `parameters` are results, from their allocation on.
     """
     if torch.cuda.is_available():
         function()
@@ -107,19 +112,29 @@ def weigh(function: Function, parameters: Iterable[Tensor] = ()) -> Weighed:
         torch.cuda.synchronize()
         seconds = time.perf_counter() - start
         return Weighed(results, seconds, torch.cuda.max_memory_allocated() - torch.cuda.memory_allocated(), None)
-    hooks = [parameter.register_post_accumulate_grad_hook(_mark_kept) for parameter in parameters]
+    parameters = list(parameters)
+    hooks = [p.register_post_accumulate_grad_hook(_mark_gradient(i)) for i, p in enumerate(parameters)]
     with torch.profiler.profile(profile_memory=True) as profile:
         results = function()
     for hook in hooks:
         hook.remove()
-    level = peak = kept = 0
-    events = [e for e in profile.profiler.kineto_results.events() if e.name().startswith(("[memory]", _KEPT))]
+    events = [e for e in profile.profiler.kineto_results.events() if e.name().startswith(("[memory]", _GRADIENT))]
+    changes: list[int | None] = []  # of the bytes that are allocated, without gradients
     for event in sorted(events, key=lambda e: e.start_ns()):
         if event.name() == "[memory]":
-            level += event.nbytes()
+            changes.append(event.nbytes())
+            continue
+        parameter = parameters[int(event.name().removeprefix(_GRADIENT))]
+        if parameter.grad is None:  # used up within the call
+            continue
+        size = parameter.grad.numel() * parameter.grad.element_size()
+        allocation = next((i for i in reversed(range(len(changes))) if changes[i] == size), None)
+        if allocation is None:
+            changes.append(-size)
         else:
-            kept += int(event.name().removeprefix(_KEPT))
-        peak = max(peak, level - kept)
+            changes[allocation] = None
+    levels = list(accumulate(change for change in changes if change is not None))
+    peak, left = max([0, *levels]), [0, *levels][-1]
     del results, profile, events
     resident = _reset_resident_peak()
     start = time.perf_counter()
@@ -129,15 +144,18 @@ def weigh(function: Function, parameters: Iterable[Tensor] = ()) -> Weighed:
         high = _status_bytes("VmHWM")
         _return_free_memory()
         resident_bytes = max(0, high - _status_bytes("VmRSS"))
-    return Weighed(results, seconds, peak - (level - kept), resident_bytes if resident else None)
+    return Weighed(results, seconds, peak - left, resident_bytes if resident else None)
 
 
-_KEPT = "[kept] "
+_GRADIENT = "[gradient] "
 
 
-def _mark_kept(parameter: Tensor) -> None:
-    with torch.profiler.record_function(f"{_KEPT}{parameter.numel() * parameter.element_size()}"):
-        pass
+def _mark_gradient(index: int) -> Callable[[Tensor], None]:
+    def mark(_: Tensor) -> None:
+        with torch.profiler.record_function(f"{_GRADIENT}{index}"):
+            pass
+
+    return mark
 
 
 def _return_free_memory() -> None:

@@ -13,7 +13,7 @@ _VIRTUAL, _SELECT = (OPS["full"][op][0] for op in ("virtual_weights+virtual_matm
 @dataclass(frozen=True)
 class Threshold:
     """`against` takes at least `times` the time of ours, and `memory` times its transient memory. `at_most`: ours
-    takes at most so many times the time of `against`. `backends`: of ours that are asked; (): the best one."""
+    takes at most so many times the time of `against`. `backends`: which of ours is asked; (): the fastest backend."""
 
     work: str
     case: str
@@ -39,7 +39,8 @@ THRESHOLDS = [
     Threshold(f"`{_PAIR}` backward", _PAIR, "backward", _VIRTUAL, "dense", 10, backends=("torch",)),
     Threshold("`select_connections`", "select_connections", "forward", _SELECT, "dense", 1.5, 30),
     Threshold("vanilla training step", _VANILLA, "step", STEPS["full"]["vanilla"], "dense", 10, 8),
-    Threshold("training step in both modes", _BOTH, "step", STEPS["full"]["both"], "dense", 20, 15),
+    Threshold("training step in both modes", _BOTH, "step", STEPS["full"]["both"], "dense", 20, 15,
+              backends=("numba, train_step",)),
     Threshold(
         "vanilla training step over its floor", _VANILLA, "step", STEPS["full"]["vanilla"], "floor: encode GEMMs",
         at_most=2.5,

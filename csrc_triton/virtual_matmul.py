@@ -32,7 +32,7 @@ class Walk(LaunchConfig):
 
 FORWARD = Walk(num_warps=1, lists=1, block=64)  # one warp: steps depend on each other, tokens do not
 D_VALUES = Walk(num_warps=2, lists=8, block=32)
-D_WEIGHTS = Walk(num_warps=4, lists=64, block=16)
+D_WEIGHTS = Walk(num_warps=4, lists=64, block=8)
 
 
 class OutLists(NamedTuple):

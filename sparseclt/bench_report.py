@@ -54,12 +54,14 @@ def bench_report(file: str | Path, out: str | Path) -> Path:
 
 _HOW_TO_READ = """\
 Contenders take turns, in a random order each round, after a gate has compared their results with those of a reference
-on the same inputs. Times are medians with quartiles.
+on the same inputs. Times are medians with quartiles, each of a call behind another one of the same contender.
 
 - **x ours**: the median over rounds of a contender's time over that of our best backend in the same round. Above 1,
   ours is faster.
-- **memory**: transient, the peak of one call less its results (in a training step: less the gradients). With numba the
-  larger of torch's records and the growth of the resident set, which also sees what torch does not allocate.
+- **memory**: transient, the peak of what torch allocates in one call less its results (in a training step: less
+  gradients that stay).
+- **resident**: by how much the process' resident set grew in another call, less what stayed. It also sees what numba's
+  kernels allocate (a row of numbers a thread), and what the C library keeps for later.
 - **roofline**: the least time, by the formulas of `benchmarks/costs.py` and the fastest GEMM and copy of this run, over
   the time taken. Each contender is credited with the work that it does, not with what was needed."""
 
@@ -109,7 +111,11 @@ def is_ours(row: Row) -> bool:
 
 
 def best_of_ours(group: Sequence[Row]) -> Row | None:
-    return min(filter(is_ours, group), key=lambda row: row["seconds"]["median"], default=None)
+    return fastest([row for row in group if is_ours(row)])
+
+
+def fastest(rows: Sequence[Row]) -> Row | None:
+    return min(rows, key=lambda row: row["seconds"]["median"], default=None)
 
 
 def _title(row: Row) -> str:
@@ -140,6 +146,7 @@ def group_table(group: Sequence[Row], ceiling: Mapping[str, float]) -> str:
                 f"({duration(row['seconds']['low'])} to {duration(row['seconds']['high'])})",
                 "ratio": times(ratio) if ratio else "1" if row is ours else None,
                 "memory": size(row["peak_bytes"]),
+                "resident": None if row["resident_bytes"] is None else size(row["resident_bytes"]),
                 "flops": row["flops"] / 1e9,
                 "bytes": row["bytes"] / 1e6,
                 "achieved": max(row[what] / rate for what, rate in ceiling.items()) / row["seconds"]["median"],
@@ -148,6 +155,7 @@ def group_table(group: Sequence[Row], ceiling: Mapping[str, float]) -> str:
         )
     columns = {
         "contender": ("contender", ""), "time": ("time", ""), "ratio": ("x ours", ""), "memory": ("memory", ""),
+        "resident": ("resident", ""),
         "flops": ("GFLOP", ".3g"), "bytes": ("MB", ".4g"), "achieved": ("roofline", ".0%"),
         "rounds": ("rounds x calls", ""),
     }  # fmt: skip
@@ -160,7 +168,7 @@ def threshold_table(thresholds: Sequence[Row], groups: Mapping[Any, Sequence[Row
     for asked in thresholds:
         group = groups.get((asked["case"], asked["direction"], *asked["shapes"].items()), ())
         names = [f"ours: {backend}" for backend in asked["backends"]]
-        ours = best_of_ours([row for row in group if not names or row["contender"] in names])
+        ours = fastest([row for row in group if (row["contender"] in names if names else is_ours(row))])
         against = next((row for row in group if row["contender"] == asked["against"]), None)
         shapes = ", ".join(f"{letter} {value}" for letter, value in asked["shapes"].items())
         line = {"work": f"{asked['work']}, {shapes}", "against": asked["against"], "asked": _asked(asked)}

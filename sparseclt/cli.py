@@ -46,14 +46,12 @@ def _sweep(config: TrainConfig, connections: tuple[int, ...]) -> None:
 
 
 def _plan(config: TrainConfig, shape: ModelShape, memory_gib: float | None) -> int:
-    import torch
-
     from sparseclt import memory
+    from sparseclt.devices import resolve
 
     if not shape.layers:
         shape = memory.shape_of(config.model.path, config.model.layers)
-    device = config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    available = memory.available_bytes(torch.device(device)) if memory_gib is None else int(memory_gib * memory.GiB)
+    available = memory.available_bytes(resolve(config.device)) if memory_gib is None else int(memory_gib * memory.GiB)
     plan = memory.make_plan(config, shape, available)
     print(memory.table(plan))
     if available is not None and not plan.fits:
@@ -65,9 +63,9 @@ def _selftest(device: str, backends: tuple[str, ...]) -> int:
     import torch
 
     from sparseclt import selftest
+    from sparseclt.devices import resolve
 
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = str(resolve(device))
     names = backends or tuple(
         name for name in ("torch", "numba", "triton") if selftest.runnable(name, torch.float32, device)
     )

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from sparseclt import ops
 from sparseclt.attention import centre, head_rows
-from sparseclt.ops._rows import Transpose, accumulation_dtype, chunks, gather_sum, section, transpose
+from sparseclt.devices import Budget
+from sparseclt.ops._rows import Transpose, accumulation_dtype, chunks, section, transpose
 from sparseclt.ops.backend import Implementation, choose, implementation
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from sparseclt.model import SparseCLT
     from sparseclt.modules import Latents
 
-CHUNK_BYTES = 64 << 20  # of gradient alive at a time
+CHUNK_BYTES = Budget(cpu=8 << 20, gpu=64 << 20)  # of gradient alive at a time, with what is added up for it
 
 
 class Written(NamedTuple):
@@ -50,8 +51,9 @@ class DecoderGradients:
     the weights must not change, except for the decoders that `chunks` is done with.
     """
 
-    def __init__(self, clt: "SparseCLT", backend: str | None = None, chunk_bytes: int = CHUNK_BYTES):
-        self.clt, self.backend, self.chunk_bytes = clt, backend, chunk_bytes
+    def __init__(self, clt: "SparseCLT", backend: str | None = None, chunk_bytes: int | None = None):
+        self.clt, self.backend = clt, backend
+        self.chunk_bytes = chunk_bytes or CHUNK_BYTES.on(clt.transcoder(0).W_dec.device)
         self.readers = clt.readers()
         self.dtype = accumulation_dtype(clt.transcoder(0).W_dec.dtype)  # of the chunks
         self.written: list[list[Written]] = [[] for _ in clt]
@@ -83,7 +85,8 @@ class DecoderGradients:
             W_enc = self.clt.transcoder(reader.index).W_enc
             for carry, dV in self._heads(reader):
                 with torch.enable_grad():
-                    carry(W_enc).backward(gather_sum(dV, reader.connections.indices, E), inputs=[W_enc])
+                    read = self._implementation("sparse_decode", E).forward(dV, reader.connections.indices, E)
+                    carry(W_enc).backward(read, inputs=[W_enc])
 
     def chunks(self, index: int) -> Iterator[Chunk]:
         """The gradient of module `index`'s decoder, all of it, some rows at a time."""
@@ -92,7 +95,7 @@ class DecoderGradients:
             (values.to(self.dtype), transpose(indices, F), torch.stack(grads, 1).flatten(1).to(self.dtype))
             for values, indices, grads in self.written[index]
         ]
-        for rows in chunks(F, T * D * 4, self.chunk_bytes):
+        for rows in chunks(F, (T + 3) * D * 4, self.chunk_bytes):
             sections = [(values, section(order, rows.start, rows.stop), bags) for values, order, bags in parts]
             size = rows.stop - rows.start
             gradient, touched = self._sum(sections, size, T * D)

@@ -8,6 +8,7 @@ import torch
 from sparseclt.activation_stream import buffer_bytes, least_bytes
 from sparseclt.config import ModelShape, TrainConfig
 from sparseclt.decoder_gradients import CHUNK_BYTES
+from sparseclt.devices import resolve
 from sparseclt.ops._rows import SCRATCH_BYTES
 from sparseclt.optim import KEPT_BYTES, PIECE_BYTES
 from sparseclt.sites import model_sites, upstream_modules
@@ -82,11 +83,11 @@ def _terms(config: TrainConfig, shape: ModelShape) -> list[Term]:
     rows = min(config.micro_batch_rows or config.batch_rows, config.batch_rows)
     n, in_parts = rows * S, rows < config.batch_rows
     outputs, part = FLOAT * N * D * M, FLOAT * n * D * M
-    decoders = 4 * F * D * sum(targets)
-    chunk = min(CHUNK_BYTES, FLOAT * F * D * max(targets))
-    kept, summed = (decoders, (modes - 1) * FLOAT * F * D) if decoders <= KEPT_BYTES else (chunk, 3 * chunk)
+    decoders, device = 4 * F * D * sum(targets), resolve(config.device)
+    chunk = min(CHUNK_BYTES.on(device), FLOAT * F * D * max(targets))
+    kept, summed = (decoders, (modes - 1) * FLOAT * F * D) if decoders <= KEPT_BYTES else (chunk, chunk)
     widened = config.clt.dtype == "bf16" or config.optimizer.state == "8bit"
-    piece = min(PIECE_BYTES["cpu" if config.device == "cpu" else "cuda"], FLOAT * F * D * max(targets))
+    piece = min(PIECE_BYTES.on(device), FLOAT * F * D * max(targets))
     terms = [
         Term("weights", w * (vectors * D + biases), ALWAYS, "w (P_enc + P_dec)"),
         Term("optimiser state", _state_bytes(config, vectors, D, biases, F * sum(targets)), ALWAYS,
@@ -112,7 +113,7 @@ def _terms(config: TrainConfig, shape: ModelShape) -> list[Term]:
         Term("working memory of an op", min(SCRATCH_BYTES, FLOAT * n * F), ("forward",), "at most 4 MiB on a CPU"),
         Term("one encoder's gradient", 2 * w * F * D, ("backward",), "2 w F D"),
         Term("decoder gradients", kept + max(summed, 5 * widened * piece), ("update",),
-             "4 P_dec, or 64 MiB; and what is summed up, or 5 pieces widened"),
+             "4 P_dec, or 64 MiB (CPU: 8); and what is summed up, or 5 pieces widened"),
     ]  # fmt: skip
     if sparse:
         C = [min(config.connections.per_latent, u * F) for u in upstream if u]

@@ -11,11 +11,12 @@ from torch.optim.adam import adam
 from sparseclt import eight_bit
 from sparseclt.config import OptimizerConfig
 from sparseclt.decoder_gradients import Chunk, DecoderGradients
+from sparseclt.devices import Budget
 from sparseclt.model import SparseCLT
 from sparseclt.ops._rows import chunks
 
 KEPT_BYTES = 256 << 20  # decoder gradients that are kept for the update; larger ones are computed again for it
-PIECE_BYTES = {"cpu": 1 << 20, "cuda": 64 << 20}  # of float32 weights that are widened at a time
+PIECE_BYTES = Budget(cpu=1 << 20, gpu=64 << 20)  # of float32 weights that are widened at a time
 EPSILON = 1e-8
 CODES = {"mean": eight_bit.MEAN, "square": eight_bit.SQUARE}
 
@@ -103,7 +104,7 @@ class RowAdam:
         offset = eight_bit.offsets(weights.shape[-1], self.step, weights.device) if small else None
         generator = torch.Generator(weights.device)
         generator.manual_seed(hash((self.seed, self.step, list(self.parameters).index(name), row)) & (2**63 - 1))
-        for rows in chunks(len(weights), 4 * weights[:1].numel(), PIECE_BYTES.get(weights.device.type, 1 << 20)):
+        for rows in chunks(len(weights), 4 * weights[:1].numel(), PIECE_BYTES.on(weights.device)):
             exact, part = weights[rows].to(wide), {key: tensor[rows] for key, tensor in moments.items()}
             moment = {
                 k: eight_bit.decode(c, part[k], part[f"{k}_scale"]) if small else part[k] for k, c in CODES.items()
@@ -136,6 +137,12 @@ def round_stochastically(exact: Tensor, out: Tensor, generator: torch.Generator)
     out.copy_(rounded)
 
 
+def _square_sum(tensor: Tensor) -> Tensor:
+    """The sum of squares, without a tensor of them."""
+    flat = tensor.flatten()
+    return torch.dot(flat, flat)
+
+
 @torch.no_grad()
 def apply(
     clt: SparseCLT, gradients: DecoderGradients, optimizer: RowAdam, learning_rate: float, clip: float | None
@@ -155,13 +162,13 @@ def apply(
     for name, parameter in optimizer.parameters.items():
         if name not in decoders:
             if parameter.grad is not None:
-                squares[name] = parameter.grad.square().sum()
+                squares[name] = _square_sum(parameter.grad)
             continue
         chunks: Iterator[Chunk] = gradients.chunks(decoders[name])
         if size <= KEPT_BYTES:
             kept[name] = list(chunks)
             chunks = iter(kept[name])
-        squares[name] = torch.stack([chunk.gradient.square().sum() for chunk in chunks]).sum()
+        squares[name] = torch.stack([_square_sum(chunk.gradient) for chunk in chunks]).sum()
     norm = torch.stack([square.to(torch.float64) for square in squares.values()]).sum().sqrt()
     if not torch.isfinite(norm):
         return norm, next(name for name, square in squares.items() if not torch.isfinite(square))

@@ -18,6 +18,7 @@ from sparseclt.config import ModelShape, TrainConfig, from_dict, to_dict
 from sparseclt.connections import make_policy
 from sparseclt.data import RowStream, load_rows
 from sparseclt.decoder_gradients import DecoderGradients
+from sparseclt.devices import resolve
 from sparseclt.language_model import Activations, LanguageModel
 from sparseclt.loggers import JsonLinesLogger, make_loggers, truncate_after
 from sparseclt.model import Architecture, SparseCLT
@@ -61,12 +62,9 @@ class Trainer:
 
     def __init__(self, config: TrainConfig, *, language_model: LanguageModel | None = None, rows: Tensor | None = None):
         self.config, self.out = config, Path(config.out)
-        device = config.device
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.device = torch.device(device)
+        self.device = resolve(config.device)
         self.language_model = language_model or LanguageModel.load(
-            config.model.path, layers=config.model.layers, device=device
+            config.model.path, layers=config.model.layers, device=str(self.device)
         )
         context = self.language_model.info.context
         if context and config.data.row_length > context:

@@ -1,11 +1,10 @@
 """The numba backend: CPU tensors, float32 and float64. Imported when first asked for; needs numba.
 
 Compiled where plain torch falls short: selection (GEMMs by torch fill one tile after another, and each row keeps its
-k largest), dot products of gathered rows (virtual weights, the gradient of decoded values), what upstream latents add
-(a token walks the lists of its active ones) with its gradients, and the order of weight gradients (a counting sort).
-Where torch is as fast or faster, its function is registered: `batchtopk_encode`, `jumprelu_encode`, the activation
-"groupmax", and sums of gathered rows (`sparse_decode`'s forward pass, the gradients of inputs and weights), which are
-`embedding_bag`s.
+k largest), dot products and sums of gathered rows (virtual weights, decoding, the gradients of values and weights),
+what upstream latents add (a token walks the lists of its active ones) with its gradients, and the order of weight
+gradients (a counting sort). Large results lie on huge pages. Where torch is as fast or faster, its function is
+registered: `batchtopk_encode`, `jumprelu_encode` and the activation "groupmax".
 """
 
 from collections.abc import Iterator
@@ -14,10 +13,11 @@ from math import isqrt
 import torch
 from torch import Tensor
 
+from sparseclt.ops import _huge_pages
 from sparseclt.ops import _numba_rows as rows
 from sparseclt.ops import _numba_select as select
 from sparseclt.ops._numba_compile import run
-from sparseclt.ops._rows import Transpose, chunks, gather_sum, transposed_gather_sum
+from sparseclt.ops._rows import Transpose, chunks
 from sparseclt.ops.backend import implementation, register
 from sparseclt.ops.topk_encode import topk_encode_torch
 
@@ -34,6 +34,22 @@ def _row_dots(bags: Tensor, indices: Tensor, table: Tensor) -> Tensor:
     work = indices.numel() * bags.shape[1]
     run(rows.row_dots, len(bags), work, bags.contiguous(), _ids(indices), table.contiguous(), dots)
     return dots
+
+
+def _gather_sum(weights: Tensor, indices: Tensor, table: Tensor) -> Tensor:
+    """As `_rows.gather_sum`."""
+    out = _huge_pages.empty((len(indices), table.shape[1]), table)
+    work = indices.numel() * table.shape[1]
+    run(rows.gather_sum, len(out), work, weights.contiguous(), _ids(indices), table.contiguous(), out)
+    return out
+
+
+def _transposed_gather_sum(weights: Tensor, transposed: Transpose, bags: Tensor) -> Tensor:
+    """As `_rows.transposed_gather_sum`."""
+    out = _huge_pages.empty((len(transposed.starts) - 1, bags.shape[1]), bags)
+    work = transposed.order.numel() * bags.shape[1]
+    run(rows.transposed_gather_sum, len(out), work, weights.contiguous(), *transposed, bags.contiguous(), out)
+    return out
 
 
 def _transpose(indices: Tensor, count: int) -> Transpose:
@@ -95,14 +111,14 @@ def _topk_encode(
     if activation == "groupmax":
         return topk_encode_torch(x, W_enc, b_enc, k, activation, scratch_bytes)
     best = _Selection(x, len(x), k)
-    bias, absolute = _bias(x, b_enc), activation == "abstopk"
+    bias, absolute = _bias(W_enc, b_enc), activation == "abstopk"
     for part, offset, tile in _products(x, W_enc, scratch_bytes):
         run(select.take_encoded, len(tile), tile.numel(), tile, offset, bias, absolute, *best.of(part))
     return best.finish()
 
 
-def _bias(x: Tensor, b_enc: Tensor | None) -> Tensor:
-    return x.new_empty(0) if b_enc is None else b_enc.contiguous()
+def _bias(W_enc: Tensor, b_enc: Tensor | None) -> Tensor:
+    return W_enc.new_zeros(len(W_enc)) if b_enc is None else b_enc.contiguous()
 
 
 def _encode_backward(
@@ -116,12 +132,12 @@ def _encoder_gradients(
     grad: Tensor, grad_linear: Tensor, indices: Tensor, x: Tensor, W_enc: Tensor, needed: list[bool]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """As `_encode.encoder_gradients`."""
-    dx = gather_sum(grad_linear, indices, W_enc) if needed[0] else None
+    dx = _gather_sum(grad_linear, indices, W_enc) if needed[0] else None
     if not (needed[1] or needed[2]):
         return dx, None, None
     by_latent, dW, db = _transpose(indices, len(W_enc)), None, None
     if needed[1]:
-        dW = transposed_gather_sum(grad_linear, by_latent, x)
+        dW = _transposed_gather_sum(grad_linear, by_latent, x)
     if needed[2]:
         db = x.new_empty(len(W_enc))
         run(rows.transposed_sum, len(W_enc), grad.numel(), grad.contiguous(), *by_latent, db)
@@ -134,9 +150,12 @@ def _encoder_gradients(
 def _sparse_decode_backward(
     grad: Tensor, values: Tensor, indices: Tensor, W_dec: Tensor, needed: list[bool]
 ) -> tuple[Tensor | None, Tensor | None]:
-    d_values = _row_dots(grad, indices, W_dec) if needed[0] else None
-    dW = transposed_gather_sum(values, _transpose(indices, len(W_dec)), grad) if needed[1] else None
-    return d_values, dW
+    order, d_values = _transpose(indices, len(W_dec)), None
+    if needed[0]:
+        d_values, grad = grad.new_zeros(values.shape), grad.contiguous()
+        read = grad, *order, values.shape[1], W_dec.contiguous()
+        run(rows.transposed_row_dots, len(W_dec), values.numel() * grad.shape[1], *read, d_values)
+    return d_values, _transposed_gather_sum(values, order, grad) if needed[1] else None
 
 
 # Virtual weights
@@ -144,6 +163,14 @@ def _sparse_decode_backward(
 
 def _virtual_weights(W_enc: Tensor, E: Tensor, connections: Tensor) -> Tensor:
     return _row_dots(W_enc, connections, E)
+
+
+def _virtual_weights_backward(
+    grad: Tensor, W_enc: Tensor, E: Tensor, connections: Tensor, order: Tensor, starts: Tensor, needed: list[bool]
+) -> tuple[Tensor | None, Tensor | None]:
+    dW = _gather_sum(grad, connections, E) if needed[0] else None
+    dE = _transposed_gather_sum(grad, Transpose(order, starts), W_enc) if needed[1] else None
+    return dW, dE
 
 
 def _by_upstream(V: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:
@@ -215,7 +242,7 @@ def _connected_encode(
     best = _Selection(r0, len(r0), k)
     by_upstream = *_by_upstream(V, order), starts
     z_values, z_indices, scale = z_values.contiguous(), _ids(z_indices), scale.contiguous()
-    bias, cursors = _bias(r0, b_enc), torch.zeros(z_indices.shape, dtype=torch.int64)
+    bias, cursors = _bias(W_enc, b_enc), torch.zeros(z_indices.shape, dtype=torch.int64)
     for part, offset, tile in _products(r0, W_enc, scratch_bytes):
         z = z_values[part], z_indices[part]
         work = 2 * tile.numel()
@@ -279,9 +306,9 @@ def _select_connections(W_enc: Tensor, E: Tensor, importance: Tensor, C: int, sc
 register("topk_encode", "numba", _topk_encode, _encode_backward)
 for _op in ("batchtopk_encode", "jumprelu_encode"):
     register(_op, "numba", implementation(_op, "torch").forward)
-register("sparse_decode", "numba", gather_sum, _sparse_decode_backward)
-register("transposed_gather_sum", "numba", transposed_gather_sum)
-register("virtual_weights", "numba", _virtual_weights, implementation("virtual_weights", "torch").backward)
+register("sparse_decode", "numba", _gather_sum, _sparse_decode_backward)
+register("transposed_gather_sum", "numba", _transposed_gather_sum)
+register("virtual_weights", "numba", _virtual_weights, _virtual_weights_backward)
 register("virtual_matmul", "numba", _virtual_matmul, _virtual_matmul_backward, csc=True)
 register("connected_encode", "numba", _connected_encode, _connected_encode_backward, csc=True)
 register("select_connections", "numba", _select_connections)

@@ -34,6 +34,76 @@ def row_dots(start, stop, bags, indices, rows, out):
                 out[n, k + 3] = of_d if i_d >= 0 else zero
 
 
+@kernel(SUMS)
+def _add_rows(weights, ids, rows, out):
+    """out [D] = sum of weights [S] x the rows that ids [S] name. Four at a time, so that `out` is seldom touched."""
+    S = len(ids)
+    first = min(S, 2 - S % 2)  # one or two are written, the others added in pairs and fours
+    if first == 0:
+        out[:] = 0
+    elif first == 1:
+        a, w_a = rows[ids[0]], weights[0]
+        for x in range(len(out)):
+            out[x] = w_a * a[x]
+    else:
+        a, b, w_a, w_b = rows[ids[0]], rows[ids[1]], weights[0], weights[1]
+        for x in range(len(out)):
+            out[x] = w_a * a[x] + w_b * b[x]
+    if (S - first) % 4 == 2:
+        a, b, w_a, w_b = rows[ids[first]], rows[ids[first + 1]], weights[first], weights[first + 1]
+        for x in range(len(out)):
+            out[x] += w_a * a[x] + w_b * b[x]
+        first += 2
+    for s in range(first, S, 4):
+        a, b, c, d = rows[ids[s]], rows[ids[s + 1]], rows[ids[s + 2]], rows[ids[s + 3]]
+        w_a, w_b, w_c, w_d = weights[s], weights[s + 1], weights[s + 2], weights[s + 3]
+        for x in range(len(out)):
+            out[x] += w_a * a[x] + w_b * b[x] + w_c * c[x] + w_d * d[x]
+
+
+@kernel(SUMS)
+def gather_sum(start, stop, weights, indices, rows, out):
+    """out[n] = sum of weights[n, k] x rows[indices[n, k]], without empty slots."""
+    K = indices.shape[1]
+    ids, few = np.empty(K, dtype=np.int64), np.empty(K, dtype=rows.dtype)
+    for n in range(start, stop):
+        filled = 0
+        for k in range(K):
+            if indices[n, k] >= 0:
+                ids[filled], few[filled] = indices[n, k], weights[n, k]
+                filled += 1
+        _add_rows(few[:filled], ids[:filled], rows, out[n])
+
+
+@kernel(SUMS)
+def transposed_gather_sum(start, stop, weights, order, starts, bags, out):
+    """out[r] = sum over the slots that name row r of their weight x their bag [D]. `weights` [N, K]."""
+    flat, K = weights.reshape(-1), weights.shape[1]
+    ids, few = np.empty(64, dtype=np.int64), np.empty(64, dtype=bags.dtype)
+    for r in range(start, stop):
+        last = starts[r + 2] if r + 2 < len(starts) else len(order)
+        first = starts[r + 1]
+        if last - first > len(ids):
+            ids, few = np.empty(2 * (last - first), dtype=np.int64), np.empty(2 * (last - first), dtype=bags.dtype)
+        for p in range(first, last):
+            ids[p - first], few[p - first] = order[p] // K, flat[order[p]]
+        _add_rows(few[: last - first], ids[: last - first], bags, out[r])
+
+
+@kernel(SUMS)
+def transposed_row_dots(start, stop, bags, order, starts, K, rows, out):
+    """`row_dots` a row at a time, which reads each once, in order: out [N, K] keeps what stands in its empty slots."""
+    flat = out.reshape(-1)
+    for r in range(start, stop):
+        last = starts[r + 2] if r + 2 < len(starts) else len(order)
+        row = rows[r]
+        for p in range(starts[r + 1], last):
+            bag, total = bags[order[p] // K], bags.dtype.type(0)
+            for x in range(len(row)):
+                total += bag[x] * row[x]
+            flat[order[p]] = total
+
+
 @kernel()
 def transpose(start, stop, flat, order, starts):
     """Counting sort, stable, of all indices [M] into order [M] and starts [R+1]. One thread."""

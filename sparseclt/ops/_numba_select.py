@@ -52,27 +52,28 @@ def _sift_up(values, indices, last):
 
 
 @kernel()
-def _take(row, offset, absolute, floor, values, indices, count):
+def _take(row, bias, offset, absolute, floor, values, indices, count):
     """Show a heap the columns offset.. of its row; only what is above `floor`, or NaN, may enter. The new count."""
     k = len(values)
     bound = values[0] if count == k else row.dtype.type(floor)
     for begin in range(0, len(row), BLOCK):
-        block = row[begin : begin + BLOCK]
+        block, part = row[begin : begin + BLOCK], bias[begin : begin + BLOCK]
         any_above = False
         if absolute:
             for f in range(len(block)):
-                any_above |= not (abs(block[f]) <= bound)
+                any_above |= not (abs(block[f] + part[f]) <= bound)
         else:
             for f in range(len(block)):
-                any_above |= not (block[f] <= bound)
+                any_above |= not (block[f] + part[f] <= bound)
         if not any_above:
             continue
         for f in range(len(block)):
-            value = abs(block[f]) if absolute else block[f]
+            signed = block[f] + part[f]
+            value = abs(signed) if absolute else signed
             if value <= bound:
                 continue
             index = offset + begin + f
-            if absolute and block[f] < 0:
+            if absolute and signed < 0:
                 index = ~index
             if count < k:
                 values[count], indices[count] = value, index
@@ -89,20 +90,17 @@ def _take(row, offset, absolute, floor, values, indices, count):
 @kernel()
 def take_encoded(start, stop, pre, offset, bias, absolute, values, indices, counts):
     """Show rows start..stop of a tile of `x @ W.T`: bias [F] or [0] comes on top."""
+    part = bias[offset : offset + pre.shape[1]]
     for n in range(start, stop):
-        row = pre[n]
-        if len(bias) > 0:
-            part = bias[offset : offset + len(row)]
-            for f in range(len(row)):
-                row[f] += part[f]
-        counts[n] = _take(row, offset, absolute, 0.0, values[n], indices[n], counts[n])
+        counts[n] = _take(pre[n], part, offset, absolute, 0.0, values[n], indices[n], counts[n])
 
 
 @kernel()
 def take_scored(start, stop, scores, offset, values, indices, counts):
     """Show rows of a tile of scores as they are."""
+    none = np.zeros(scores.shape[1], dtype=scores.dtype)
     for n in range(start, stop):
-        counts[n] = _take(scores[n], offset, False, -np.inf, values[n], indices[n], counts[n])
+        counts[n] = _take(scores[n], none, offset, False, -np.inf, values[n], indices[n], counts[n])
 
 
 @kernel(SUMS)

@@ -8,7 +8,8 @@ from torch import Tensor
 from sparseclt.ops._rows import SCRATCH_BYTES
 
 _INDEX_DTYPES = (torch.int32, torch.int64)
-_SCRATCH_BYTES = {"triton": 64 << 20}  # of GPU memory, to keep the GPU busy
+# By backend, where not the default: of GPU memory, to keep the GPU busy; what stays in a core's second-level cache.
+_SCRATCH_BYTES = {"triton": 64 << 20, "numba": 1 << 20}
 
 
 def check_tensors(**tensors: Tensor | None) -> None:
