@@ -85,6 +85,8 @@ def scaling(curves: Sequence[Mapping[str, Any]], run: Mapping[str, Any], path: P
             )
             memory.plot(x, [(row["peak_bytes"] + row["states_bytes"]) / 2**20 for row in rows], **style)
         points = run["dense_memory"].get(letter, [])
+        if crossing(points, budget) is None:  # it does not grow with this letter
+            points = [(x, y) for x, y in points if x <= time.get_xlim()[1]]
         memory.plot(
             [x for x, _ in points], [y / 2**20 for _, y in points], color=_STYLE["dense"]["color"], linestyle=":",
             label="dense, by formula" if column == 0 else None,
@@ -96,8 +98,8 @@ def scaling(curves: Sequence[Mapping[str, Any]], run: Mapping[str, Any], path: P
         if limit is not None:
             memory.plot([limit], [budget / 2**20], "X", color="black", markersize=9)
             memory.annotate(
-                f"dense out of memory\nat {letter} = {limit:.3g}", (limit, budget / 2**20), xytext=(-4, -6),
-                textcoords="offset points", ha="right", va="top", fontsize=7,
+                f"dense out of memory\nat {letter} = {float(f'{limit:.2g}'):,.0f}", (limit, budget / 2**20), xytext=(-8, 4),
+                textcoords="offset points", ha="right", va="bottom", fontsize=7,
             )  # fmt: skip
             time.axvline(limit, color="0.4", linewidth=1, linestyle=":")
         for axes in (time, memory):

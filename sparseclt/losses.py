@@ -21,12 +21,13 @@ def fvu(y: Tensor, reconstruction: Tensor) -> Tensor:
 def latent_fvu(latents: Latents, target: Latents, F: int) -> Tensor:
     """FVU of sparse latents against sparse target latents, a scalar.
 
-    Equivalent to `fvu(target.dense(F), latents.dense(F))`, from the K x K matches of each token: nothing of
-    size N x F exists. Indices are distinct within a token.
+    Equivalent to `fvu(target.dense(F), latents.dense(F))`; each latent's partner is searched among the token's sorted
+    targets: nothing of size N x F or N x K x K exists. Indices are distinct within a token.
     """
-    match = latents.indices[:, :, None] == target.indices[:, None, :]
-    # Not match * target: backward would keep a float for each of the K x K.
-    inner = (latents.values * torch.where(match, target.values[:, None, :], 0.0).sum(2)).sum()
+    wanted, (ids, order) = latents.indices.contiguous(), target.indices.contiguous().sort(1)
+    place = torch.searchsorted(ids, wanted).clamp_max_(ids.shape[1] - 1)
+    partner = target.values.gather(1, order.gather(1, place))
+    inner = (latents.values * partner.where(ids.gather(1, place) == wanted, 0.0)).sum()
     norm = target.values.square().sum()
     error = latents.values.square().sum() - 2 * inner + norm
     mean = torch.zeros(F, dtype=norm.dtype, device=norm.device)

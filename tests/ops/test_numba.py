@@ -86,3 +86,19 @@ def test_numba_is_imported_when_first_used():
         assert "numba" in sys.modules
     """
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize(("rows", "huge"), [(16, False), (4096, True)])
+def test_large_results_ask_for_huge_pages_within_their_bounds(monkeypatch, rows, huge):
+    from sparseclt.ops import _huge_pages
+
+    asked = []
+    monkeypatch.setattr(_huge_pages, "_advise", lambda: lambda *call: asked.append(call))
+    values, indices = torch.rand(8, 3), torch.randint(rows, (8, 3))
+    W = torch.randn(rows, 512, requires_grad=True)
+    ops.sparse_decode(values, indices, W, backend="numba").sum().backward()
+    assert len(asked) == huge
+    for start, length, _ in asked:
+        assert W.grad is not None
+        assert W.grad.data_ptr() <= start and start + length <= W.grad.data_ptr() + W.grad.nbytes
+        assert length > 0.99 * W.grad.nbytes
