@@ -101,14 +101,11 @@ def main() -> None:
     vocab = model.info.vocab
     rows = torch.randint(vocab, (64, ROW), generator=torch.Generator().manual_seed(0), dtype=torch.int32)
     trainer = Trainer(config, language_model=model, rows=rows)
-    if not a.select:
-        random_connections(trainer, a.connections)
-        trainer.policy, policy = None, trainer.policy
     peaks: dict[str, int] = {}
     for step in range(steps):
         mode = "vanilla" if step < a.vanilla_steps else "both"
         if step == a.vanilla_steps and not a.select:
-            trainer.policy = policy
+            random_connections(trainer, a.connections)  # the policy then leaves them as they are
         began = time.perf_counter()
         metrics = trainer.train_step(trainer.capture(next(trainer.stream)))
         seconds = time.perf_counter() - began

@@ -97,8 +97,9 @@ def scaling(curves: Sequence[Mapping[str, Any]], run: Mapping[str, Any], path: P
         )
         if limit is not None:
             memory.plot([limit], [budget / 2**20], "X", color="black", markersize=9)
+            where = f"{letter} = {float(f'{limit:.2g}'):,.0f}"
             memory.annotate(
-                f"dense out of memory\nat {letter} = {float(f'{limit:.2g}'):,.0f}", (limit, budget / 2**20), xytext=(-8, 4),
+                f"dense out of memory\nat {where}", (limit, budget / 2**20), xytext=(-8, 4),
                 textcoords="offset points", ha="right", va="bottom", fontsize=7,
             )  # fmt: skip
             time.axvline(limit, color="0.4", linewidth=1, linestyle=":")
