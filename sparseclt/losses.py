@@ -1,5 +1,7 @@
 """The terms of the training loss."""
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 from torch.nn.functional import mse_loss
@@ -10,30 +12,62 @@ from sparseclt.modules import Latents
 from sparseclt.sites import Site
 
 
+class Unexplained(NamedTuple):
+    """What an FVU follows from: sums over tokens. Those of a batch are the sums of its parts'."""
+
+    error: Tensor  # of (y - reconstruction)**2
+    square: Tensor  # of y**2
+    total: Tensor  # [D] of y
+
+    def value(self, tokens: int) -> Tensor:
+        variance = self.square - self.total.square().sum() / tokens
+        return self.error / variance.clamp_min(torch.finfo(self.error.dtype).tiny)
+
+
+class Total(NamedTuple):
+    """A sum over tokens, whose mean is wanted."""
+
+    total: Tensor
+
+    def value(self, tokens: int) -> Tensor:
+        return self.total / tokens
+
+
+def unexplained(y: Tensor, reconstruction: Tensor, mean: Tensor | None = None) -> Unexplained:
+    """Of y [N, D], which gets no gradient. `mean` [D]: that of the batch of which y is a part, where it is known."""
+    # mse_loss keeps no difference for backward.
+    error = mse_loss(reconstruction, y, reduction="sum")
+    if mean is not None:
+        return Unexplained(error, (y - mean).square().sum(), y.new_zeros(()))
+    return Unexplained(error, y.square().sum(), y.sum(0))
+
+
 def fvu(y: Tensor, reconstruction: Tensor) -> Tensor:
     """Fraction of variance unexplained, a scalar: equivalent to
     `((y - reconstruction)**2).sum() / ((y - y.mean(0))**2).sum()`, the mean over all N tokens of y [N, D]."""
-    variance = (y - y.mean(0)).square().sum()
-    # mse_loss keeps no difference for backward.
-    return mse_loss(reconstruction, y, reduction="sum") / variance.clamp_min(torch.finfo(y.dtype).tiny)
+    return unexplained(y, reconstruction, y.mean(0)).value(len(y))
 
 
-def latent_fvu(latents: Latents, target: Latents, F: int) -> Tensor:
-    """FVU of sparse latents against sparse target latents, a scalar.
+def latents_unexplained(latents: Latents, target: Latents, F: int) -> Unexplained:
+    """Of sparse target latents by sparse latents; both get gradients.
 
-    Equivalent to `fvu(target.dense(F), latents.dense(F))`; each latent's partner is searched among the token's sorted
-    targets: nothing of size N x F or N x K x K exists. Indices are distinct within a token.
+    Each latent's partner is searched among the token's sorted targets: nothing of size N x F or N x K x K exists.
+    Indices are distinct within a token.
     """
     wanted, (ids, order) = latents.indices.contiguous(), target.indices.contiguous().sort(1)
     place = torch.searchsorted(ids, wanted).clamp_max_(ids.shape[1] - 1)
     partner = target.values.gather(1, order.gather(1, place))
     inner = (latents.values * partner.where(ids.gather(1, place) == wanted, 0.0)).sum()
-    norm = target.values.square().sum()
-    error = latents.values.square().sum() - 2 * inner + norm
-    mean = torch.zeros(F, dtype=norm.dtype, device=norm.device)
-    mean = mean.scatter_add(0, target.indices.flatten().clamp_min(0), target.values.flatten()) / len(target.values)
-    variance = norm - len(target.values) * mean.square().sum()
-    return error / variance.clamp_min(torch.finfo(norm.dtype).tiny)
+    square = target.values.square().sum()
+    total = torch.zeros(F, dtype=square.dtype, device=square.device)
+    total = total.scatter_add(0, target.indices.flatten().clamp_min(0), target.values.flatten())
+    return Unexplained(latents.values.square().sum() - 2 * inner + square, square, total)
+
+
+def latent_fvu(latents: Latents, target: Latents, F: int) -> Tensor:
+    """FVU of sparse latents against sparse target latents, a scalar: equivalent to
+    `fvu(target.dense(F), latents.dense(F))`."""
+    return latents_unexplained(latents, target, F).value(len(target.values))
 
 
 def targets(clt: SparseCLT, activations) -> dict[Site, Tensor]:
@@ -60,7 +94,7 @@ def written_by_dead(forward: ForwardPass, dead: Tensor, k: int) -> dict[Site, Te
     return written
 
 
-def aux_k(written: dict[Site, Tensor], outputs: dict[Site, Tensor], real: dict[Site, Tensor]) -> Tensor:
-    """AuxK: how badly what dead latents would write explains what the live ones left, summed over sites (FVU of the
-    detached errors)."""
-    return torch.stack([fvu((real[site] - outputs[site]).detach(), part) for site, part in written.items()]).sum()
+def aux_k(written: dict[Site, Tensor], outputs: dict[Site, Tensor], real: dict[Site, Tensor]) -> list[Unexplained]:
+    """AuxK: how badly what dead latents would write explains what the live ones left (the detached errors), by
+    site."""
+    return [unexplained((real[site] - outputs[site]).detach(), part) for site, part in written.items()]

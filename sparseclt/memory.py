@@ -83,6 +83,7 @@ def _terms(config: TrainConfig, shape: ModelShape) -> list[Term]:
     rows = min(config.micro_batch_rows or config.batch_rows, config.batch_rows)
     n, in_parts = rows * S, rows < config.batch_rows
     outputs, part = FLOAT * N * D * M, FLOAT * n * D * M
+    passes = modes * (2 if aux else 1)
     decoders, device = 4 * F * D * sum(targets), resolve(config.device)
     chunk = min(CHUNK_BYTES.on(device), FLOAT * F * D * max(targets))
     kept, summed = (decoders, (modes - 1) * FLOAT * F * D) if decoders <= KEPT_BYTES else (chunk, chunk)
@@ -96,20 +97,20 @@ def _terms(config: TrainConfig, shape: ModelShape) -> list[Term]:
         _activations(config, L, D, N, _captured(L, D, N, S, shape.heads, attention)),
         Term("activity of latents", _activity(config, M, F, K), ALWAYS, "2 x 16 M F + 8 M K x recent tokens"),
         Term("encoder gradients", encoders, ALWAYS[1:], "w P_enc"),
-        Term("reconstructions", modes * outputs, FORWARD[: 2 - in_parts], "modes x 4 N D L"),
-        Term("active latents", (1 + in_parts) * modes * 12 * N * K * M, ALWAYS, "modes x 12 N K M"),
-        Term("kept for backward", sparse * (part + 12 * n * K * M + 21 * N * K * M), FORWARD[in_parts:],
-             "4 n D L + 12 n K M + 21 N K M; n: tokens of a micro-batch"),
+        Term("reconstructions", modes * part, FORWARD, "modes x 4 n D L; n: tokens of a micro-batch"),
+        Term("active latents", modes * 12 * N * K * M, ALWAYS, "modes x 12 N K M"),
+        Term("latents of all micro-batches", in_parts * modes * 12 * N * K * M, ALWAYS[2:], "modes x 12 N K M"),
+        Term("kept for backward", sparse * (part + 33 * n * K * M), FORWARD, "4 n D L + 33 n K M"),
         Term("AuxK, when latents are dead",
              modes * (3 * part + 20 * n * aux * M) if aux else 0, FORWARD, "modes x (12 n D L + 20 n M aux_active)"),
         Term("its latents, noted", modes * 12 * N * aux * M, ALWAYS[2 - in_parts :], "modes x 12 N M aux_active"),
-        Term("a micro-batch beside the whole", in_parts * modes * ((2 if aux else 1) * outputs + 4 * N * K * M),
-             FORWARD, "modes x (8 N D L + 4 N K M)"),
-        Term("gradients of reconstructions, in backward", (1 + in_parts) * modes * part, ("backward",),
-             "modes x 4 n D L; in micro-batches, the reconstructions again"),
-        Term("gradients of reconstructions, noted", modes * outputs, ALWAYS[2:], "modes x 4 N D L"),
+        Term("noted of earlier micro-batches", passes * (outputs - part), FORWARD,
+             "modes x 4 (N - n) D L; AuxK: twice"),
+        Term("gradients of reconstructions, in backward", modes * part, ("backward",), "modes x 4 n D L"),
+        Term("gradients of reconstructions, noted", passes * outputs, ALWAYS[2:], "modes x 4 N D L; AuxK: twice"),
         Term("what one module writes", FLOAT * n * D * max(targets), FORWARD, "4 n D L"),
-        Term("its gradient, noted", modes * FLOAT * N * D * max(targets), ("update",), "modes x 4 N D L"),
+        Term("their gradients, side by side", passes * FLOAT * N * D * max(targets), ("update",),
+             "modes x 4 N D L; AuxK: twice"),
         Term("working memory of an op", min(SCRATCH_BYTES, FLOAT * n * F), ("forward",), "at most 4 MiB on a CPU"),
         Term("one encoder's gradient", 2 * w * F * D, ("backward",), "2 w F D"),
         Term("decoder gradients", kept + max(summed, 5 * widened * piece), ("update",),

@@ -1,8 +1,10 @@
 """The training loss of a batch, and its gradient: all rows at once, or a micro-batch of rows at a time."""
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import reduce
+from itertools import compress
 from typing import NamedTuple
 
 import torch
@@ -21,7 +23,8 @@ from sparseclt.model import SparseCLT
 from sparseclt.modules import Latents
 from sparseclt.sites import Mode, Site
 
-Terms = dict[str, Tensor]
+Values = dict[str, Tensor]
+Means = dict[Site, Tensor]
 
 
 @dataclass
@@ -33,17 +36,29 @@ class Outcome:
     explained: dict[Site, Tensor] = field(default_factory=dict)  # [N, D] what dead latents would write, for AuxK
     cross_entropy: Tensor | None = None  # of the replaced model, a mean over tokens
 
-    def differentiable(self) -> list[Tensor]:
-        """All that the loss has a gradient for, in a fixed order."""
-        tensors = [*self.outputs.values(), *(z.values for z in self.latents), *self.explained.values()]
-        return tensors if self.cross_entropy is None else [*tensors, self.cross_entropy]
+
+class Term(NamedTuple):
+    """A term of the loss, as sums over the tokens it is made of: a sum of FVUs or means, times a weight."""
+
+    mode: Mode
+    weight: float
+    sums: Sequence[losses.Unexplained | losses.Total]
+
+    def value(self, tokens: int) -> Tensor:
+        return torch.stack([s.value(tokens) for s in self.sums]).sum()
+
+    def tensors(self) -> list[Tensor]:
+        return [tensor for s in self.sums for tensor in s]
+
+    def with_tensors(self, tensors: Iterator[Tensor]) -> "Term":
+        return self._replace(sums=[type(s)(*(next(tensors) for _ in s)) for s in self.sums])
 
 
 class Backward(NamedTuple):
     """What a backward pass leaves: decoder gradients, the loss terms, and each mode's latents."""
 
     gradients: DecoderGradients
-    terms: Terms
+    terms: Values
     latents: dict[Mode, list[Latents]]
 
 
@@ -82,38 +97,47 @@ class Objective:
             outcome.cross_entropy = self.language_model.cross_entropy(activations.tokens, **hooks)
         return outcome
 
-    def loss(self, outcomes: dict[Mode, Outcome], real: dict[Site, Tensor], rho: float) -> tuple[Tensor, Terms]:
-        """The loss of a batch and its terms by name. `rho`: weight of the sparsely-connected terms."""
-        total, terms = self._mode_loss("vanilla", outcomes["vanilla"], real)
+    def terms(self, outcomes: dict[Mode, Outcome], activations: Activations, means: Means) -> dict[str, Term]:
+        """The terms of the loss, of the rows that `activations` holds. `means` [D]: of each site's real output, over
+        all rows of the batch."""
+        real = losses.targets(self.clt, activations)
+        terms: dict[str, Term] = {}
+        for mode, outcome in outcomes.items():
+            terms |= self._terms_of_mode(mode, outcome, real, means)
         if self.policy and "sparse" in outcomes:
-            sparse, sparse_terms = self._mode_loss("sparse", outcomes["sparse"], real)
-            terms |= sparse_terms
-            pairs = zip(outcomes["sparse"].latents, outcomes["vanilla"].latents, strict=True)
-            agreement = [losses.latent_fvu(z, target, self.config.clt.latents) for z, target in pairs]
-            terms["latent_agreement"] = torch.stack(agreement).sum()
-            sparse = sparse + self.config.loss.latent_agreement * terms["latent_agreement"]
-            pressure = self.policy.pressure(self.clt)
-            if pressure is not None:
-                terms["pressure"] = pressure
-                sparse = sparse + pressure
-            total = total + rho * sparse
-        terms["loss"] = total
-        return total, terms
+            c, pairs = self.config, zip(outcomes["sparse"].latents, outcomes["vanilla"].latents, strict=True)
+            agreement = [losses.latents_unexplained(z, target, c.clt.latents) for z, target in pairs]
+            terms["latent_agreement"] = Term("sparse", c.loss.latent_agreement, agreement)
+        return terms
 
-    def _mode_loss(self, mode: Mode, outcome: Outcome, real: dict[Site, Tensor]) -> tuple[Tensor, Terms]:
-        """What one mode adds to the loss: FVU of every site, AuxK, cross-entropy; and the terms by name."""
+    def _terms_of_mode(
+        self, mode: Mode, outcome: Outcome, real: dict[Site, Tensor], means: Means
+    ) -> Iterator[tuple[str, Term]]:
+        """FVU of every site, AuxK, cross-entropy."""
         c, outputs = self.config.loss, outcome.outputs
-        terms = {f"fvu_{mode}/{site.name}": losses.fvu(real[site], outputs[site]) for site in self.clt.sites}
-        total = torch.stack(list(terms.values())).sum()
+        for site in self.clt.sites:
+            yield f"fvu_{mode}/{site.name}", Term(mode, 1, [losses.unexplained(real[site], outputs[site], means[site])])
         if outcome.explained:
-            terms[f"aux_{mode}"] = losses.aux_k(outcome.explained, outputs, real)
-            total = total + c.aux * terms[f"aux_{mode}"]
+            yield f"aux_{mode}", Term(mode, c.aux, losses.aux_k(outcome.explained, outputs, real))
         if outcome.cross_entropy is not None:
-            terms[f"cross_entropy_{mode}"] = outcome.cross_entropy
-            total = total + c.cross_entropy * outcome.cross_entropy
-        return total, terms
+            total = losses.Total(outcome.cross_entropy * real[self.clt.sites[0]].shape[0])
+            yield f"cross_entropy_{mode}", Term(mode, c.cross_entropy, [total])
 
-    def backward(self, activations: Activations, rho: float, check: Callable[[Tensor, Terms], None]) -> Backward:
+    def means(self, activations: Activations) -> Means:
+        return {site: y.mean(0) for site, y in losses.targets(self.clt, activations).items()}
+
+    def loss(self, terms: dict[str, Term], tokens: int, rho: float) -> tuple[Tensor, Values]:
+        """The loss of a batch of so many tokens, and its terms by name. `rho`: weight of the sparsely-connected
+        terms."""
+        values = {name: term.value(tokens) for name, term in terms.items()}
+        weights = {name: term.weight * (rho if term.mode == "sparse" else 1) for name, term in terms.items()}
+        pressure = self.policy.pressure(self.clt) if self.policy and "sparse" in self.modes() else None
+        if pressure is not None:
+            values["pressure"], weights["pressure"] = pressure, rho
+        total = torch.stack([weights[name] * value for name, value in values.items()]).sum()
+        return total, values | {"loss": total}
+
+    def backward(self, activations: Activations, rho: float, check: Callable[[Tensor, Values], None]) -> Backward:
         """The gradient of a batch's loss; the encoders' and biases' in `.grad`. `rho`: weight of the
         sparsely-connected terms. `check(loss, terms)` may raise before anything is differentiated.
 
@@ -136,74 +160,56 @@ class Objective:
         )
         return self._backward(activations, rho, check)
 
-    def _backward(self, activations: Activations, rho: float, check: Callable[[Tensor, Terms], None]) -> Backward:
+    def _backward(self, activations: Activations, rho: float, check: Callable[[Tensor, Values], None]) -> Backward:
         """The loss is one of the whole batch: variances and means over its tokens stand in it. Micro-batches
-        therefore run twice: once without a graph, for what the loss reads; then, the gradient with respect to that
-        being known, once more to carry it back (as in GradCache: Gao et al., 2021). The gradient is that of the whole
-        batch, up to rounding.
+        therefore run twice: once without a graph, for the sums over tokens that the loss is made of; then, the
+        gradient with respect to these being known, once more to carry it back (as in GradCache: Gao et al., 2021,
+        which carries it to representations). The gradient is that of the whole batch, up to rounding.
         """
-        gradients = DecoderGradients(self.clt, self.config.backend)
-        real = losses.targets(self.clt, activations)
-        parts = activations.split(self.micro_rows)
+        gradients, means = DecoderGradients(self.clt, self.config.backend), self.means(activations)
+        tokens, parts = activations.tokens.numel(), activations.split(self.micro_rows)
         if len(parts) == 1:
             outcomes = self.outcomes(activations, gradients)
-            total, terms = self.loss(outcomes, real, rho)
-            check(total, terms)
+            total, values = self.loss(self.terms(outcomes, activations, means), tokens, rho)
+            check(total, values)
             total.backward()
-            return Backward(gradients, _numbers(terms), _latents(outcomes))
-        shares = [len(part.tokens) / len(activations.tokens) for part in parts]
+            return Backward(gradients, _numbers(values), _latents(outcomes))
         with torch.no_grad():
-            runs = [self.outcomes(part) for part in parts]
-        outcomes = {mode: _joined([run[mode] for run in runs], shares) for mode in runs[0]}
-        del runs
-        total, terms = self.loss(outcomes, real, rho)
-        check(total, terms)
+            runs = (self.terms(self.outcomes(part), part, means) for part in parts)
+            terms = reduce(_added, runs)
+        leaves = [tensor.requires_grad_() for term in terms.values() for tensor in term.tensors()]
+        total, values = self.loss(terms, tokens, rho)
+        check(total, values)
         total.backward()
-        grads = {mode: [leaf.grad for leaf in outcome.differentiable()] for mode, outcome in outcomes.items()}
-        numbers, latents = _numbers(terms), _latents(outcomes)
-        del outcomes, total, terms  # and with their graph, the joined rows
-        start = 0
-        for part, share in zip(parts, shares, strict=True):
-            stop = start + part.tokens.numel()
-            for mode, outcome in self.outcomes(part, gradients).items():
-                _carry_back(outcome.differentiable(), grads[mode], slice(start, stop), share)
-            start = stop
-        return Backward(gradients, numbers, latents)
+        latents = []
+        for part in parts:
+            outcomes = self.outcomes(part, gradients)
+            sums = [s for term in self.terms(outcomes, part, means).values() for s in term.tensors()]
+            latents.append(_latents(outcomes))
+            del outcomes
+            carried = [s.requires_grad for s in sums]
+            torch.autograd.backward(list(compress(sums, carried)), [leaf.grad for leaf in compress(leaves, carried)])
+        return Backward(gradients, _numbers(values), _joined(latents))
 
 
-def _joined(parts: list[Outcome], shares: list[float]) -> Outcome:
-    """The parts' rows as one outcome, whose tensors are leaves. `shares`: of the rows, by part."""
-
-    def leaf(tensors: list[Tensor]) -> Tensor:
-        return torch.cat(tensors).requires_grad_()
-
-    first = parts[0]
-    latents = [
-        Latents(leaf([z.values for z in same]), torch.cat([z.indices for z in same]))
-        for same in zip(*(part.latents for part in parts), strict=True)
-    ]
-    by_site = ({site: leaf([getattr(part, name)[site] for part in parts]) for site in getattr(first, name)}
-               for name in ("outputs", "explained"))  # fmt: skip
-    joined = Outcome(next(by_site), latents, next(by_site))
-    entropies = [part.cross_entropy for part in parts if part.cross_entropy is not None]
-    if entropies:
-        joined.cross_entropy = sum(e * s for e, s in zip(entropies, shares, strict=True)).requires_grad_()  # type: ignore[union-attr]
-    return joined
+def _added(terms: dict[str, Term], more: dict[str, Term]) -> dict[str, Term]:
+    return {
+        name: term.with_tensors(a + b for a, b in zip(term.tensors(), more[name].tensors(), strict=True))
+        for name, term in terms.items()
+    }
 
 
-def _carry_back(part: list[Tensor], grads: list[Tensor | None], tokens: slice, share: float) -> None:
-    """Backward through the graph of a micro-batch, given the gradient of all tokens' results."""
-    pairs = [
-        (tensor, grad * share if grad.ndim == 0 else grad[tokens])
-        for tensor, grad in zip(part, grads, strict=True)
-        if grad is not None and tensor.requires_grad
-    ]
-    torch.autograd.backward([tensor for tensor, _ in pairs], [grad for _, grad in pairs])
-
-
-def _numbers(terms: Terms) -> Terms:
-    return {name: term.detach() for name, term in terms.items()}
+def _numbers(values: Values) -> Values:
+    return {name: value.detach() for name, value in values.items()}
 
 
 def _latents(outcomes: dict[Mode, Outcome]) -> dict[Mode, list[Latents]]:
     return {mode: [Latents(z.values.detach(), z.indices) for z in o.latents] for mode, o in outcomes.items()}
+
+
+def _joined(parts: list[dict[Mode, list[Latents]]]) -> dict[Mode, list[Latents]]:
+    """All rows' latents."""
+    return {
+        mode: [Latents(*(torch.cat(rows) for rows in zip(*same, strict=True))) for same in zip(*of_mode, strict=True)]
+        for mode, of_mode in ((mode, [part[mode] for part in parts]) for mode in parts[0])
+    }

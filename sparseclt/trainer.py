@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from sparseclt import checkpoint, losses, memory
+from sparseclt import checkpoint, memory
 from sparseclt.activation_cache import open_cache
 from sparseclt.activation_stream import block_batches, shuffled
 from sparseclt.activity import Activity, RecentLatents
@@ -114,8 +114,9 @@ class Trainer:
         """The loss of a batch, its terms by name, and each mode's pass. `gradients` gathers the decoders' gradient in
         place of their `.grad`."""
         outcomes = self.objective.outcomes(activations, gradients)
-        total, terms = self.objective.loss(outcomes, losses.targets(self.clt, activations), self.ramp(step))
-        return total, terms, outcomes
+        terms = self.objective.terms(outcomes, activations, self.objective.means(activations))
+        total, values = self.objective.loss(terms, activations.tokens.numel(), self.ramp(step))
+        return total, values, outcomes
 
     def capture(self, tokens: Tensor) -> Activations:
         """The model's activations on `tokens` [B, S]: the one run of the model that both modes share."""

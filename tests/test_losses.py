@@ -58,7 +58,9 @@ def test_aux_k_moves_dead_latents_only_and_reaches_their_encoder_and_decoder(set
     real = targets(clt, activations)
     dead = torch.zeros(3, 20, dtype=torch.bool)
     dead[1, [3, 7]] = True
-    loss = aux_k(written_by_dead(forward, dead, k=2), {site: forward.output(site) for site in clt.sites}, real)
+    outputs = {site: forward.output(site) for site in clt.sites}
+    tokens = activations.tokens.numel()
+    loss = sum(s.value(tokens) for s in aux_k(written_by_dead(forward, dead, k=2), outputs, real))
     module = clt.transcoder(1)
     W_enc, W_dec = torch.autograd.grad(loss, [module.W_enc, module.W_dec])
     others = [i for i in range(20) if i not in (3, 7)]
@@ -79,7 +81,8 @@ def test_aux_k_of_vanilla_mode_encodes_the_input_not_the_target(setting):
     module, site = clt.transcoder(2), clt.sites[2]
     codes = torch.relu(activations.x[2].flatten(0, 1) @ module.W_enc[rows].T + module.b_enc[rows])
     expected = fvu(real[site] - outputs[site], codes @ module.W_dec[rows, 0])
-    torch.testing.assert_close(aux_k(written_by_dead(forward, dead, k=2), outputs, real), expected)
+    (sums,) = aux_k(written_by_dead(forward, dead, k=2), outputs, real)
+    torch.testing.assert_close(sums.value(activations.tokens.numel()), expected)
 
 
 def test_nothing_is_written_without_dead_latents(setting):
