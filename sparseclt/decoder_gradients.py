@@ -135,9 +135,11 @@ class DecoderGradients:
         a module wrote before it, so the gradient of a slice is a sum over the readers behind that slice's target."""
         F, site = self.clt.architecture.latents, self.clt.sites[index]
         D, first = gradient.shape[-1], index * F
-        readers = [r for r in self.readers if r.index in self.read and r.upstream_modules > index]
-        behind = torch.zeros(len(gradient), D, dtype=gradient.dtype, device=gradient.device)
         touched = torch.zeros(len(gradient), dtype=torch.bool, device=gradient.device)
+        readers = [r for r in self.readers if r.index in self.read and r.upstream_modules > index]
+        if not readers:
+            return touched
+        behind = torch.zeros(len(gradient), D, dtype=gradient.dtype, device=gradient.device)
 
         def take(layer_readers: "list[Reader]") -> None:
             for reader in layer_readers:

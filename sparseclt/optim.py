@@ -174,11 +174,15 @@ def apply(
         return norm, next(name for name, square in squares.items() if not torch.isfinite(square))
     scale = min(1.0, (math.inf if clip is None else clip) / (float(norm) + 1e-6))
     optimizer.step += 1
+
+    def clipped(gradient: Tensor) -> Tensor:
+        return gradient if scale == 1 else gradient.mul_(scale)
+
     for name, index in decoders.items():
         for chunk in kept.pop(name, None) or gradients.chunks(index):
-            optimizer.update(name, chunk.gradient.mul_(scale), learning_rate, chunk.rows, chunk.touched)
+            optimizer.update(name, clipped(chunk.gradient), learning_rate, chunk.rows, chunk.touched)
     for name, parameter in optimizer.parameters.items():
         if parameter.grad is not None:
-            optimizer.update(name, parameter.grad.mul_(scale), learning_rate)
+            optimizer.update(name, clipped(parameter.grad), learning_rate)
             parameter.grad = None
     return norm, None

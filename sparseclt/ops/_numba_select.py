@@ -21,7 +21,7 @@ def _below(a, i, b, j):
     """Whether number a at index i comes after b at j: it is smaller, or equal at a higher index."""
     if a == b or (a != a and b != b):
         return (i if i >= 0 else ~i) > (j if j >= 0 else ~j)
-    return a < b or b != b
+    return (a < b) | (b != b)
 
 
 @kernel()
@@ -30,8 +30,8 @@ def _sift_down(values, indices, count):
     value, index = values[0], indices[0]
     hole, child = 0, 1
     while child < count:
-        if child + 1 < count and _below(values[child + 1], indices[child + 1], values[child], indices[child]):
-            child += 1
+        if child + 1 < count:  # added, not branched upon: nobody can predict it
+            child += _below(values[child + 1], indices[child + 1], values[child], indices[child])
         if not _below(values[child], indices[child], value, index):
             break
         values[hole], indices[hole] = values[child], indices[child]
