@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from sparseclt.modules import Latents
+from sparseclt.ops._rows import add_at_
 
 RARE = 4  # a latent that fired on fewer of the recent tokens says too little of what fires with it
 
@@ -36,8 +37,8 @@ class Activity:
             decay = 0.5 ** (tokens / self.horizon)
             ids = indices.flatten().clamp_min(0)
             mean, square = torch.zeros_like(self.mean[m]), torch.zeros_like(self.mean[m])
-            mean.scatter_add_(0, ids, values / tokens)
-            square.scatter_add_(0, ids, values.square() / tokens)
+            add_at_(mean, ids, values / tokens)
+            add_at_(square, ids, values.square() / tokens)
             self.mean[m].mul_(decay).add_(mean, alpha=1 - decay)
             self.square[m].mul_(decay).add_(square, alpha=1 - decay)
             self.tokens_since_fired[m] += tokens
@@ -102,7 +103,7 @@ class RecentLatents:
         sums = self.values.new_zeros(n * U)
         for u in range(upstream):
             places = (row * U + u * F)[:, None] + self.indices[u, token]
-            sums.scatter_add_(0, places.flatten(), self.values[u, token].flatten())
+            add_at_(sums, places.flatten(), self.values[u, token].flatten())
         return sums.view(n, U), torch.bincount(row, minlength=n)
 
     def state(self) -> dict[str, Tensor]:

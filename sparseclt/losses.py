@@ -9,6 +9,7 @@ from torch.nn.functional import mse_loss
 from sparseclt.forward import ForwardPass
 from sparseclt.model import SparseCLT
 from sparseclt.modules import Latents
+from sparseclt.ops._rows import add_at_
 from sparseclt.sites import Site
 
 
@@ -60,7 +61,7 @@ def latents_unexplained(latents: Latents, target: Latents, F: int) -> Unexplaine
     inner = (latents.values * partner.where(ids.gather(1, place) == wanted, 0.0)).sum()
     square = target.values.square().sum()
     total = torch.zeros(F, dtype=square.dtype, device=square.device)
-    total = total.scatter_add(0, target.indices.flatten().clamp_min(0), target.values.flatten())
+    total = add_at_(total, target.indices.flatten().clamp_min(0), target.values.flatten())
     return Unexplained(latents.values.square().sum() - 2 * inner + square, square, total)
 
 

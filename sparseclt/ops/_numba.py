@@ -19,6 +19,7 @@ from sparseclt.ops import _numba_select as select
 from sparseclt.ops._numba_compile import run
 from sparseclt.ops._rows import Transpose, chunks
 from sparseclt.ops.backend import implementation, register
+from sparseclt.ops.select_connections import norm_over_heads_
 from sparseclt.ops.topk_encode import topk_encode_torch
 
 
@@ -287,17 +288,11 @@ def _connected_encode_backward(
 
 def _select_connections(W_enc: Tensor, E: Tensor, importance: Tensor, C: int, scratch_bytes: int) -> Tensor:
     best, importance = _Selection(E, W_enc.shape[1], C), importance.expand(W_enc.shape[1], len(E))
-    # Tiles of all heads come in step: their squares add up in the first one's.
+    # Tiles of all heads come in step.
     heads = [_products(head, E, scratch_bytes // len(W_enc)) for head in W_enc]
     for tiles in zip(*heads, strict=True):
-        part, offset, scores = tiles[0]
-        if len(W_enc) == 1:
-            scores.abs_()
-        else:
-            scores.square_()
-            for _, _, tile in tiles[1:]:
-                scores += tile.square_()
-            scores.sqrt_()
+        part, offset, _ = tiles[0]
+        scores = norm_over_heads_(tile for _, _, tile in tiles)
         scores *= importance[part, offset : offset + scores.shape[1]]
         run(select.take_scored, len(scores), scores.numel(), scores, offset, *best.of(part))
     return best.finish()[1]

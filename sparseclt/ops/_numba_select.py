@@ -1,61 +1,64 @@
-"""Kernels of the numba backend that select: each row keeps a heap of its k largest numbers and is shown one tile of
+"""Kernels of the numba backend that select: each row keeps a list of its k largest numbers and is shown one tile of
 columns after another.
 
-A block of columns in which nothing beats the heap's smallest costs one vector comparison, and hardly any does: of F
-numbers in random order about k (1 + log(F / k)) enter. Exact: NaN counts as the largest, and as columns come in
-rising order, one that equals the smallest never enters, so that ties go to the lowest index.
+A block of columns in which nothing beats the least of the list costs one vector comparison, and hardly any does: of F
+numbers in random order about k (1 + log(F / k)) enter. For the k that transcoders have, finding a number's place and
+shifting those below it, both in vector lanes, takes less time than the chain of comparisons in a heap does. Exact: NaN
+counts as the largest, and as columns come in rising order, a number goes below its equals, so that ties go to the
+lowest index.
 
-Heaps are rows of `values` and `indices` [N, k], filled up to `counts` [N]. With `absolute`, they hold absolute
-values, and index i of a negative number as ~i.
+Lists are rows of `values` and `indices` [N, k], ascending, filled from the end: `counts` [N]. With `absolute`, they
+hold absolute values, and index i of a negative number as ~i.
 """
 
 import numpy as np
 
 from sparseclt.ops._numba_compile import SUMS, kernel
 
-BLOCK = 64
+BLOCK, FEW = 64, 4
 
 
 @kernel()
-def _below(a, i, b, j):
-    """Whether number a at index i comes after b at j: it is smaller, or equal at a higher index."""
-    if a == b or (a != a and b != b):
-        return (i if i >= 0 else ~i) > (j if j >= 0 else ~j)
-    return (a < b) | (b != b)
+def _insert(values, indices, value, index):
+    """Put a number into the list in place of its least one, which is smaller."""
+    below = 0
+    if value == value:
+        for i in range(len(values)):
+            below += values[i] < value
+    else:
+        for i in range(len(values)):
+            below += values[i] == values[i]
+    for i in range(below - 1):
+        values[i] = values[i + 1]
+    for i in range(below - 1):
+        indices[i] = indices[i + 1]
+    values[below - 1], indices[below - 1] = value, index
 
 
 @kernel()
-def _sift_down(values, indices, count):
-    """Restore the heap whose root is new."""
-    value, index = values[0], indices[0]
-    hole, child = 0, 1
-    while child < count:
-        if child + 1 < count:  # added, not branched upon: nobody can predict it
-            child += _below(values[child + 1], indices[child + 1], values[child], indices[child])
-        if not _below(values[child], indices[child], value, index):
-            break
-        values[hole], indices[hole] = values[child], indices[child]
-        hole, child = child, 2 * child + 1
-    values[hole], indices[hole] = value, index
-
-
-@kernel()
-def _sift_up(values, indices, last):
-    """Restore the heap whose last element is new."""
-    value, index = values[last], indices[last]
-    hole = last
-    while hole > 0 and _below(value, index, values[(hole - 1) // 2], indices[(hole - 1) // 2]):
-        parent = (hole - 1) // 2
-        values[hole], indices[hole] = values[parent], indices[parent]
-        hole = parent
-    values[hole], indices[hole] = value, index
+def _just_below_k(row, bias, absolute, best):
+    """A number that at least k of a row are above: just below the least of the largest of k groups. `best` [k] is
+    overwritten."""
+    k = len(best)
+    best[:] = -np.inf
+    for begin in range(0, len(row) - k + 1, k):
+        block, part = row[begin : begin + k], bias[begin : begin + k]
+        for f in range(k):
+            value = block[f] + part[f]
+            value = abs(value) if absolute else value
+            best[f] = value if value > best[f] else best[f]
+    return np.nextafter(best.min(), -best.dtype.type(np.inf))
 
 
 @kernel()
 def _take(row, bias, offset, absolute, floor, values, indices, count):
-    """Show a heap the columns offset.. of its row; only what is above `floor`, or NaN, may enter. The new count."""
-    k = len(values)
-    bound = values[0] if count == k else row.dtype.type(floor)
+    """Show a list the columns offset.. of its row; only what is above `floor`, or NaN, may enter. The new count."""
+    k, least = len(values), row.dtype.type(floor)
+    if offset == 0:
+        if len(row) >= FEW * k:  # numbers that would soon be driven out again stay out
+            least = max(least, _just_below_k(row, bias, absolute, values))
+        values[:] = -np.inf
+    bound = values[0] if count == k else least
     for begin in range(0, len(row), BLOCK):
         block, part = row[begin : begin + BLOCK], bias[begin : begin + BLOCK]
         any_above = False
@@ -75,13 +78,10 @@ def _take(row, bias, offset, absolute, floor, values, indices, count):
             index = offset + begin + f
             if absolute and signed < 0:
                 index = ~index
-            if count < k:
-                values[count], indices[count] = value, index
-                _sift_up(values, indices, count)
-                count += 1
-            elif bound == bound:  # above it, or NaN; a heap full of NaN lets nothing enter
-                values[0], indices[0] = value, index
-                _sift_down(values, indices, k)
+            if count == k and bound != bound:  # a list full of NaN lets nothing enter
+                break
+            _insert(values, indices, value, index)
+            count = min(k, count + 1)
             if count == k:
                 bound = values[0]
     return count
@@ -129,14 +129,14 @@ def add_upstream(start, stop, pre, offset, z_values, z_indices, weights, latents
 
 @kernel()
 def finish(start, stop, values, indices, counts):
-    """Heaps into rows in descending order, with the first latents that are not among them at value 0 for a rest."""
+    """Lists into rows in descending order, with the first latents that are not among them at value 0 for a rest."""
     k = values.shape[1]
     for n in range(start, stop):
         row, ids, count = values[n], indices[n], counts[n]
-        for last in range(count - 1, 0, -1):
-            row[0], row[last] = row[last], row[0]
-            ids[0], ids[last] = ids[last], ids[0]
-            _sift_down(row, ids, last)
+        for slot in range(k // 2):
+            other = k - 1 - slot
+            row[slot], row[other] = row[other], row[slot]
+            ids[slot], ids[other] = ids[other], ids[slot]
         for slot in range(count):
             if ids[slot] < 0:
                 row[slot], ids[slot] = -row[slot], ~ids[slot]

@@ -111,6 +111,13 @@ def transposed_gather_sum(weights: Tensor, transposed: Transpose, bags: Tensor) 
     )
 
 
+def add_at_(total: Tensor, places: Tensor, values: Tensor) -> Tensor:
+    """`total.scatter_add_(0, places, values)`; on a GPU, where that adds in any order, in a fixed one."""
+    if total.is_cuda:
+        return total.index_put_((places,), values, accumulate=True)
+    return total.scatter_add_(0, places, values)
+
+
 def dense(values: Tensor, indices: Tensor, count: int) -> Tensor:
     """[N, count]: sparse rows spelled out, differentiable; slots that name the same column add up."""
     if count == 0:

@@ -1,5 +1,7 @@
 """The connections worth keeping: the C upstream latents that matter most to each downstream latent."""
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -56,6 +58,18 @@ def select_connections_reference(W_enc: Tensor, E: Tensor, importance: Tensor, C
     return scores.sort(dim=1, descending=True, stable=True).indices[:, :C].contiguous()
 
 
+def norm_over_heads_(products: Iterator[Tensor]) -> Tensor:
+    """`torch.stack(list(products)).norm(dim=0)`, in the memory of the first, which alone must outlast the next."""
+    total, following = next(products), next(products, None)
+    if following is None:
+        return total.abs_()
+    total.square_()
+    while following is not None:
+        total += following.square_()
+        following = next(products, None)
+    return total.sqrt_()
+
+
 def forward_torch(W_enc: Tensor, E: Tensor, importance: Tensor, C: int, scratch_bytes: int) -> Tensor:
     H, F, _ = W_enc.shape
     wide, importance = accumulation_dtype(E.dtype), importance.expand(F, len(E))
@@ -65,15 +79,10 @@ def forward_torch(W_enc: Tensor, E: Tensor, importance: Tensor, C: int, scratch_
     for part in chunks(F, buffers * len(E) * wide.itemsize, scratch_bytes):
         if part.start == 0:
             scratch = [E.new_empty(part.stop, len(E), dtype=wide) for _ in range(buffers)]
-        score, one_head = (buffer[: part.stop - part.start] for buffer in (scratch[0], scratch[-1]))
-        linear(W_enc[0, part], E, None, score, scratch_bytes)
-        if H == 1:
-            score.abs_()
-        else:
-            score.square_()
-            for head in range(1, H):
-                score += linear(W_enc[head, part], E, None, one_head, scratch_bytes).square_()
-            score.sqrt_()
+        first, next_one = (buffer[: part.stop - part.start] for buffer in (scratch[0], scratch[-1]))
+        outs = [first] + [next_one] * (H - 1)
+        heads = (linear(W_enc[head, part], E, None, out, scratch_bytes) for head, out in enumerate(outs))
+        score = norm_over_heads_(heads)
         connections[part] = top_k(score.mul_(importance[part]), C, zeros_free=False)[1]
     return connections
 

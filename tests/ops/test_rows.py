@@ -1,6 +1,6 @@
 import pytest
 import torch
-from op_helpers import ids, rows
+from op_helpers import DEVICE, ids, rows
 
 from sparseclt.ops import _rows
 
@@ -20,6 +20,14 @@ def test_a_transpose_of_a_transpose_is_the_dense_product():
     weights, indices, bags = rows(7, 4), ids(7, 4, count=9), rows(7, 5, seed=1)
     sums = _rows.transposed_gather_sum(weights, _rows.transpose(indices, 9), bags)
     torch.testing.assert_close(sums, _rows.dense(weights, indices, 9).T @ bags)
+
+
+def test_adding_at_places_is_scatter_add_and_always_the_same():
+    places, values = torch.arange(50_000, device=DEVICE) % 7, rows(50_000, 1).flatten().float()
+    once, again = (_rows.add_at_(torch.zeros(9, device=DEVICE), places, values) for _ in range(2))
+    expected = torch.zeros(9, dtype=torch.float64, device=DEVICE).scatter_add_(0, places, values.double())
+    torch.testing.assert_close(once.double(), expected, rtol=1e-5, atol=1e-3)
+    assert torch.equal(once, again)
 
 
 @pytest.mark.parametrize(("total", "scratch"), [(0, 10), (1, 0), (10, 25), (10, 1000)])
