@@ -22,6 +22,7 @@ from sparseclt.ops._rows import chunks
 from sparseclt.ops.backend import choose, implementation
 from sparseclt.ops.checks import check_scratch
 from sparseclt.ops.topk_encode import select_reference
+from sparseclt.ops.virtual_matmul import Upstream
 
 SCRATCH_BYTES = 16 << 20
 
@@ -73,7 +74,7 @@ class _AttentionEncode(torch.autograd.Function):
     def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
         x, W_enc, b_enc, z_values, z_indices, V, mix, connections, k, backend, scratch_bytes = args
         (B, S, _), F = x.shape, len(W_enc)
-        ctx.walk = *connections.transposed, connections.upstream, check_scratch(None, backend)
+        ctx.csc, ctx.walk_bytes = (*connections.transposed, connections.upstream), check_scratch(None, backend)
         virtual_matmul = implementation("virtual_matmul", backend).forward
         values, indices = x.new_empty(B, S, k), torch.empty(B, S, k, dtype=torch.int64, device=x.device)
         scratch = x.new_empty(0)
@@ -84,7 +85,7 @@ class _AttentionEncode(torch.autograd.Function):
             flat = torch.addmm(b_enc, x[part].flatten(0, 1), W_enc.T, out=scratch[: len(z[0])])
             pre = flat.view(-1, S, F)
             for head, weights in enumerate(V):
-                written = virtual_matmul(*z, weights, connections.indices, *ctx.walk)
+                written = virtual_matmul(Upstream(*z, weights, connections.indices, *ctx.csc), ctx.walk_bytes)
                 pre.baddbmm_(mix[part, head], written.view(-1, S, F))
             top = top_k(flat.relu_(), k)
             values[part], indices[part] = (t.view(-1, S, k) for t in top)
@@ -125,8 +126,8 @@ def _add_upstream_gradients(ctx: Any, part: slice, grad: Tensor, dz: Tensor | No
     for head, weights in enumerate(V):
         at_keys = mix_to_keys(mix[part, head].reshape(-1, S), *selected, [False, True])[1]
         at_keys = at_keys.view(b, F, S).mT.reshape(-1, F)
-        needed = [dz is not None, dV is not None]
-        dz_, dV_ = virtual_matmul(at_keys, *z, weights, connections, *ctx.walk, needed)
+        upstream, needed = Upstream(*z, weights, connections, *ctx.csc), [dz is not None, dV is not None]
+        dz_, dV_ = virtual_matmul(at_keys, upstream, ctx.walk_bytes, needed)
         if dz is not None:
             dz[part] += dz_.view_as(dz[part])
         if dV is not None:

@@ -21,6 +21,7 @@ from sparseclt.ops._rows import Transpose, chunks
 from sparseclt.ops.backend import implementation, register
 from sparseclt.ops.select_connections import norm_over_heads_
 from sparseclt.ops.topk_encode import topk_encode_torch
+from sparseclt.ops.virtual_matmul import Upstream
 
 
 def _ids(indices: Tensor) -> Tensor:
@@ -174,51 +175,36 @@ def _virtual_weights_backward(
     return dW, dE
 
 
-def _by_upstream(V: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:
-    """Virtual weights and their downstream latents in the order of upstream latents: two of [F*C]."""
+def _by_upstream(upstream: Upstream) -> tuple[Tensor, Tensor, Tensor]:
+    """Virtual weights and their downstream latents in the order of upstream latents, [F*C] each, and `starts`."""
+    V, (order, starts) = upstream.V, upstream.csc
     if V.numel() == 0:
-        return V.new_empty(0), order
-    return V.flatten().index_select(0, order), order // V.shape[1]
+        return V.new_empty(0), order, starts
+    return V.flatten().index_select(0, order), order // V.shape[1], starts
 
 
-def _virtual_matmul(
-    z_values: Tensor,
-    z_indices: Tensor,
-    V: Tensor,
-    connections: Tensor,
-    order: Tensor,
-    starts: Tensor,
-    upstream: int,
-    scratch_bytes: int,
-) -> Tensor:
+def _virtual_matmul(upstream: Upstream, scratch_bytes: int) -> Tensor:
+    z_values, z_indices, V, _, _, _, U = upstream
     pre = V.new_empty(len(z_values), len(V))
-    by_upstream = *_by_upstream(V, order), starts
-    work = pre.numel() + z_values.numel() * V.numel() // max(1, upstream)
+    by_upstream = _by_upstream(upstream)
+    work = pre.numel() + z_values.numel() * V.numel() // max(1, U)
     run(rows.upstream_part, len(pre), work, z_values.contiguous(), _ids(z_indices), *by_upstream, pre)
     return pre
 
 
 def _virtual_matmul_backward(
-    grad: Tensor,
-    z_values: Tensor,
-    z_indices: Tensor,
-    V: Tensor,
-    connections: Tensor,
-    order: Tensor,
-    starts: Tensor,
-    upstream: int,
-    scratch_bytes: int,
-    needed: list[bool],
+    grad: Tensor, upstream: Upstream, scratch_bytes: int, needed: list[bool]
 ) -> tuple[Tensor | None, Tensor | None]:
-    by_upstream = weights, _, _ = *_by_upstream(V, order), starts
+    z_values, z_indices, V, _, _, _, U = upstream
+    by_upstream = weights, *_ = _by_upstream(upstream)
     dz, dweights = torch.zeros_like(z_values, memory_format=torch.contiguous_format), torch.zeros_like(weights)
     z = z_values.contiguous(), _ids(z_indices)
-    work = z_values.numel() * V.numel() // max(1, upstream)
-    run(rows.upstream_gradients, upstream, work, grad.contiguous(), *z, *by_upstream, dz, dweights)
+    work = z_values.numel() * V.numel() // max(1, U)
+    run(rows.upstream_gradients, U, work, grad.contiguous(), *z, *by_upstream, dz, dweights)
     dV = None
     if needed[1]:
         dV = V.new_empty(V.shape)
-        dV.view(-1).scatter_(0, order.long(), dweights)
+        dV.view(-1).scatter_(0, upstream.csc.order.long(), dweights)
     return dz, dV
 
 
@@ -229,19 +215,14 @@ def _connected_encode(
     r0: Tensor,
     W_enc: Tensor,
     b_enc: Tensor | None,
-    z_values: Tensor,
-    z_indices: Tensor,
-    V: Tensor,
     scale: Tensor,
-    connections: Tensor,
-    order: Tensor,
-    starts: Tensor,
-    upstream: int,
+    upstream: Upstream,
     k: int,
     scratch_bytes: int,
 ) -> tuple[Tensor, Tensor]:
+    z_values, z_indices, *_ = upstream
     best = _Selection(r0, len(r0), k)
-    by_upstream = *_by_upstream(V, order), starts
+    by_upstream = _by_upstream(upstream)
     z_values, z_indices, scale = z_values.contiguous(), _ids(z_indices), scale.contiguous()
     bias, cursors = _bias(W_enc, b_enc), torch.zeros(z_indices.shape, dtype=torch.int64)
     for part, offset, tile in _products(r0, W_enc, scratch_bytes):
@@ -258,17 +239,12 @@ def _connected_encode_backward(
     indices: Tensor,
     r0: Tensor,
     W_enc: Tensor,
-    z_values: Tensor,
-    z_indices: Tensor,
-    V: Tensor,
     scale: Tensor,
-    connections: Tensor,
-    order: Tensor,
-    starts: Tensor,
-    upstream: int,
+    upstream: Upstream,
     scratch_bytes: int,
     needed: list[bool],
 ) -> tuple[Tensor | None, ...]:
+    z_values, z_indices, V, connections, _, _, U = upstream
     grad = grad_values.masked_fill(values == 0, 0)
     scaled = (grad / scale[:, None]).contiguous()
     gradients = _encoder_gradients(grad, scaled, indices, r0, W_enc, needed)
@@ -277,11 +253,11 @@ def _connected_encode_backward(
     dz = dV = None
     if needed[3]:
         dz = z_values.new_empty(z_values.shape)
-        read = scaled, indices, z_indices, connections, V, upstream
+        read = scaled, indices, z_indices, connections, V, U
         run(rows.selected_value_gradients, len(dz), work, *read, dz)
     if needed[4]:
         dV = V.new_zeros(V.shape)
-        read = scaled, indices, z_values.contiguous(), z_indices, connections, upstream
+        read = scaled, indices, z_values.contiguous(), z_indices, connections, U
         run(rows.selected_weight_gradients, len(dV), work, *read, dV)
     return *gradients, dz, dV
 

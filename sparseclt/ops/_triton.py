@@ -1,12 +1,12 @@
 """The triton backend: launchers of csrc_triton behind the ops. Imported when first asked for; needs triton."""
 
 from importlib import import_module
-from typing import Any
 
 from torch import Tensor
 
 from sparseclt.ops._rows import Transpose
 from sparseclt.ops.backend import register
+from sparseclt.ops.virtual_matmul import Upstream
 
 # By module: what csrc_triton exports under an op's name need not be the module.
 _rows = import_module("csrc_triton.rows")
@@ -44,42 +44,29 @@ def jumprelu_encode(
     return values, indices, (indices >= 0) & (values.float() < limit)
 
 
-def virtual_matmul(
-    z_values: Tensor,
-    z_indices: Tensor,
-    V: Tensor,
-    connections: Tensor,
-    order: Tensor,
-    starts: Tensor,
-    upstream: int,
-    scratch_bytes: int,
-) -> Tensor:
+def virtual_matmul(upstream: Upstream, scratch_bytes: int) -> Tensor:
+    z_values, z_indices, V, _, order, starts, _ = upstream
     return _matmul.forward(z_values, z_indices, V, order, starts, scratch_bytes=scratch_bytes)
 
 
-def virtual_matmul_backward(*args: Any) -> tuple[Tensor | None, Tensor | None]:
-    *tensors, _, scratch_bytes, needed = args
-    return _matmul.backward(*tensors, needed, scratch_bytes=scratch_bytes)
+def virtual_matmul_backward(
+    grad: Tensor, upstream: Upstream, scratch_bytes: int, needed: list[bool]
+) -> tuple[Tensor | None, Tensor | None]:
+    *tensors, _ = upstream
+    return _matmul.backward(grad, *tensors, needed, scratch_bytes=scratch_bytes)
 
 
 def connected_encode(
     r0: Tensor,
     W_enc: Tensor,
     b_enc: Tensor | None,
-    z_values: Tensor,
-    z_indices: Tensor,
-    V: Tensor,
     scale: Tensor,
-    connections: Tensor,
-    order: Tensor,
-    starts: Tensor,
-    upstream: int,
+    upstream: Upstream,
     k: int,
     scratch_bytes: int,
 ) -> tuple[Tensor, Tensor]:
-    return _connected.forward(
-        r0, W_enc, b_enc, z_values, z_indices, V, connections, order, starts, scale, k, scratch_bytes
-    )
+    *tensors, _ = upstream
+    return _connected.forward(r0, W_enc, b_enc, *tensors, scale, k, scratch_bytes)
 
 
 def connected_encode_backward(
@@ -88,20 +75,13 @@ def connected_encode_backward(
     indices: Tensor,
     r0: Tensor,
     W_enc: Tensor,
-    z_values: Tensor,
-    z_indices: Tensor,
-    V: Tensor,
     scale: Tensor,
-    connections: Tensor,
-    order: Tensor,
-    starts: Tensor,
-    upstream: int,
+    upstream: Upstream,
     scratch_bytes: int,
     needed: list[bool],
 ) -> tuple[Tensor | None, ...]:
-    return _connected.backward(
-        grad_values, values, indices, r0, W_enc, z_values, z_indices, V, connections, scale, needed, scratch_bytes
-    )
+    *tensors, _, _, _ = upstream
+    return _connected.backward(grad_values, values, indices, r0, W_enc, *tensors, scale, needed, scratch_bytes)
 
 
 register("topk_encode", "triton", topk_encode, encode_backward)

@@ -12,7 +12,14 @@ from sparseclt.ops.backend import choose, implementation, register
 from sparseclt.ops.checks import check_ids, check_k, check_scratch, check_shapes, check_tensors
 from sparseclt.ops.connections import Connections
 from sparseclt.ops.topk_encode import select_reference
-from sparseclt.ops.virtual_matmul import add_upstream, check_upstream, gather_slots, virtual_matmul_reference
+from sparseclt.ops.virtual_matmul import (
+    UPSTREAM,
+    Upstream,
+    add_upstream,
+    check_upstream,
+    gather_slots,
+    virtual_matmul_reference,
+)
 
 
 def connected_encode(
@@ -61,7 +68,7 @@ def connected_encode(
     if implementation("connected_encode", backend).csc:
         order, starts = connections.transposed
     values, indices = _connected_encode(
-        r0, W_enc, b_enc, z_values, z_indices, V, scale, connections.indices, order, starts,
+        r0, W_enc, b_enc, scale, z_values, z_indices, V, connections.indices, order, starts,
         connections.upstream, k, check_scratch(scratch_bytes, backend), backend,
     )  # fmt: skip
     return values, indices
@@ -92,19 +99,13 @@ def forward_torch(
     r0: Tensor,
     W_enc: Tensor,
     b_enc: Tensor | None,
-    z_values: Tensor,
-    z_indices: Tensor,
-    V: Tensor,
     scale: Tensor,
-    connections: Tensor,
-    order: Tensor | None,
-    starts: Tensor | None,
-    upstream: int,
+    upstream: Upstream,
     k: int,
     scratch_bytes: int,
 ) -> tuple[Tensor, Tensor]:
     def finish(pre: Tensor, part: slice) -> None:
-        add_upstream(pre, z_values[part], z_indices[part], V, connections, upstream, scratch_bytes)
+        add_upstream(pre, upstream, part, scratch_bytes)
         pre /= scale[part, None]
         if b_enc is not None:
             pre += b_enc
@@ -118,18 +119,13 @@ def backward_torch(
     indices: Tensor,
     r0: Tensor,
     W_enc: Tensor,
-    z_values: Tensor,
-    z_indices: Tensor,
-    V: Tensor,
     scale: Tensor,
-    connections: Tensor,
-    order: Tensor | None,
-    starts: Tensor | None,
-    upstream: int,
+    upstream: Upstream,
     scratch_bytes: int,
     needed: list[bool],
 ) -> tuple[Tensor | None, ...]:
     """Gradients of r0, W_enc, b_enc, z_values and V from that of the selected values [N, K]."""
+    z_values, z_indices, V, connections, _, _, U = upstream
     dtype, wide = V.dtype, accumulation_dtype(V.dtype)
     grad = grad_values.masked_fill(values == 0, 0)
     scaled = grad / scale[:, None]
@@ -138,10 +134,10 @@ def backward_torch(
     dz = z_values.new_zeros(z_values.shape) if needed[3] else None
     dV = V.new_zeros(V.shape) if needed[4] else None
     C = V.shape[1]
-    if upstream > 0 and C > 0:
-        token_bytes = (2 * upstream + 3 * indices.shape[1] * C) * V.element_size()
+    if U > 0 and C > 0:
+        token_bytes = (2 * U + 3 * indices.shape[1] * C) * V.element_size()
         for part in chunks(len(r0), token_bytes, scratch_bytes):
-            read = (connections, upstream, indices[part], scaled[part])
+            read = (connections, U, indices[part], scaled[part])
             _add_upstream_gradients(dz, dV, *read, z_values[part], z_indices[part], V, part)
     return dr0, dW, db, dz if dz is None else dz.to(dtype), dV if dV is None else dV.to(dtype)
 
@@ -179,9 +175,10 @@ register("connected_encode", "torch", forward_torch, backward_torch)
 
 
 def _run(*args: Any) -> tuple[Tensor, Tensor]:
-    *arguments, backend = args
-    check_ids("z_indices", arguments[4], arguments[10], "upstream latents")
-    return implementation("connected_encode", backend).forward(*arguments)
+    r0, W_enc, b_enc, scale, *arguments, k, scratch_bytes, backend = args
+    upstream = Upstream(*arguments)
+    check_ids("z_indices", upstream.z_indices, upstream.size, "upstream latents")
+    return implementation("connected_encode", backend).forward(r0, W_enc, b_enc, scale, upstream, k, scratch_bytes)
 
 
 def _fake(r0: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
@@ -197,34 +194,33 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 
 def _differentiate(ctx: Any, grad_values: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     need = ctx.needs_input_grad
-    needed = [*need[:4], need[5]]
+    needed = [*need[:3], need[4], need[6]]
     grads = _backward(grad_values, *ctx.saved_tensors, ctx.upstream, ctx.scratch_bytes, needed, ctx.backend)
     dr0, dW, db, dz, dV = if_needed(needed, grads)
-    return dr0, dW, db, dz, None, dV, *[None] * 8
+    return dr0, dW, db, None, dz, None, dV, *[None] * 7
 
 
 def _run_backward(*args: Any) -> tuple[Tensor, ...]:
-    return present(*implementation("connected_encode", args[-1]).gradients(*args[:-1]))
+    *tensors, scratch_bytes, needed, backend = args
+    run = implementation("connected_encode", backend).gradients
+    return present(*run(*tensors[:6], Upstream(*tensors[6:]), scratch_bytes, needed))
 
 
 def _fake_backward(*args: Any) -> tuple[Tensor, ...]:
-    r0, W_enc, z_values, _, V = args[3:8]
+    r0, W_enc, _, z_values, _, V = args[3:9]
     return fake_gradients(args[-2], r0, W_enc, W_enc.new_empty(len(W_enc)), z_values, V)
 
 
-_UPSTREAM = (
-    "Tensor z_values, Tensor z_indices, Tensor V, Tensor scale, Tensor connections, Tensor? order, Tensor? starts,"
-    " SymInt upstream"
-)
 _backward = define(
     "connected_encode_backward(Tensor grad_values, Tensor values, Tensor indices, Tensor r0, Tensor W_enc,"
-    f" {_UPSTREAM}, SymInt scratch_bytes, bool[] needed, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    f" Tensor scale, {UPSTREAM}, SymInt scratch_bytes, bool[] needed, str backend)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _run_backward,
     _fake_backward,
 )
 _connected_encode = define(
-    f"connected_encode(Tensor r0, Tensor W_enc, Tensor? b_enc, {_UPSTREAM}, SymInt k, SymInt scratch_bytes,"
-    " str backend) -> (Tensor, Tensor)",
+    f"connected_encode(Tensor r0, Tensor W_enc, Tensor? b_enc, Tensor scale, {UPSTREAM}, SymInt k,"
+    " SymInt scratch_bytes, str backend) -> (Tensor, Tensor)",
     _run,
     _fake,
     _differentiate,

@@ -1,6 +1,6 @@
 """Sparse latents through sparse virtual weights: what they add to pre-activations."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 from torch.nn import functional
@@ -71,78 +71,71 @@ def check_upstream(
     return connections
 
 
+class Upstream(NamedTuple):
+    """Upstream latents and what reads them, as backends take them."""
+
+    z_values: Tensor  # [N, S]
+    z_indices: Tensor  # [N, S], -1: empty
+    V: Tensor  # [F, C] virtual weights
+    connections: Tensor  # [F, C], -1: empty
+    order: Tensor | None  # `csc`, of backends that are registered to ask for it
+    starts: Tensor | None
+    size: int  # U
+
+    @property
+    def csc(self) -> Transpose:
+        """The connections in the order of upstream latents."""
+        assert self.order is not None and self.starts is not None
+        return Transpose(self.order, self.starts)
+
+
 def virtual_matmul_reference(z_values: Tensor, z_indices: Tensor, V: Tensor, connections: Connections) -> Tensor:
     U = connections.upstream
     check_ids("z_indices", z_indices, U, "upstream latents")
     return dense(z_values, z_indices, U) @ dense(V, connections.indices, U).T
 
 
-def forward_torch(
-    z_values: Tensor,
-    z_indices: Tensor,
-    V: Tensor,
-    connections: Tensor,
-    order: Tensor | None,
-    starts: Tensor | None,
-    upstream: int,
-    scratch_bytes: int,
-) -> Tensor:
-    pre = V.new_zeros(len(z_values), len(V))
-    add_upstream(pre, z_values, z_indices, V, connections, upstream, scratch_bytes)
+def forward_torch(upstream: Upstream, scratch_bytes: int) -> Tensor:
+    pre = upstream.V.new_zeros(len(upstream.z_values), len(upstream.V))
+    add_upstream(pre, upstream, slice(None), scratch_bytes)
     return pre
 
 
-def add_upstream(
-    pre: Tensor,
-    z_values: Tensor,
-    z_indices: Tensor,
-    V: Tensor,
-    connections: Tensor,
-    upstream: int,
-    scratch_bytes: int,
-) -> None:
-    """Adds the upstream part to `pre` [N, F] in place, rounding once.
+def add_upstream(pre: Tensor, upstream: Upstream, tokens: slice, scratch_bytes: int) -> None:
+    """Adds the upstream part of some tokens to their `pre` [n, F] in place, rounding once.
 
     Each latent gathers the columns of dense z^T that it is connected to, a chunk of tokens at a time.
     """
-    if upstream == 0 or V.shape[1] == 0 or z_values.shape[1] == 0:
+    z_values, z_indices, V, connections, _, _, U = upstream
+    if U == 0 or V.shape[1] == 0 or z_values.shape[1] == 0:
         return
-    z_values, V = (t.to(accumulation_dtype(t.dtype)) for t in (z_values, V))
-    weights, ids = fill_empty(V, connections, upstream)
-    for part in chunks(len(pre), _token_bytes(V, upstream), scratch_bytes):
-        z = dense_columns(z_values[part], z_indices[part], upstream)
+    z_values, z_indices = z_values[tokens].to(accumulation_dtype(V.dtype)), z_indices[tokens]
+    weights, ids = fill_empty(V.to(accumulation_dtype(V.dtype)), connections, U)
+    for part in chunks(len(pre), _token_bytes(weights, U), scratch_bytes):
+        z = dense_columns(z_values[part], z_indices[part], U)
         pre[part] += functional.embedding_bag(ids, z, per_sample_weights=weights, mode="sum").T
 
 
-def _token_bytes(V: Tensor, upstream: int) -> int:
-    return (upstream + len(V)) * V.element_size()
+def _token_bytes(V: Tensor, U: int) -> int:
+    return (U + len(V)) * V.element_size()
 
 
 def backward_torch(
-    grad: Tensor,
-    z_values: Tensor,
-    z_indices: Tensor,
-    V: Tensor,
-    connections: Tensor,
-    order: Tensor | None,
-    starts: Tensor | None,
-    upstream: int,
-    scratch_bytes: int,
-    needed: list[bool],
+    grad: Tensor, upstream: Upstream, scratch_bytes: int, needed: list[bool]
 ) -> tuple[Tensor | None, Tensor | None]:
     """Gradients of z_values [N, S] and V [F, C] from that of the pre-activations [N, F]."""
+    z_values, z_indices, V, connections, _, _, U = upstream
     dtype, wide = V.dtype, accumulation_dtype(V.dtype)
     z_values, V = z_values.to(wide), V.to(wide)
     dz = z_values.new_zeros(z_values.shape) if needed[0] else None
     dV = V.new_zeros(V.shape) if needed[1] else None
-    if upstream > 0:
-        for part in chunks(len(grad), _token_bytes(V, upstream), scratch_bytes):
+    if U > 0:
+        for part in chunks(len(grad), _token_bytes(V, U), scratch_bytes):
             grad_T = grad[part].to(wide).T.contiguous()
             if dV is not None:
-                dV += row_dots(grad_T, connections, dense_columns(z_values[part], z_indices[part], upstream))
+                dV += row_dots(grad_T, connections, dense_columns(z_values[part], z_indices[part], U))
             if dz is not None:
-                assert order is not None and starts is not None
-                dense_dz = transposed_gather_sum(V, Transpose(order, starts), grad_T).T
+                dense_dz = transposed_gather_sum(V, upstream.csc, grad_T).T
                 dz[part] = gather_slots(dense_dz, z_indices[part])
     return dz if dz is None else dz.to(dtype), dV if dV is None else dV.to(dtype)
 
@@ -156,10 +149,11 @@ register("virtual_matmul", "reference", virtual_matmul_reference)
 register("virtual_matmul", "torch", forward_torch, backward_torch)
 
 
-def _run(z_values: Tensor, z_indices: Tensor, V: Tensor, *rest: Any) -> Tensor:
-    *arguments, backend = rest
-    check_ids("z_indices", z_indices, arguments[-2], "upstream latents")
-    return implementation("virtual_matmul", backend).forward(z_values, z_indices, V, *arguments)
+def _run(*args: Any) -> Tensor:
+    *arguments, scratch_bytes, backend = args
+    upstream = Upstream(*arguments)
+    check_ids("z_indices", upstream.z_indices, upstream.size, "upstream latents")
+    return implementation("virtual_matmul", backend).forward(upstream, scratch_bytes)
 
 
 def _fake(z_values: Tensor, z_indices: Tensor, V: Tensor, *rest: Any) -> Tensor:
@@ -178,21 +172,25 @@ def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return dz, None, dV, *[None] * 6
 
 
-def _run_backward(*args: Any) -> tuple[Tensor, ...]:
-    return present(*implementation("virtual_matmul", args[-1]).gradients(*args[:-1]))
+def _run_backward(grad: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    *arguments, scratch_bytes, needed, backend = args
+    run = implementation("virtual_matmul", backend).gradients
+    return present(*run(grad, Upstream(*arguments), scratch_bytes, needed))
 
 
 def _fake_backward(grad: Tensor, z_values: Tensor, z_indices: Tensor, V: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     return fake_gradients(rest[-2], z_values, V)
 
 
-_ARGUMENTS = (
-    "Tensor z_values, Tensor z_indices, Tensor V, Tensor connections, Tensor? order, Tensor? starts,"
-    " SymInt upstream, SymInt scratch_bytes"
+UPSTREAM = (
+    "Tensor z_values, Tensor z_indices, Tensor V, Tensor connections, Tensor? order, Tensor? starts, SymInt upstream"
 )
 _backward = define(
-    f"virtual_matmul_backward(Tensor grad, {_ARGUMENTS}, bool[] needed, str backend) -> (Tensor, Tensor)",
+    f"virtual_matmul_backward(Tensor grad, {UPSTREAM}, SymInt scratch_bytes, bool[] needed, str backend)"
+    " -> (Tensor, Tensor)",
     _run_backward,
     _fake_backward,
 )
-_virtual_matmul = define(f"virtual_matmul({_ARGUMENTS}, str backend) -> Tensor", _run, _fake, _differentiate, _save)
+_virtual_matmul = define(
+    f"virtual_matmul({UPSTREAM}, SymInt scratch_bytes, str backend) -> Tensor", _run, _fake, _differentiate, _save
+)
