@@ -1,24 +1,36 @@
 """Where the time of a training step of the full set goes: `python benchmarks/profile_step.py vanilla` (or `both`).
 
-The functions that take most time themselves, of the Trainer's own step on the numba backend with one thread; times
-include what the profiler adds.
+On the numba backend with one thread: the seconds of some steps (of these the operating system's), of plain autograd
+and of the Trainer; then the functions of the Trainer's step that take most time themselves, under the profiler.
 """
 
 import cProfile
 import pstats
+import resource
 import sys
 import time
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from shapes import STEPS
 from steps import step_comparison
 
 
+def timed(step: Callable[[], Any]) -> str:
+    before, started = resource.getrusage(resource.RUSAGE_SELF).ru_stime, time.perf_counter()
+    step()
+    taken, system = time.perf_counter() - started, resource.getrusage(resource.RUSAGE_SELF).ru_stime - before
+    return f"{taken:.2f} s ({system:.2f} s)"
+
+
 def main(mode: str, steps: int = 4, shown: int = 10) -> None:
     torch.set_num_threads(1)
-    step = step_comparison(mode, STEPS["full"][mode], "cpu", strict=False, dense=False)
-    step = step.contenders["ours: numba, train_step"].prepare()
-    step()
+    contenders = step_comparison(mode, STEPS["full"][mode], "cpu", strict=False, dense=False).contenders
+    for name in ("ours: numba", "ours: numba, train_step"):
+        step = contenders[name].prepare()
+        step()
+        print(f"{name}: " + ", ".join(timed(step) for _ in range(steps)))
     profile, started = cProfile.Profile(), time.perf_counter()
     profile.enable()
     for _ in range(steps):
