@@ -210,6 +210,9 @@ def _latents(outcomes: dict[Mode, Outcome]) -> dict[Mode, list[Latents]]:
 def _joined(parts: list[dict[Mode, list[Latents]]]) -> dict[Mode, list[Latents]]:
     """All rows' latents."""
     return {
-        mode: [Latents(*(torch.cat(rows) for rows in zip(*same, strict=True))) for same in zip(*of_mode, strict=True)]
-        for mode, of_mode in ((mode, [part[mode] for part in parts]) for mode in parts[0])
+        mode: [
+            Latents(*map(torch.cat, zip(*same, strict=True)))
+            for same in zip(*(part[mode] for part in parts), strict=True)
+        ]
+        for mode in parts[0]
     }

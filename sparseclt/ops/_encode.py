@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from sparseclt.ops._rows import accumulation_dtype, chunks, gather_sum, transpose, transposed_gather_sum
+from sparseclt.ops._rows import TORCH, RowSums, accumulation_dtype, chunks
 
 Adjust = Callable[[Tensor, slice], None]  # changes a chunk of pre-activations in place
 
@@ -124,7 +124,13 @@ def encode(
 
 
 def encoder_gradients(
-    grad: Tensor, grad_linear: Tensor, indices: Tensor, x: Tensor, W_enc: Tensor, needed: list[bool]
+    grad: Tensor,
+    grad_linear: Tensor,
+    indices: Tensor,
+    x: Tensor,
+    W_enc: Tensor,
+    needed: list[bool],
+    sums: RowSums = TORCH,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of x [N, D], W_enc [F, D] and b_enc [F], from those of the selected latents [N, K].
 
@@ -132,11 +138,11 @@ def encoder_gradients(
     """
     dx = dW = db = None
     if needed[0]:
-        dx = gather_sum(grad_linear, indices, W_enc)
+        dx = sums.gather_sum(grad_linear, indices, W_enc)
     if needed[1] or needed[2]:
-        by_latent = transpose(indices, len(W_enc))
+        by_latent = sums.transpose(indices, len(W_enc))
         if needed[1]:
-            dW = transposed_gather_sum(grad_linear, by_latent, x)
+            dW = sums.transposed_gather_sum(grad_linear, by_latent, x)
         if needed[2]:
-            db = transposed_gather_sum(grad, by_latent, x.new_ones(len(x), 1)).flatten()
+            db = sums.transposed_sum(grad, by_latent)
     return dx, dW, db

@@ -8,6 +8,7 @@ registered: `batchtopk_encode`, `jumprelu_encode` and the activation "groupmax".
 """
 
 from collections.abc import Iterator
+from functools import partial
 from math import isqrt
 
 import torch
@@ -16,12 +17,14 @@ from torch import Tensor
 from sparseclt.ops import _huge_pages
 from sparseclt.ops import _numba_rows as rows
 from sparseclt.ops import _numba_select as select
+from sparseclt.ops._encode import encoder_gradients
 from sparseclt.ops._numba_compile import run
-from sparseclt.ops._rows import Transpose, chunks
+from sparseclt.ops._rows import RowSums, Transpose, chunks
 from sparseclt.ops.backend import implementation, register
 from sparseclt.ops.select_connections import norm_over_heads_
-from sparseclt.ops.topk_encode import topk_encode_torch
+from sparseclt.ops.topk_encode import encode_backward_by, topk_encode_torch
 from sparseclt.ops.virtual_matmul import Upstream
+from sparseclt.ops.virtual_weights import backward_by as virtual_weights_backward_by
 
 
 def _ids(indices: Tensor) -> Tensor:
@@ -60,6 +63,16 @@ def _transpose(indices: Tensor, count: int) -> Transpose:
     order, starts = indices.new_empty(indices.numel(), dtype=dtype), indices.new_empty(count + 1, dtype=dtype)
     run(rows.transpose, 1, 0, _ids(indices).flatten(), order, starts)
     return Transpose(order, starts)
+
+
+def _transposed_sum(weights: Tensor, transposed: Transpose) -> Tensor:
+    """As `_rows.transposed_sum`."""
+    out = weights.new_empty(len(transposed.starts) - 1)
+    run(rows.transposed_sum, len(out), weights.numel(), weights.contiguous(), *transposed, out)
+    return out
+
+
+_SUMS = RowSums(_gather_sum, _transpose, _transposed_gather_sum, _transposed_sum)
 
 
 # Encoders
@@ -123,29 +136,6 @@ def _bias(W_enc: Tensor, b_enc: Tensor | None) -> Tensor:
     return W_enc.new_zeros(len(W_enc)) if b_enc is None else b_enc.contiguous()
 
 
-def _encode_backward(
-    grad_values: Tensor, values: Tensor, indices: Tensor, x: Tensor, W_enc: Tensor, needed: list[bool]
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    grad = grad_values.masked_fill(values == 0, 0)
-    return _encoder_gradients(grad, grad, indices, x, W_enc, needed)
-
-
-def _encoder_gradients(
-    grad: Tensor, grad_linear: Tensor, indices: Tensor, x: Tensor, W_enc: Tensor, needed: list[bool]
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """As `_encode.encoder_gradients`."""
-    dx = _gather_sum(grad_linear, indices, W_enc) if needed[0] else None
-    if not (needed[1] or needed[2]):
-        return dx, None, None
-    by_latent, dW, db = _transpose(indices, len(W_enc)), None, None
-    if needed[1]:
-        dW = _transposed_gather_sum(grad_linear, by_latent, x)
-    if needed[2]:
-        db = x.new_empty(len(W_enc))
-        run(rows.transposed_sum, len(W_enc), grad.numel(), grad.contiguous(), *by_latent, db)
-    return dx, dW, db
-
-
 # Decoder
 
 
@@ -165,14 +155,6 @@ def _sparse_decode_backward(
 
 def _virtual_weights(W_enc: Tensor, E: Tensor, connections: Tensor) -> Tensor:
     return _row_dots(W_enc, connections, E)
-
-
-def _virtual_weights_backward(
-    grad: Tensor, W_enc: Tensor, E: Tensor, connections: Tensor, order: Tensor, starts: Tensor, needed: list[bool]
-) -> tuple[Tensor | None, Tensor | None]:
-    dW = _gather_sum(grad, connections, E) if needed[0] else None
-    dE = _transposed_gather_sum(grad, Transpose(order, starts), W_enc) if needed[1] else None
-    return dW, dE
 
 
 def _by_upstream(upstream: Upstream) -> tuple[Tensor, Tensor, Tensor]:
@@ -247,7 +229,7 @@ def _connected_encode_backward(
     z_values, z_indices, V, connections, _, _, U = upstream
     grad = grad_values.masked_fill(values == 0, 0)
     scaled = (grad / scale[:, None]).contiguous()
-    gradients = _encoder_gradients(grad, scaled, indices, r0, W_enc, needed)
+    gradients = encoder_gradients(grad, scaled, indices, r0, W_enc, needed, _SUMS)
     z_indices, connections, V = _ids(z_indices), _ids(connections), V.contiguous()
     work = indices.numel() * V.shape[1]
     dz = dV = None
@@ -274,12 +256,12 @@ def _select_connections(W_enc: Tensor, E: Tensor, importance: Tensor, C: int, sc
     return best.finish()[1]
 
 
-register("topk_encode", "numba", _topk_encode, _encode_backward)
+register("topk_encode", "numba", _topk_encode, partial(encode_backward_by, _SUMS))
 for _op in ("batchtopk_encode", "jumprelu_encode"):
     register(_op, "numba", implementation(_op, "torch").forward)
 register("sparse_decode", "numba", _gather_sum, _sparse_decode_backward)
 register("transposed_gather_sum", "numba", _transposed_gather_sum)
-register("virtual_weights", "numba", _virtual_weights, _virtual_weights_backward)
+register("virtual_weights", "numba", _virtual_weights, partial(virtual_weights_backward_by, _SUMS))
 register("virtual_matmul", "numba", _virtual_matmul, _virtual_matmul_backward, csc=True)
 register("connected_encode", "numba", _connected_encode, _connected_encode_backward, csc=True)
 register("select_connections", "numba", _select_connections)

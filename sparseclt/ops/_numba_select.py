@@ -15,7 +15,8 @@ import numpy as np
 
 from sparseclt.ops._numba_compile import SUMS, kernel
 
-BLOCK, FEW = 64, 4
+BLOCK = 64  # columns that are compared together
+FEW = 4  # columns for each of the k: from there on a bound found beforehand pays
 
 
 @kernel()
@@ -89,7 +90,7 @@ def _take(row, bias, offset, absolute, floor, values, indices, count):
 
 @kernel()
 def take_encoded(start, stop, pre, offset, bias, absolute, values, indices, counts):
-    """Show rows start..stop of a tile of `x @ W.T`: bias [F] or [0] comes on top."""
+    """Show rows start..stop of a tile of `x @ W.T`: bias [F] comes on top."""
     part = bias[offset : offset + pre.shape[1]]
     for n in range(start, stop):
         counts[n] = _take(pre[n], part, offset, absolute, 0.0, values[n], indices[n], counts[n])

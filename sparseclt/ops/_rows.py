@@ -6,7 +6,7 @@ Sums are `embedding_bag`s, with int32 indices where they fit: one pass gathers a
 float32 for fp16 and bf16 rows, rounded once. The three products are not differentiable themselves.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -109,6 +109,23 @@ def transposed_gather_sum(weights: Tensor, transposed: Transpose, bags: Tensor) 
         per_sample_weights=weights.flatten().index_select(0, order),
         mode="sum",
     )
+
+
+def transposed_sum(weights: Tensor, transposed: Transpose) -> Tensor:
+    """[R]: for each row, the sum of the weights [N, K] that name it."""
+    return transposed_gather_sum(weights, transposed, weights.new_ones(len(weights), 1)).flatten()
+
+
+class RowSums(NamedTuple):
+    """The sums that gradients are made of, as a backend computes them."""
+
+    gather_sum: Callable[[Tensor, Tensor, Tensor], Tensor] = gather_sum
+    transpose: Callable[[Tensor, int], Transpose] = transpose
+    transposed_gather_sum: Callable[[Tensor, Transpose, Tensor], Tensor] = transposed_gather_sum
+    transposed_sum: Callable[[Tensor, Transpose], Tensor] = transposed_sum
+
+
+TORCH = RowSums()
 
 
 def add_at_(total: Tensor, places: Tensor, values: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """The k largest pre-activations of an encoder, without ever keeping all of them."""
 
+from functools import partial
 from itertools import pairwise
 from typing import Any, Literal
 
@@ -8,6 +9,7 @@ from torch import Tensor
 
 from sparseclt.ops._encode import encode, encoder_gradients, group_starts
 from sparseclt.ops._registration import define, fake_gradients, if_needed, present
+from sparseclt.ops._rows import TORCH, RowSums
 from sparseclt.ops.backend import choose, implementation, register
 from sparseclt.ops.checks import check_k, check_name, check_scratch, check_shapes, check_tensors
 
@@ -88,16 +90,22 @@ def topk_encode_torch(
     return encode(x, W_enc, b_enc, k, activation, scratch_bytes)
 
 
-def encode_backward_torch(
-    grad_values: Tensor, values: Tensor, indices: Tensor, x: Tensor, W_enc: Tensor, needed: list[bool]
+def encode_backward_by(
+    sums: RowSums,
+    grad_values: Tensor,
+    values: Tensor,
+    indices: Tensor,
+    x: Tensor,
+    W_enc: Tensor,
+    needed: list[bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of x, W_enc and b_enc over the slots [N, K] with a value, -1 an empty one."""
     grad = grad_values.masked_fill(values == 0, 0)
-    return encoder_gradients(grad, grad, indices, x, W_enc, needed)
+    return encoder_gradients(grad, grad, indices, x, W_enc, needed, sums)
 
 
 register("topk_encode", "reference", topk_encode_reference)
-register("topk_encode", "torch", topk_encode_torch, encode_backward_torch)
+register("topk_encode", "torch", topk_encode_torch, partial(encode_backward_by, TORCH))
 
 
 def _run(

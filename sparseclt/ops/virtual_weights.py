@@ -1,12 +1,13 @@
 """How strongly each upstream latent writes what a downstream latent reads, for the kept connections only."""
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from sparseclt.ops._registration import define, fake_gradients, if_needed, present
-from sparseclt.ops._rows import Transpose, gather_sum, row_dots, transposed_gather_sum
+from sparseclt.ops._rows import TORCH, RowSums, Transpose, row_dots
 from sparseclt.ops.backend import choose, implementation, register
 from sparseclt.ops.checks import check_device, check_shapes, check_tensors
 from sparseclt.ops.connections import Connections, as_connections, csc
@@ -47,17 +48,24 @@ def forward_torch(W_enc: Tensor, E: Tensor, connections: Tensor) -> Tensor:
     return row_dots(W_enc, connections, E)
 
 
-def backward_torch(
-    grad: Tensor, W_enc: Tensor, E: Tensor, connections: Tensor, order: Tensor, starts: Tensor, needed: list[bool]
+def backward_by(
+    sums: RowSums,
+    grad: Tensor,
+    W_enc: Tensor,
+    E: Tensor,
+    connections: Tensor,
+    order: Tensor,
+    starts: Tensor,
+    needed: list[bool],
 ) -> tuple[Tensor | None, Tensor | None]:
     """Gradients of W_enc [F, D] and E [U, D] from that of V [F, C]."""
-    dW = gather_sum(grad, connections, E) if needed[0] else None
-    dE = transposed_gather_sum(grad, Transpose(order, starts), W_enc) if needed[1] else None
+    dW = sums.gather_sum(grad, connections, E) if needed[0] else None
+    dE = sums.transposed_gather_sum(grad, Transpose(order, starts), W_enc) if needed[1] else None
     return dW, dE
 
 
 register("virtual_weights", "reference", virtual_weights_reference)
-register("virtual_weights", "torch", forward_torch, backward_torch)
+register("virtual_weights", "torch", forward_torch, partial(backward_by, TORCH))
 
 
 def _run(
