@@ -10,12 +10,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from sparseclt.activation_cache import open_cache
-from sparseclt.capture import Activations
 from sparseclt.config import ActivationConfig, DataConfig, TrainConfig
-from sparseclt.data import load_rows
-from sparseclt.language_model import LanguageModel
-from sparseclt.losses import fvu
+from sparseclt.data.activation_cache import open_cache
+from sparseclt.data.text import load_rows
+from sparseclt.language_model.language_model import LanguageModel
+from sparseclt.model.activations import Activations
+from sparseclt.training.losses import fvu
 
 KINDS: dict[str, Callable[[Activations], list[Tensor]]] = {
     "embedding": lambda a: [a.r_0],

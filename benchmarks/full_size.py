@@ -23,9 +23,9 @@ from sparseclt.config import (
     OptimizerConfig,
     TrainConfig,
 )
-from sparseclt.language_model import LanguageModel
-from sparseclt.memory import GiB, dense_plan, make_plan, table
-from sparseclt.trainer import Trainer
+from sparseclt.language_model.language_model import LanguageModel
+from sparseclt.training.memory import GiB, dense_plan, make_plan, table
+from sparseclt.training.trainer import Trainer
 
 ROW = 128
 LEARNING_RATE = 1e-4  # wide vectors and few steps: every weight moves by about this much in a step

@@ -18,9 +18,9 @@ from problems import our_backends, random_connections, seed_inputs
 from torch import Tensor
 
 from sparseclt import ops
-from sparseclt.capture import Activations
 from sparseclt.config import CLTConfig, ConnectionConfig, DataConfig, LossConfig, OptimizerConfig, TrainConfig
-from sparseclt.trainer import Trainer
+from sparseclt.model.activations import Activations
+from sparseclt.training.trainer import Trainer
 
 NEVER = 10**9
 
@@ -101,8 +101,8 @@ def residual_loss(i: Inputs, backend: str) -> Tensor:
             stream = stream + m.b_dec + written[layer]
         latents.append(modes)
         total = total + baselines.sum_of_fvu(i, written)
-    from sparseclt.losses import latent_fvu
-    from sparseclt.modules import Latents
+    from sparseclt.model.modules import Latents
+    from sparseclt.training.losses import latent_fvu
 
     pairs = zip(latents[1], latents[0], strict=True)
     agreement = torch.stack([latent_fvu(Latents(*z), Latents(*t), len(i.clt[0].W_enc)) for z, t in pairs]).sum()

@@ -17,11 +17,11 @@ if TYPE_CHECKING:
         OptimizerConfig,
         TrainConfig,
     )
-    from sparseclt.connections import LearnedConnections, TopConnections
-    from sparseclt.evaluation import evaluate
-    from sparseclt.language_model import LanguageModel
-    from sparseclt.model import Architecture, SparseCLT
-    from sparseclt.trainer import Trainer
+    from sparseclt.connections.policies import LearnedConnections, TopConnections
+    from sparseclt.evaluation.metrics import evaluate
+    from sparseclt.language_model.language_model import LanguageModel
+    from sparseclt.model.clt import Architecture, SparseCLT
+    from sparseclt.training.trainer import Trainer
 
 __all__ = [
     "ActivationConfig",
@@ -51,13 +51,13 @@ _HOME = {
     "ModelConfig": "config",
     "OptimizerConfig": "config",
     "TrainConfig": "config",
-    "LearnedConnections": "connections",
-    "TopConnections": "connections",
-    "evaluate": "evaluation",
-    "LanguageModel": "language_model",
-    "Architecture": "model",
-    "SparseCLT": "model",
-    "Trainer": "trainer",
+    "LearnedConnections": "connections.policies",
+    "TopConnections": "connections.policies",
+    "evaluate": "evaluation.metrics",
+    "LanguageModel": "language_model.language_model",
+    "Architecture": "model.clt",
+    "SparseCLT": "model.clt",
+    "Trainer": "training.trainer",
 }
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sparseclt.report import _table
+from sparseclt.evaluation.report import _table
 
 Row = Mapping[str, Any]
 _CURVES = "benchmarks-scaling.png"

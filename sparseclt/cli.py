@@ -9,15 +9,17 @@ from sparseclt.config import ModelShape, TrainConfig
 
 
 def _train(config: TrainConfig) -> None:
-    from sparseclt import pipeline, report
+    from sparseclt import runs as pipeline
+    from sparseclt.evaluation import report
 
     print(report.evaluation_table(pipeline.train(config)))
     print(f"\nRun directory: {config.out}")
 
 
 def _resume(run: Path) -> None:
-    from sparseclt import pipeline, report
-    from sparseclt.trainer import Trainer
+    from sparseclt import runs as pipeline
+    from sparseclt.evaluation import report
+    from sparseclt.training.trainer import Trainer
 
     trainer = Trainer.from_run(run)
     trainer.fit(resume=run)
@@ -27,27 +29,29 @@ def _resume(run: Path) -> None:
 def _repeat(run: Path, out: Path) -> None:
     from dataclasses import replace
 
-    from sparseclt.trainer import read_config
+    from sparseclt.training.trainer import read_config
 
     _train(replace(read_config(run), out=str(out)))
 
 
 def _evaluate(run: Path) -> None:
-    from sparseclt import pipeline, report
+    from sparseclt import runs as pipeline
+    from sparseclt.evaluation import report
 
     print(report.evaluation_table(pipeline.evaluate_run(run)))
 
 
 def _sweep(config: TrainConfig, connections: tuple[int, ...]) -> None:
-    from sparseclt import pipeline, report
+    from sparseclt import runs as pipeline
+    from sparseclt.evaluation import report
 
     print(report.sweep_table(pipeline.sweep(config, connections)))
     print(f"\nRun directories: {config.out}")
 
 
 def _plan(config: TrainConfig, shape: ModelShape, memory_gib: float | None) -> int:
-    from sparseclt import memory
     from sparseclt.devices import resolve
+    from sparseclt.training import memory
 
     if not shape.layers:
         shape = memory.shape_of(config.model.path, config.model.layers)
@@ -62,8 +66,8 @@ def _plan(config: TrainConfig, shape: ModelShape, memory_gib: float | None) -> i
 def _selftest(device: str, backends: tuple[str, ...]) -> int:
     import torch
 
-    from sparseclt import selftest
     from sparseclt.devices import resolve
+    from sparseclt.ops import selftest
 
     device = str(resolve(device))
     names = backends or tuple(

@@ -3,8 +3,8 @@
 import torch
 from tiny_models import LAYERS, WIDTH, hf_model, tokenizer, tokens
 
-from sparseclt.language_model import LanguageModel
-from sparseclt.model import Architecture, SparseCLT
+from sparseclt.language_model.language_model import LanguageModel
+from sparseclt.model.clt import Architecture, SparseCLT
 
 F, K = 20, 5
 

@@ -11,7 +11,7 @@ from tiny_models import hf_model, tokenizer
 
 from sparseclt.cli import main
 from sparseclt.config import TrainConfig, from_dict, to_dict
-from sparseclt.loggers import read_metrics
+from sparseclt.training.loggers import read_metrics
 
 COMMANDS = ("train", "resume", "repeat", "eval", "sweep", "bench-report")
 

@@ -8,7 +8,7 @@ import torch
 
 from sparseclt import embedded
 from sparseclt.embedded import build
-from sparseclt.language_model import LanguageModel
+from sparseclt.language_model.language_model import LanguageModel
 
 
 def test_it_is_small_and_good_enough():

@@ -8,8 +8,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from sparseclt import selftest
-from sparseclt.ops import _registration
+from sparseclt.ops import _registration, selftest
 
 Inputs = dict[str, Any]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

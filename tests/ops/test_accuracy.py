@@ -4,7 +4,7 @@ import pytest
 import torch
 from op_helpers import BACKENDS, COMPILED, DEVICE
 
-from sparseclt import selftest
+from sparseclt.ops import selftest
 
 SMALL = {"N": 12, "D": 24, "F": 90, "U": 100}
 CASES = {case.name: case for case in selftest.cases()}

@@ -4,7 +4,8 @@ import pytest
 import torch
 from op_helpers import BACKENDS, DEVICE
 
-from sparseclt import ops, selftest
+from sparseclt import ops
+from sparseclt.ops import selftest
 
 SIZES = {"N": 17, "D": 24, "F": 90, "K": 5, "C": 4, "U": 40, "S": 6}
 CASES = {case.name: case for case in selftest.cases(**SIZES)}

@@ -8,7 +8,8 @@ import pytest
 import torch
 from op_helpers import COMPILED, DEVICE
 
-from sparseclt import ops, selftest
+from sparseclt import ops
+from sparseclt.ops import selftest
 
 SIZES = {"N": 4, "D": 6, "F": 20, "K": 3, "C": 3, "U": 12, "S": 3}
 CASES = {case.name: case for case in selftest.cases(**SIZES)}

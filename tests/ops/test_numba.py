@@ -7,7 +7,8 @@ import pytest
 import torch
 from op_helpers import DEVICE
 
-from sparseclt import ops, selftest
+from sparseclt import ops
+from sparseclt.ops import selftest
 
 pytest.importorskip("numba")
 pytestmark = pytest.mark.skipif(DEVICE != "cpu", reason="numba runs on the CPU")

@@ -8,8 +8,8 @@ from op_helpers import BACKENDS, DEVICE, distinct_ids, rows
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
-from sparseclt import ops, selftest
-from sparseclt.ops import _registration
+from sparseclt import ops
+from sparseclt.ops import _registration, selftest
 
 SIZES = {"N": 6, "D": 8, "F": 30, "K": 3, "C": 3, "U": 20, "S": 4}
 CASES = {case.name: case for case in selftest.cases(**SIZES)}

@@ -1,0 +1,1 @@
+"""Text, tokens and activations for training."""

@@ -1,0 +1,239 @@
+"""The activations of all training rows on disk, so that the language model runs over them once.
+
+A cache is a directory: `cache.json` says of what it is, each `shard_NNNNN` holds the activations of some rows, in the
+order of the rows, and `complete` stands there once the last shard does. All are directories of `checkpoint`: they
+appear whole or not at all, with the digests of their files.
+"""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from sparseclt.config import TrainConfig
+from sparseclt.data.activation_stream import as_activations, vectors_of
+from sparseclt.language_model.language_model import LanguageModel
+from sparseclt.model.activations import Activations
+from sparseclt.storage import checkpoint
+from sparseclt.storage.safetensors_stream import save_file
+
+FORMAT_VERSION = 1
+SHARD_BYTES = 256 << 20
+INFO, SHARD, COMPLETE = "cache.json", "activations.safetensors", "complete"
+
+
+@dataclass(frozen=True)
+class CacheInfo:
+    """What a cache holds; two caches with the same are the same."""
+
+    format_version: int
+    rows: int  # R
+    row_length: int  # S
+    row_digest: str  # of the token ids, in the order of the rows
+    model_digest: str  # of the language model's weights
+    layers: int  # L
+    d_model: int  # D
+    dtype: str
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one row on disk: token ids, vectors (int8: with a scale each), and the norms' scales."""
+        vector = self.d_model + 4 if self.dtype == "int8" else 2 * self.d_model
+        return self.row_length * (4 + (1 + 3 * self.layers) * vector + 4 * self.layers)
+
+    @property
+    def shard_rows(self) -> int:
+        return min(self.rows, max(1, SHARD_BYTES // self.row_bytes))
+
+    @property
+    def shards(self) -> int:
+        return -(-self.rows // self.shard_rows)
+
+
+def open_cache(config: TrainConfig, language_model: LanguageModel, rows: Tensor) -> "ActivationCache":
+    """The cache `config.activations.cache` of `rows` [R, S]; what is missing of it is first captured and written.
+
+    Raises ValueError if the directory holds anything else or the disk is too full, CheckpointError if it is damaged.
+    One writer at a time.
+    """
+    directory = Path(str(config.activations.cache)).expanduser()
+    info = cache_info(language_model, rows, config.activations.cache_dtype)
+    _check_info(directory, info)
+    if not (directory / COMPLETE).is_dir():
+        _write(directory, info, language_model.capture, rows, config)
+    return ActivationCache(directory, info, rows)
+
+
+def cache_info(language_model: LanguageModel, rows: Tensor, dtype: str) -> CacheInfo:
+    """What a cache of `language_model` on `rows` holds."""
+    return CacheInfo(
+        format_version=FORMAT_VERSION,
+        rows=len(rows),
+        row_length=rows.shape[1],
+        row_digest=_digest([rows.int()]),
+        model_digest=_digest(language_model.bridge.original_model.parameters()),
+        layers=language_model.info.n_layers,
+        d_model=language_model.info.d_model,
+        dtype=dtype,
+    )
+
+
+def quantise(vectors: Tensor) -> tuple[Tensor, Tensor]:
+    """float32 vectors [..., D] as int8 [..., D] and their scales [...]: the largest entry of a vector is 127 scales."""
+    scales = vectors.abs().amax(-1) / 127
+    steps = vectors / scales[..., None].clamp_min(torch.finfo(torch.float32).tiny)
+    return steps.round_().to(torch.int8), scales
+
+
+class ActivationCache:
+    """The activations of rows [R, S], read from a complete cache."""
+
+    def __init__(self, directory: Path, info: CacheInfo, rows: Tensor):
+        self.directory, self.info, self.rows = directory, info, rows
+        self._shards: dict[int, dict[str, Any]] = {}
+
+    def read(self, chosen: Tensor, device: torch.device | str = "cpu") -> Activations:
+        """The activations, in float32, of rows `chosen` [B]: B is any number, the rows any rows.
+
+        Raises CheckpointError, naming the file, if a shard that was not read before is damaged.
+        """
+        info, B = self.info, len(chosen)
+        tokens = torch.empty(B, info.row_length, dtype=torch.int64)
+        vectors = torch.empty(1 + 3 * info.layers, B, info.row_length, info.d_model)
+        vector_scales = torch.ones(vectors.shape[:3])
+        scale = torch.empty(info.layers, B, info.row_length)
+        for place in chosen.argsort().tolist():  # shard after shard, and forwards in each
+            number, row = divmod(int(chosen[place]), info.shard_rows)
+            shard = self._shard(number)
+            tokens[place] = shard["tokens"][row]
+            vectors[:, place] = shard["vectors"][row]
+            scale[:, place] = shard["scale"][row]
+            if info.dtype == "int8":
+                vector_scales[:, place] = shard["vector_scales"][row]
+        if not torch.equal(tokens, self.rows[chosen].long()):
+            raise checkpoint.CheckpointError(
+                f"activations.cache: expected the training rows in the order of {self.directory / INFO}, but its "
+                f"shards hold others; remove {self.directory} to capture them anew"
+            )
+        if info.dtype == "int8":
+            vectors *= vector_scales[..., None]
+        return as_activations(tokens.to(device), vectors.to(device), scale.to(device))
+
+    def _shard(self, number: int) -> dict[str, Any]:
+        if number not in self._shards:
+            path = self.directory / _name(number)
+            _verify(path, self.directory)
+            file = safe_open(path / SHARD, framework="pt")
+            self._shards[number] = {name: file.get_slice(name) for name in file.keys()}
+        return self._shards[number]
+
+
+def _name(shard: int) -> str:
+    return f"shard_{shard:05d}"
+
+
+def _verify(path: Path, directory: Path) -> None:
+    try:
+        checkpoint.verify(path)
+    except checkpoint.CheckpointError as error:
+        raise checkpoint.CheckpointError(
+            f"activations.cache: {error}; or remove {directory} to capture the activations anew"
+        ) from error
+
+
+def _check_info(directory: Path, info: CacheInfo) -> None:
+    """Refuse a directory that holds something other than `info` says."""
+    if not directory.exists() or directory.is_dir() and not any(directory.iterdir()):
+        return
+    if not (directory / INFO).is_file():
+        raise ValueError(
+            f"activations.cache: expected a cache of activations or an empty or absent directory, got {directory}, "
+            f"which has no {INFO}; choose another one"
+        )
+    _verify(directory, directory)
+    found, expected = json.loads((directory / INFO).read_text()), asdict(info)
+    for name in expected | found:
+        if found.get(name) != expected.get(name):
+            raise ValueError(
+                f"activations.cache: expected {name} {expected.get(name)}, but {directory} has {found.get(name)}: it "
+                f"is of other rows, another model or dtype; choose another directory"
+            )
+
+
+def _write(
+    directory: Path, info: CacheInfo, capture: Callable[[Tensor], Activations], rows: Tensor, config: TrainConfig
+) -> None:
+    """Capture and write the shards that are missing."""
+    from tqdm import tqdm
+
+    shards = {number: rows[number * info.shard_rows :][: info.shard_rows] for number in range(info.shards)}
+    missing = {number: part for number, part in shards.items() if not (directory / _name(number)).is_dir()}
+    to_do = sum(len(part) for part in missing.values())
+    _check_space(directory, to_do * info.row_bytes)
+    if not (directory / INFO).exists():
+        with checkpoint.atomic_directory(directory) as new:
+            (new / INFO).write_text(json.dumps(asdict(info), indent=2) + "\n")
+    bar = tqdm(
+        total=info.rows, initial=info.rows - to_do, desc="capturing", unit="row", disable=not config.progress
+    )  # fmt: skip
+    with bar:
+        for number, part in missing.items():
+            tensors = _room(info, len(part))
+            for start in range(0, len(part), config.batch_rows):
+                piece = part[start : start + config.batch_rows]
+                _put(tensors, start, capture(piece))
+                bar.update(len(piece))
+            with checkpoint.atomic_directory(directory / _name(number)) as new:
+                save_file(tensors, new / SHARD)
+    with checkpoint.atomic_directory(directory / COMPLETE):
+        pass
+
+
+def _room(info: CacheInfo, rows: int) -> dict[str, Tensor]:
+    """The tensors of a shard, unfilled: all that a row has lies together."""
+    parts = (rows, 1 + 3 * info.layers, info.row_length)
+    tensors = {
+        "tokens": torch.empty(rows, info.row_length, dtype=torch.int32),
+        "vectors": torch.empty(*parts, info.d_model, dtype=torch.int8 if info.dtype == "int8" else torch.bfloat16),
+        "scale": torch.empty(rows, info.layers, info.row_length),
+    }
+    return tensors | ({"vector_scales": torch.empty(parts)} if info.dtype == "int8" else {})
+
+
+def _put(tensors: dict[str, Tensor], start: int, piece: Activations) -> None:
+    rows = slice(start, start + len(piece.tokens))
+    tensors["tokens"][rows] = piece.tokens
+    for layer, scale in enumerate(piece.scale):
+        tensors["scale"][rows, layer] = scale
+    for i, vectors in enumerate(vectors_of(piece)):
+        if "vector_scales" in tensors:
+            tensors["vectors"][rows, i], tensors["vector_scales"][rows, i] = quantise(vectors.float())
+        else:
+            tensors["vectors"][rows, i] = vectors
+
+
+def _check_space(directory: Path, needed: int) -> None:
+    """Refuse to begin what does not fit on the disk."""
+    there = next(path for path in (directory.absolute(), *directory.absolute().parents) if path.exists())
+    free = shutil.disk_usage(there).free
+    if needed > free:
+        raise ValueError(
+            f"activations.cache: {directory} needs {needed / 2**30:.2f} GiB, and {free / 2**30:.2f} GiB are free "
+            f"there; choose another directory, cache_dtype int8, or less text (data.max_tokens)"
+        )
+
+
+def _digest(tensors: Iterable[Tensor]) -> str:
+    """Of the bytes, shapes and dtypes of tensors, in their order."""
+    digest = hashlib.blake2b()
+    for tensor in tensors:
+        digest.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()

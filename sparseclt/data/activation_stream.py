@@ -1,0 +1,128 @@
+"""Batches of single tokens, out of blocks of captured rows that are shuffled in a buffer of bounded bytes."""
+
+import threading
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from sparseclt.data.prefetch import one_ahead
+from sparseclt.data.text import RowStream, permutation
+from sparseclt.model.activations import Activations
+
+Read = Callable[[Tensor], Activations]  # the activations [B, S, ...] of rows [B], given by number
+LEAST_BATCHES = 2  # in a block: with one alone only the tokens of a batch would change places
+BESIDE_BLOCKS = 3  # batches: the one in use, the next, and what is being captured for the next block
+TOKENS = 1  # in the seed of a block's order; the order of rows has 0 there
+
+
+def token_bytes(layers: int, d_model: int) -> int:
+    """Bytes of one token of a block: activations in float32, its id, and its place in the order."""
+    return 4 * (d_model * (1 + 3 * layers) + layers) + 8 + 8
+
+
+def block_batches(shuffle_bytes: int, batch_tokens: int, layers: int, d_model: int) -> int:
+    """Batches in a block, so that two blocks and what stands beside them take at most `shuffle_bytes`.
+
+    Raises ValueError if that is less than blocks of 2 batches need.
+    """
+    batch = batch_tokens * token_bytes(layers, d_model)
+    batches = (shuffle_bytes // batch - BESIDE_BLOCKS) // 2
+    if batches < LEAST_BATCHES:
+        raise ValueError(
+            f"activations.shuffle_bytes: expected at least {least_bytes(batch_tokens, layers, d_model)} (two blocks of "
+            f"{LEAST_BATCHES} batches, and {BESIDE_BLOCKS} batches beside them), got {shuffle_bytes}; give more, a "
+            f"smaller batch_rows, or 0 for no shuffling"
+        )
+    return batches
+
+
+def least_bytes(batch_tokens: int, layers: int, d_model: int) -> int:
+    """The smallest `shuffle_bytes` for such batches."""
+    return (2 * LEAST_BATCHES + BESIDE_BLOCKS) * batch_tokens * token_bytes(layers, d_model)
+
+
+def buffer_bytes(shuffle_bytes: int, batch_tokens: int, steps: int, layers: int, d_model: int) -> int:
+    """Bytes that a run of `steps` steps really holds for shuffling: a short run does not fill its blocks."""
+    batches = block_batches(shuffle_bytes, batch_tokens, layers, d_model)
+    return (min(2 * batches, steps) + BESIDE_BLOCKS) * batch_tokens * token_bytes(layers, d_model)
+
+
+def vectors_of(activations: Activations) -> list[Tensor]:
+    """The 1 + 3 L tensors [B, S, D]: embedding, MLP inputs, MLP outputs, attention outputs."""
+    return [activations.r_0, *activations.x, *activations.mlp_out, *activations.attn_out]
+
+
+def as_activations(tokens: Tensor, vectors: Tensor, scale: Tensor) -> Activations:
+    """What `vectors_of` took apart: tokens [B, S], vectors [1 + 3 L, B, S, D], scale [L, B, S]."""
+    L, (r_0, *rest) = len(scale), vectors.unbind(0)
+    return Activations(tokens, r_0, rest[:L], list(scale.unbind(0)), rest[L : 2 * L], rest[2 * L :])
+
+
+class Block:
+    """Room for the activations of T tokens, in float32 on the device of `like`."""
+
+    def __init__(self, T: int, like: Activations):
+        device, parts = like.r_0.device, len(vectors_of(like))
+        self.tokens = torch.empty(T, dtype=torch.int64, device=device)
+        self.vectors = torch.empty(parts, T, like.r_0.shape[-1], device=device)
+        self.scale = torch.empty(len(like.scale), T, device=device)
+
+    def put(self, start: int, piece: Activations) -> None:
+        """Copy the tokens of `piece` in, from place `start`."""
+        places = slice(start, start + piece.tokens.numel())
+        self.tokens[places] = piece.tokens.flatten()
+        for own, tensor in zip(self.vectors, vectors_of(piece), strict=True):
+            own[places] = tensor.flatten(0, 1)
+        for own, tensor in zip(self.scale, piece.scale, strict=True):
+            own[places] = tensor.flatten()
+
+    def take(self, chosen: Tensor) -> Activations:
+        """A copy of the tokens at places `chosen` [B, S]."""
+        at = chosen.flatten().to(self.tokens.device)
+        return as_activations(
+            self.tokens[at].view(chosen.shape),
+            self.vectors.index_select(1, at).unflatten(1, chosen.shape),
+            self.scale.index_select(1, at).unflatten(1, chosen.shape),
+        )
+
+
+def shuffled(read: Read, stream: RowStream, steps: range, batches: int) -> Iterator[Activations]:
+    """One batch [B, S, ...] for each of `steps`, whose tokens stand at random places.
+
+    Block k holds the rows of steps k x `batches` to (k + 1) x `batches`, and gives their tokens out in an order that
+    follows from the seed and k: steps that begin elsewhere get the same batches. While one block is in use a thread
+    reads the next, in pieces of B rows, into the second of two buffers.
+
+    `stream` is moved about: its position means nothing afterwards.
+    """
+    B, S = stream.batch_rows, stream.rows.shape[1]
+    buffers: dict[int, Block] = {}
+    closed = threading.Event()
+
+    def fill(number: int) -> Block | None:
+        count = min(batches, steps.stop - number * batches)
+        stream.position = number * batches * B
+        for i in range(count):
+            if closed.is_set():
+                return None
+            piece = read(stream.take())
+            if number % 2 not in buffers:
+                buffers[number % 2] = Block(count * B * S, piece)
+            # The block before last, which was here, has been given out: one_ahead begins this one no sooner.
+            buffers[number % 2].put(i * B * S, piece)
+        return buffers[number % 2]
+
+    numbers = range(steps.start // batches, -(-steps.stop // batches)) if steps else range(0)
+    blocks = one_ahead(fill(number) for number in numbers)
+    step = steps.start
+    try:
+        for number, block in zip(numbers, blocks, strict=True):
+            last = min((number + 1) * batches, steps.stop)
+            order = permutation((last - number * batches) * B * S, stream.seed, number, TOKENS)
+            for chosen in order.view(-1, B, S)[step - number * batches :]:
+                yield block.take(chosen)  # type: ignore[union-attr]
+            step = last
+    finally:
+        closed.set()  # nobody waits for the rest of a block that is not needed any more
+        blocks.close()

@@ -1,0 +1,1 @@
+"""How good a CLT is: metrics, tables and plots."""

@@ -1,0 +1,1 @@
+"""The language model under the CLT."""

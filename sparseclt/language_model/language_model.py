@@ -1,0 +1,248 @@
+"""The language model under the CLT: captured activations, attention's weights, runs with replaced outputs.
+
+Weights are those of the Hugging Face model, unprocessed: nothing is folded or centred.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparseclt.language_model.files import EXPECTED, load_hf, locate
+from sparseclt.language_model.hooks import Hook, Replace, StopRun, recording_hooks
+from sparseclt.model.activations import Activations
+from sparseclt.model.attention import AttentionWeights, attention_write, centre
+
+PROBE_TOKENS = 8
+PROBE_TOLERANCE = 1e-3  # of the largest entry: far above float32 rounding, far below a wrong formula
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """What the CLT has to know of the model, of which it covers the first `n_layers` layers."""
+
+    name: str
+    n_layers: int
+    d_model: int
+    n_heads: int
+    d_head: int
+    parallel: bool  # attention and MLP of a block read the same residual stream
+    centred: bool  # the norm subtracts the mean over D (LayerNorm); False for RMSNorm
+    context: int | None
+    vocab: int
+
+
+class LanguageModel:
+    """A causal language model with its tokenizer, frozen and in evaluation mode."""
+
+    def __init__(self, bridge: Any, tokenizer: Any, *, layers: int | None = None, name: str = ""):
+        """Wrap a `TransformerBridge`; use `load` or `from_hf`.
+
+        Raises ValueError if the model has fewer layers than `layers`, or is not one whose MLPs read, through
+        a norm, the sum of the embedding and all earlier attention and MLP outputs.
+        """
+        cfg = bridge.cfg
+        if layers is not None and not 1 <= layers <= cfg.n_layers:
+            raise ValueError(f"layers: expected 1 to {cfg.n_layers} (the model's layers), got {layers}")
+        dtype = next(bridge.original_model.parameters()).dtype
+        if dtype not in (torch.float32, torch.float64):
+            raise ValueError(f"hf_model: expected float32 or float64 weights, got {dtype}; call .float()")
+        bridge.eval().requires_grad_(False)
+        self.bridge, self.tokenizer = bridge, tokenizer
+        self._class_name = type(bridge.original_model).__name__
+        self.info = ModelInfo(
+            name=name,
+            n_layers=layers or cfg.n_layers,
+            d_model=cfg.d_model,
+            n_heads=cfg.n_heads,
+            d_head=cfg.d_head,
+            parallel=bool(cfg.parallel_attn_mlp),
+            centred=not cfg.uses_rms_norm,
+            context=cfg.n_ctx,
+            vocab=cfg.d_vocab,
+        )
+        # Parallel blocks with a single norm (GPT-J, Phi): the MLP reads the one before attention.
+        one_norm = self.info.parallel and "blocks.0.ln2.hook_scale" not in bridge.hook_dict
+        self._mlp_norm = "ln1" if one_norm else "ln2"
+        if dtype == torch.float64:
+            _keep_float64(bridge)
+        self._check_hooks()
+        self._check_residual()
+
+    @classmethod
+    def load(
+        cls, name_or_path: str | Path, *, layers: int | None = None, device: str | torch.device = "cpu"
+    ) -> "LanguageModel":
+        """Load in float32: "embedded" (the shipped model), a local directory or .gguf file, or a hub name.
+
+        `layers`: how many layers, from the first, the CLT covers (all of them if None). Raises ValueError for
+        a path that does not exist, a directory without a model, and a name that cannot be fetched.
+        """
+        path = locate(name_or_path)
+        if path is None:
+            return cls._from_hub(str(name_or_path), layers, device)
+        hf_model, tokenizer = load_hf(path)
+        return cls.from_hf(hf_model.to(device), tokenizer, layers=layers, name=str(name_or_path))
+
+    @classmethod
+    def _from_hub(cls, name: str, layers: int | None, device: str | torch.device) -> "LanguageModel":
+        from transformer_lens.model_bridge import TransformerBridge
+
+        try:
+            bridge = TransformerBridge.boot_transformers(name, device=device, dtype=torch.float32)
+        except OSError as error:
+            raise ValueError(
+                f"model.path: expected {EXPECTED}, got {name!r}, which is no local path and could not be "
+                f"fetched: {error}"
+            ) from error
+        return cls(bridge, bridge.tokenizer, layers=layers, name=name)
+
+    @classmethod
+    def from_hf(cls, hf_model: Any, tokenizer: Any, *, layers: int | None = None, name: str = "") -> "LanguageModel":
+        """Wrap a Hugging Face causal language model already built; it is frozen and hooked in place."""
+        from transformer_lens.model_bridge.sources import build_bridge_from_module
+
+        hf_model.set_attn_implementation("eager")  # the others never form the attention pattern
+        # Without the tokenizer, which a bridge would fetch anew under the model's name.
+        bridge = build_bridge_from_module(hf_model, type(hf_model).__name__, hf_config=hf_model.config)
+        return cls(bridge, tokenizer, layers=layers, name=name)
+
+    @torch.no_grad()
+    def capture(self, tokens: Tensor, *, attention: bool = False) -> Activations:
+        """The activations of one real run on tokens [B, S], which ends behind the last covered layer."""
+
+        def stop(value: Tensor, hook: Any) -> None:
+            raise StopRun
+
+        tokens = self._checked(tokens)
+        live = Activations(tokens, torch.empty(0))
+        hooks = self._hooks(live, attention)
+        try:
+            self._run(tokens, [*hooks, (f"blocks.{self.info.n_layers - 1}.hook_resid_post", stop)])
+        except StopRun:
+            pass
+        return live
+
+    def replaced_logits(
+        self, tokens: Tensor, *, on_mlp: Replace | None = None, on_attn: Replace | None = None
+    ) -> Tensor:
+        """Logits [B, S, V] of a run in which each covered layer's MLP (attention) output is what
+        `on_mlp(layer, live)` (`on_attn(layer, live)`) returns, [B, S, D].
+
+        `live` holds this run's activations as far as it has come. The last of its `mlp_out` (`attn_out`) is,
+        while the function runs, the model's own output for that layer, and afterwards what replaced it.
+        Attention's pattern and scale are there if `on_attn` is given. Differentiable with respect to what the
+        functions return.
+        """
+        tokens = self._checked(tokens)
+        live = Activations(tokens, torch.empty(0))
+        return self._run(tokens, self._hooks(live, on_attn is not None, on_mlp, on_attn))
+
+    def cross_entropy(self, tokens: Tensor, *, on_mlp: Replace | None = None, on_attn: Replace | None = None) -> Tensor:
+        """Mean next-token cross-entropy in nats, [], with outputs replaced as in `replaced_logits`."""
+        logits = self.replaced_logits(tokens, on_mlp=on_mlp, on_attn=on_attn)[:, :-1]
+        targets = tokens[:, 1:].to(logits.device, torch.int64)
+        return torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
+
+    @torch.no_grad()
+    def attention_weights(self, layer: int) -> AttentionWeights:
+        """The OV circuits of a layer's attention, with the gain and bias of the norm before it folded in.
+
+        Raises ValueError if they do not give the model's own attention output (a norm behind attention,
+        attention sinks and the like).
+        """
+        if not 0 <= layer < self.info.n_layers:
+            raise ValueError(f"layer: expected a covered layer, 0 to {self.info.n_layers - 1}, got {layer}")
+        block = self.bridge.blocks[layer]
+        attn, norm = block.attn, block.ln1
+        repeat = self.info.n_heads // len(attn.W_V)  # grouped-query attention: heads that share a value head
+        W_V, W_O = attn.W_V.repeat_interleave(repeat, 0), attn.W_O
+        bias = W_O.new_zeros(self.info.d_model) if attn.b_O is None else attn.b_O
+        if attn.b_V is not None:
+            bias = bias + torch.einsum("he,hed->d", attn.b_V.repeat_interleave(repeat, 0), W_O)
+        # RMSNorm bridges have no bias attribute of their own; the wrapped module decides.
+        norm_bias = getattr(norm.original_component, "bias", None)
+        if norm_bias is not None:
+            bias = bias + torch.einsum("d,hde,hef->f", norm_bias, W_V, W_O)
+        gain = norm.weight + 1 if norm.uses_weight_offset else norm.weight
+        weights = AttentionWeights(gain[:, None] * W_V, W_O.clone(), bias.clone(), self.info.centred)
+        self._check_attention(layer, weights)
+        return weights
+
+    def _run(self, tokens: Tensor, hooks: list[Hook]) -> Tensor:
+        return self.bridge.run_with_hooks(tokens, fwd_hooks=hooks, use_cache=False)
+
+    def _checked(self, tokens: Tensor) -> Tensor:
+        if tokens.ndim != 2 or tokens.dtype not in (torch.int32, torch.int64):
+            raise ValueError(
+                f"tokens: expected int32 or int64 of shape [B, S], got {tokens.dtype} of shape {tuple(tokens.shape)}"
+            )
+        if self.info.context is not None and tokens.shape[1] > self.info.context:
+            raise ValueError(
+                f"tokens: expected rows of at most {self.info.context} tokens (the model's context), "
+                f"got {tokens.shape[1]}; use shorter rows"
+            )
+        return tokens.to(self.bridge.cfg.device, torch.int64)
+
+    def _hooks(
+        self,
+        live: Activations,
+        attention: bool,
+        on_mlp: Replace | None = None,
+        on_attn: Replace | None = None,
+    ) -> list[Hook]:
+        return recording_hooks(self.info.n_layers, self._mlp_norm, live, attention, on_mlp, on_attn)
+
+    def _check_hooks(self) -> None:
+        names = [name for name, _ in self._hooks(Activations(torch.empty(0), torch.empty(0)), attention=True)]
+        missing = [name for name in names if name not in self.bridge.hook_dict]
+        if missing:
+            raise ValueError(
+                f"model.path: expected pre-norm blocks of attention and MLP (as in GPT-2, Pythia, Llama), "
+                f"but {self._class_name} has no {missing[0]}"
+            )
+
+    def _probe(self, attention: bool) -> Activations:
+        length = min(PROBE_TOKENS, self.info.context or PROBE_TOKENS)
+        return self.capture(torch.arange(length)[None] % self.info.vocab, attention=attention)
+
+    def _check_residual(self) -> None:
+        probe = self._probe(attention=False)
+        for layer in range(self.info.n_layers):
+            residual = probe.residual(layer, after_attention=not self.info.parallel)
+            read = centre(residual) if self.info.centred else residual
+            if not _close(probe.x[layer] * probe.scale[layer][..., None], read):
+                raise ValueError(
+                    f"model.path: expected an MLP that reads the plain sum of the embedding and all earlier "
+                    f"attention and MLP outputs, which layer {layer} of {self._class_name} does not "
+                    f"(scaled residual branches, for example)"
+                )
+
+    def _check_attention(self, layer: int, weights: AttentionWeights) -> None:
+        probe = self._probe(attention=True)
+        mix = probe.attn_pattern[layer] / probe.attn_scale[layer][:, None, None, :]
+        if not _close(attention_write(probe.residual(layer), mix, weights), probe.attn_out[layer]):
+            raise ValueError(
+                f"attention: expected attention outputs that are linear given pattern and scale, which layer "
+                f"{layer} of {self._class_name} does not have; train without attention modules on this model"
+            )
+
+
+def _close(a: Tensor, b: Tensor) -> bool:
+    return bool((a - b).abs().max() <= PROBE_TOLERANCE * b.abs().max())
+
+
+def _keep_float64(bridge: Any) -> None:
+    """Hugging Face computes RMSNorm and softmax in float32 whatever the dtype: undo what that costs."""
+
+    def rows_sum_to_one(pattern: Tensor, hook: Any) -> Tensor | None:
+        exact = pattern / pattern.sum(-1, keepdim=True)
+        return exact if _close(exact, pattern) else None  # rows that sum to less (attention sinks) stay
+
+    for module in bridge.modules():
+        if hasattr(module, "use_native_layernorm_autograd"):
+            module.use_native_layernorm_autograd = False
+    for block in bridge.blocks:
+        block.attn.hook_pattern.add_perma_hook(rows_sum_to_one)

@@ -1,0 +1,1 @@
+"""The cross-layer transcoder itself, in both modes."""

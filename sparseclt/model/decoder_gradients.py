@@ -1,0 +1,183 @@
+"""Decoder gradients that are never all alive.
+
+The decoders are most of a CLT. Their gradient is a sum of few sparse parts: what active latents wrote, and what
+virtual weights read. The backward pass only notes these parts, of the size of the activations; `chunks` spells out
+the gradient of one decoder some rows at a time, for an optimiser that updates them and lets them go.
+"""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from sparseclt import ops
+from sparseclt.devices import Budget
+from sparseclt.model.attention import centre, head_rows
+from sparseclt.ops._rows import Transpose, accumulation_dtype, chunks, section, transpose
+from sparseclt.ops.backend import Implementation, choose, implementation
+
+if TYPE_CHECKING:
+    from sparseclt.model.clt import SparseCLT
+    from sparseclt.model.cross_layer import Reader
+    from sparseclt.model.modules import Latents
+
+CHUNK_BYTES = Budget(cpu=8 << 20, gpu=64 << 20)  # of gradient alive at a time, with what is added up for it
+
+
+class Written(NamedTuple):
+    """What a module's latents wrote: values and ids [N, K], and the gradient of each of the T targets, [N, D]. Modules
+    that write the same target share its gradient."""
+
+    values: Tensor
+    indices: Tensor
+    grads: tuple[Tensor, ...]
+
+
+class Chunk(NamedTuple):
+    """Some rows of a decoder, their gradient [R, T, D], and whether any latent or connection touches each [R]."""
+
+    rows: slice
+    gradient: Tensor
+    touched: Tensor
+
+
+class DecoderGradients:
+    """Gathers the parts of every decoder's gradient during backward passes, for one optimiser step.
+
+    Equivalent, once `.backward()` is through, to the `.grad` of each module's `W_dec`: `chunks(i)` gives its rows.
+    Encoders get the gradient through virtual weights from `add_to_encoders`. Between the passes and the last chunk
+    the weights must not change, except for the decoders that `chunks` is done with.
+    """
+
+    def __init__(self, clt: "SparseCLT", backend: str | None = None, chunk_bytes: int | None = None):
+        self.clt, self.backend = clt, backend
+        self.chunk_bytes = chunk_bytes or CHUNK_BYTES.on(clt.transcoder(0).W_dec.device)
+        self.readers = clt.readers()
+        self.dtype = accumulation_dtype(clt.transcoder(0).W_dec.dtype)  # of the chunks
+        self.written: list[list[Written]] = [[] for _ in clt]
+        self.read: dict[int, Tensor] = {}  # by reader: gradient of its virtual weights
+
+    def decode(self, index: int, latents: "Latents") -> tuple[Tensor, ...]:
+        """What the latents of module `index` write to each target, [N, D] each, without bias."""
+        result: tuple[Tensor, ...] = _Decode.apply(*latents, self, index)
+        return result
+
+    def virtual_weights(self, index: int, V: Tensor) -> Tensor:
+        """`V` of module `index`, computed without gradient, as a leaf whose gradient is noted here."""
+
+        def note(grad: Tensor) -> None:
+            self.read[index] = self.read[index] + grad if index in self.read else grad
+
+        V = V.detach().requires_grad_()
+        V.register_hook(note)
+        return V
+
+    def add_to_encoders(self) -> None:
+        """Add to every encoder's `.grad` what it gets through virtual weights. Once, after the last backward pass."""
+        from sparseclt.model.cross_layer import effective_decoders
+
+        decoders = [module.W_dec.detach() for module in self.clt]
+        readers = [reader for reader in self.readers if reader.index in self.read]
+        for reader, E in effective_decoders(readers, self.clt.sites, decoders):
+            assert reader.connections is not None
+            W_enc = self.clt.transcoder(reader.index).W_enc
+            for carry, dV in self._heads(reader):
+                with torch.enable_grad():
+                    read = self._implementation("sparse_decode", E).forward(dV, reader.connections.indices, E)
+                    carry(W_enc).backward(read, inputs=[W_enc])
+
+    def chunks(self, index: int) -> Iterator[Chunk]:
+        """The gradient of module `index`'s decoder, all of it, some rows at a time."""
+        F, T, D = self.clt.transcoder(index).W_dec.shape
+        parts = [
+            (values.to(self.dtype), transpose(indices, F), torch.stack(grads, 1).flatten(1).to(self.dtype))
+            for values, indices, grads in self.written[index]
+        ]
+        for rows in chunks(F, (T + 3) * D * 4, self.chunk_bytes):
+            sections = [(values, section(order, rows.start, rows.stop), bags) for values, order, bags in parts]
+            size = rows.stop - rows.start
+            gradient, touched = self._sum(sections, size, T * D)
+            gradient = gradient.view(size, T, D)
+            touched |= self._add_read(gradient, index, rows)
+            yield Chunk(rows, gradient, touched)
+
+    def _heads(self, reader: "Reader") -> Iterator[tuple[Callable[[Tensor], Tensor], Tensor]]:
+        """(what carries encoder rows [R, D] to where they meet a decoder row, dV [F, C]): one pair, or one a head of an
+        attention reader."""
+        dV, weights = self.read[reader.index], reader.attention
+        if weights is None:
+            yield (centre if self.clt.architecture.centred else torch.clone), dV
+            return
+        for head in range(len(weights.W_V)):
+            yield partial(head_rows, weights=weights, head=head), dV[head]
+
+    def _implementation(self, op: str, tensor: Tensor) -> Implementation:
+        """What runs `op`; with the reference backend, which has no gradients of its own, torch's."""
+        backend = "torch" if self.backend == "reference" else self.backend
+        return implementation(op, choose(op, backend, tensor))
+
+    def _sum(self, parts: list[tuple[Tensor, Transpose, Tensor]], size: int, width: int) -> tuple[Tensor, Tensor]:
+        """Sum [R, width] of the parts' weighted bags, and which rows have any."""
+        device, total = self.clt.transcoder(0).W_dec.device, None
+        touched = torch.zeros(size, dtype=torch.bool, device=device)
+        for weights, order, bags in parts:
+            part = self._implementation("transposed_gather_sum", bags).forward(weights, order, bags)
+            total = part if total is None else total.add_(part)
+            touched |= order.bounds().diff() > 0
+        if total is None:
+            total = torch.zeros(size, width, dtype=self.dtype, device=device)
+        return total, touched
+
+    def _add_read(self, gradient: Tensor, index: int, rows: slice) -> Tensor:
+        """Add what virtual weights read of these rows, in place; which rows are read. A reader meets the sum of what
+        a module wrote before it, so the gradient of a slice is a sum over the readers behind that slice's target."""
+        F, site = self.clt.architecture.latents, self.clt.sites[index]
+        D, first = gradient.shape[-1], index * F
+        touched = torch.zeros(len(gradient), dtype=torch.bool, device=gradient.device)
+        readers = [r for r in self.readers if r.index in self.read and r.upstream_modules > index]
+        if not readers:
+            return touched
+        behind = torch.zeros(len(gradient), D, dtype=gradient.dtype, device=gradient.device)
+
+        def take(layer_readers: "list[Reader]") -> None:
+            for reader in layer_readers:
+                assert reader.connections is not None
+                order = section(reader.connections.transposed, first + rows.start, first + rows.stop)
+                W_enc = self.clt.transcoder(reader.index).W_enc.detach()
+                for carry, dV in self._heads(reader):
+                    # Linear: rows are added up first, and carried to the decoder then.
+                    total, some = self._sum([(dV, order, W_enc)], len(gradient), D)
+                    behind.add_(carry(total))
+                    touched.logical_or_(some)
+
+        if site.kind == "attn":
+            take(readers)
+            gradient[:, 0] += behind
+            return touched
+        for layer in reversed(range(site.layer, self.clt.architecture.layers)):
+            take([reader for reader in readers if reader.site.layer == layer + 1])
+            gradient[:, layer - site.layer] += behind
+        return touched
+
+
+class _Decode(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, indices: Tensor, notes: DecoderGradients, index: int) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(values, indices)
+        ctx.notes, ctx.index = notes, index
+        W_dec = notes.clt.transcoder(index).W_dec.detach()
+        return ops.sparse_decode(values, indices, W_dec, backend=notes.backend).unbind(1)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        values, indices = ctx.saved_tensors
+        notes, index = ctx.notes, ctx.index
+        # Detached: with their graph, which holds the notes, neither would ever be freed.
+        notes.written[index].append(Written(values.detach(), indices, tuple(grad.detach() for grad in grads)))
+        W_dec = notes.clt.transcoder(index).W_dec.detach().flatten(1)
+        run = notes._implementation("sparse_decode", values).gradients
+        d_values, _ = run(torch.stack(grads, 1).flatten(1), values, indices, W_dec, [True, False])
+        return d_values, None, None, None

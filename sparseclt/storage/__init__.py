@@ -1,0 +1,1 @@
+"""Files: checkpoints that survive a crash, and safetensors in a stream."""

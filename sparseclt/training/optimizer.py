@@ -1,0 +1,188 @@
+"""Adam that updates some rows of a parameter at a time, so that a decoder's gradient need never be whole."""
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+from torch.optim.adam import adam
+
+from sparseclt.config import OptimizerConfig
+from sparseclt.devices import Budget
+from sparseclt.model.clt import SparseCLT
+from sparseclt.model.decoder_gradients import Chunk, DecoderGradients
+from sparseclt.ops._rows import chunks
+from sparseclt.training import eight_bit
+
+KEPT_BYTES = 256 << 20  # decoder gradients that are kept for the update; larger ones are computed again for it
+PIECE_BYTES = Budget(cpu=1 << 20, gpu=64 << 20)  # of float32 weights that are widened at a time
+EPSILON = 1e-8
+CODES = {"mean": eight_bit.MEAN, "square": eight_bit.SQUARE}
+
+
+# Adam's state of a parameter, or of some rows. "mean": running mean of the gradient; "square": of its square;
+# "mean_scale", "square_scale": of each vector [D], where those two are codes of 8 bits; "last": by row, the step that
+# last updated it, where only touched rows are.
+Moments = dict[str, Tensor]
+
+
+class RowAdam:
+    """Adam (as `torch.optim.Adam`), over rows of parameters.
+
+    `state="8bit"`: the moments of encoders and decoders are codes of 8 bits with a scale for each vector [D]
+    (`eight_bit`): 2 bytes a parameter in place of 8.
+
+    `rows="touched"`: a decoder row that no latent or connection touched is left alone. Its moments decay when it is
+    next touched, by as many steps as have passed: they, and their bias correction, are exactly those of Adam with
+    zero gradients in between; but the weights do not drift on meanwhile, as Adam's would.
+
+    Weights in bf16 are rounded stochastically: the expected weight is the exact one, so that updates far below the
+    spacing of bf16 still add up. The random bits follow from `seed`, the step, the parameter and the row.
+    """
+
+    def __init__(self, clt: SparseCLT, config: OptimizerConfig, seed: int = 0):
+        self.config, self.seed = config, seed
+        self.parameters = dict(clt.named_parameters())
+        self.step = 0
+        self.state = {name: self._moments(name, parameter) for name, parameter in self.parameters.items()}
+
+    def _moments(self, name: str, parameter: Parameter) -> Moments:
+        wide = torch.promote_types(parameter.dtype, torch.float32)
+        decoder = name.endswith("W_dec")
+        moments: Moments = {}
+        for key, code in CODES.items():
+            small = self.config.state == "8bit" and (decoder or name.endswith("W_enc"))
+            moments[key] = torch.zeros(parameter.shape, dtype=code.dtype if small else wide, device=parameter.device)
+            if small:
+                moments[f"{key}_scale"] = torch.zeros(parameter.shape[:-1], dtype=wide, device=parameter.device)
+        if decoder and self.config.rows == "touched":
+            moments["last"] = torch.zeros(len(parameter), dtype=torch.int32, device=parameter.device)
+        return moments
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The state by name, to be saved, or copied into."""
+        return {f"{name}/{key}": tensor for name, moments in self.state.items() for key, tensor in moments.items()}
+
+    @torch.no_grad()
+    def update(
+        self,
+        name: str,
+        gradient: Tensor,
+        learning_rate: float,
+        rows: slice = slice(None),
+        touched: Tensor | None = None,
+    ) -> None:
+        """One step for `rows` of a parameter; `gradient` is theirs, and is overwritten. `self.step` counts from 1."""
+        weights, first = self.parameters[name].data[rows], rows.start or 0
+        part = {key: tensor[rows] for key, tensor in self.state[name].items()}
+        if "last" not in part:
+            self._adam(name, weights, gradient, part, learning_rate, first)
+            return
+        assert touched is not None
+        ids = touched.nonzero().flatten()
+        some, few = weights[ids], {key: tensor[ids] for key, tensor in part.items()}
+        idle = (self.step - 1 - few["last"]).to(torch.float32)
+        for key, beta in zip(("mean", "square"), self.config.betas, strict=True):
+            moment = few.get(f"{key}_scale", few[key])
+            moment.mul_((beta**idle).view(-1, *[1] * (moment.ndim - 1)))
+        few["last"].fill_(self.step)
+        self._adam(name, some, gradient[ids], few, learning_rate, first)
+        weights[ids] = some
+        for key, tensor in part.items():
+            tensor[ids] = few[key]
+
+    def _adam(
+        self, name: str, weights: Tensor, gradient: Tensor, moments: Moments, learning_rate: float, row: int
+    ) -> None:
+        """The step itself, some rows at a time where weights or moments have to be widened for it."""
+        wide = torch.promote_types(weights.dtype, torch.float32)
+        if weights.dtype == wide == moments["mean"].dtype:
+            self._exact(weights, gradient, moments["mean"], moments["square"], learning_rate)
+            return
+        small = "mean_scale" in moments
+        offset = eight_bit.offsets(weights.shape[-1], self.step, weights.device) if small else None
+        generator = torch.Generator(weights.device)
+        generator.manual_seed(hash((self.seed, self.step, list(self.parameters).index(name), row)) & (2**63 - 1))
+        for rows in chunks(len(weights), 4 * weights[:1].numel(), PIECE_BYTES.on(weights.device)):
+            exact, part = weights[rows].to(wide), {key: tensor[rows] for key, tensor in moments.items()}
+            moment = {
+                k: eight_bit.decode(c, part[k], part[f"{k}_scale"]) if small else part[k] for k, c in CODES.items()
+            }
+            self._exact(exact, gradient[rows].to(wide), moment["mean"], moment["square"], learning_rate)
+            if offset is not None:
+                for key, code in CODES.items():
+                    eight_bit.encode(code, moment[key], part[key], part[f"{key}_scale"], offset)
+            if weights.dtype == wide:
+                weights[rows] = exact
+            else:
+                round_stochastically(exact, weights[rows], generator)
+
+    def _exact(self, weights: Tensor, gradient: Tensor, mean: Tensor, square: Tensor, learning_rate: float) -> None:
+        (beta1, beta2), steps = self.config.betas, torch.tensor(self.step - 1.0, device=weights.device)
+        adam(
+            [weights], [gradient], [mean], [square], [], [steps], fused=True, amsgrad=False, beta1=beta1, beta2=beta2,
+            lr=learning_rate, weight_decay=0.0, eps=EPSILON, maximize=False,
+        )  # fmt: skip
+
+
+def round_stochastically(exact: Tensor, out: Tensor, generator: torch.Generator) -> None:
+    """bf16 `out` gets one of the two neighbours of each fp32 number of `exact`, so that its expectation is that number.
+    `exact` is overwritten."""
+    bits = exact.view(torch.int32)
+    words = torch.empty(-(-exact.numel() // 2), dtype=torch.int32, device=exact.device)
+    words.random_(-(2**31), 2**31, generator=generator)
+    noise = words.view(torch.uint16)[: exact.numel()].view(exact.shape).to(torch.int32)
+    rounded = bits.add_(noise).bitwise_and_(-65536).view(torch.float32)
+    out.copy_(rounded)
+
+
+def _square_sum(tensor: Tensor) -> Tensor:
+    """The sum of squares, without a tensor of them."""
+    flat = tensor.flatten()
+    return torch.dot(flat, flat)
+
+
+@torch.no_grad()
+def apply(
+    clt: SparseCLT, gradients: DecoderGradients, optimizer: RowAdam, learning_rate: float, clip: float | None
+) -> tuple[Tensor, str | None]:
+    """One optimiser step from the gathered gradients: their norm, and the name of the first parameter whose gradient
+    is not finite (then nothing was updated).
+
+    The norm that `clip` bounds is that of the whole gradient, exactly: all of it is computed once for the norm, and
+    that of large decoders a second time, for the update. Encoders and biases come last, for the gradient of decoders
+    is made of encoder rows.
+    """
+    gradients.add_to_encoders()
+    decoders = {f"transcoders.{i}.W_dec": i for i in range(len(clt.sites))}
+    size = sum(p.numel() for name, p in optimizer.parameters.items() if name in decoders) * 4
+    kept: dict[str, list[Chunk]] = {}
+    squares: dict[str, Tensor] = {}
+    for name, parameter in optimizer.parameters.items():
+        if name not in decoders:
+            if parameter.grad is not None:
+                squares[name] = _square_sum(parameter.grad)
+            continue
+        chunks: Iterator[Chunk] = gradients.chunks(decoders[name])
+        if size <= KEPT_BYTES:
+            kept[name] = list(chunks)
+            chunks = iter(kept[name])
+        squares[name] = torch.stack([_square_sum(chunk.gradient) for chunk in chunks]).sum()
+    norm = torch.stack([square.to(torch.float64) for square in squares.values()]).sum().sqrt()
+    if not torch.isfinite(norm):
+        return norm, next(name for name, square in squares.items() if not torch.isfinite(square))
+    scale = min(1.0, (math.inf if clip is None else clip) / (float(norm) + 1e-6))
+    optimizer.step += 1
+
+    def clipped(gradient: Tensor) -> Tensor:
+        return gradient if scale == 1 else gradient.mul_(scale)
+
+    for name, index in decoders.items():
+        for chunk in kept.pop(name, None) or gradients.chunks(index):
+            optimizer.update(name, clipped(chunk.gradient), learning_rate, chunk.rows, chunk.touched)
+    for name, parameter in optimizer.parameters.items():
+        if parameter.grad is not None:
+            optimizer.update(name, clipped(parameter.grad), learning_rate)
+            parameter.grad = None
+    return norm, None

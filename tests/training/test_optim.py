@@ -1,0 +1,199 @@
+"""The row-wise optimiser against torch's Adam, its lazy and 8-bit forms, and rounding to bf16."""
+
+import math
+
+import pytest
+import torch
+from test_decoder_gradients import trainer, warmed_up
+from torch.nn import Parameter
+
+from sparseclt.config import CLTConfig, OptimizerConfig, TrainConfig
+from sparseclt.model.decoder_gradients import DecoderGradients
+from sparseclt.training import eight_bit
+from sparseclt.training import optimizer as optim
+from sparseclt.training.optimizer import RowAdam, round_stochastically
+from sparseclt.training.trainer import NonFiniteError
+
+
+def weights(t) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in t.clt.named_parameters()}
+
+
+def plain_steps(t, activations, steps: int) -> dict[str, torch.Tensor]:
+    """The same training with autograd's gradients, `clip_grad_norm_` and `torch.optim.Adam`."""
+    adam = torch.optim.Adam(t.clt.parameters(), betas=t.config.optimizer.betas)
+    for _ in range(steps):
+        t.policy.update(t.clt, t.activity["vanilla"], t.step)
+        adam.param_groups[0]["lr"] = t.learning_rate(t.step)
+        adam.zero_grad()
+        total, _, passes = t.loss(activations, t.step)
+        total.backward()
+        torch.nn.utils.clip_grad_norm_(t.clt.parameters(), t.config.optimizer.clip or math.inf)
+        adam.step()
+        for mode, forward in passes.items():
+            t.activity[mode].update(forward.latents)
+        t.step += 1
+    return weights(t)
+
+
+@pytest.mark.parametrize("clip", [None, 0.05])
+@pytest.mark.parametrize("kept", [0, 1 << 30], ids=["computed twice", "kept"])
+def test_steps_are_those_of_adam_with_clipping(tmp_path, monkeypatch, clip, kept):
+    monkeypatch.setattr(optim, "KEPT_BYTES", kept)
+    options = {"optimizer": OptimizerConfig(clip=clip)}
+    ours, plain = trainer(tmp_path, **options), trainer(tmp_path, **options)
+    activations = warmed_up(ours)
+    expected = plain_steps(plain, activations, 4)
+    for name, value in weights(ours).items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-7, atol=1e-9)
+
+
+def clt_with(count: int, **options) -> tuple[RowAdam, Parameter, str]:
+    """An optimiser over one decoder [count, 2, 3]."""
+    torch.manual_seed(0)
+    holder = torch.nn.Module()
+    holder.W_dec = Parameter(torch.randn(count, 2, 3))
+    return RowAdam(holder, OptimizerConfig(**options)), holder.W_dec, "W_dec"
+
+
+def test_untouched_rows_stay_and_their_moments_decay_as_with_zero_gradients():
+    lazy, parameter, name = clt_with(4, rows="touched")
+    dense, copy, _ = clt_with(4)
+    touched = [[1, 1, 0, 1], [1, 0, 0, 1], [1, 0, 0, 0], [1, 1, 0, 1]]
+    for step, which in enumerate(touched, 1):
+        lazy.step = dense.step = step
+        mask = torch.tensor(which, dtype=torch.bool)
+        gradient = torch.randn(4, 2, 3) * mask[:, None, None]
+        before = parameter.detach().clone()
+        dense.update(name, gradient.clone(), 0.01)
+        lazy.update(name, gradient, 0.01, slice(0, 4), mask)
+        assert torch.equal(parameter[~mask], before[~mask])
+    assert torch.equal(parameter[2], clt_with(4)[1][2])
+    torch.testing.assert_close(parameter[0], copy[0])
+    assert not torch.allclose(parameter[1], copy[1]), "dense Adam drifts on"
+    for key, truth in dense.state[name].items():
+        torch.testing.assert_close(lazy.state[name][key][[0, 1, 3]], truth[[0, 1, 3]])
+
+
+def test_eight_bit_moments_take_two_bytes_a_weight_and_follow_adam():
+    optimizer, parameter, name = clt_with(50, state="8bit")
+    plain, copy, _ = clt_with(50)
+    start, sizes = parameter.detach().clone(), 10 ** torch.linspace(-3, 0, 3)
+    for step in range(1, 301):
+        optimizer.step = plain.step = step
+        for own, weights in ((optimizer, parameter), (plain, copy)):
+            noise = torch.randn(50, 2, 3, generator=torch.Generator().manual_seed(step))
+            own.update(name, (weights.detach() + noise) * sizes, 0.01)
+        if step == 1:
+            torch.testing.assert_close(parameter, copy)
+    moved = (copy - start).norm().item()
+    assert (parameter - copy).norm().item() <= 0.05 * moved  # a column is 1000 times smaller than its vector's largest
+    state = sum(t.numel() * t.element_size() for t in optimizer.tensors().values())
+    assert state == parameter.numel() * 2 + 50 * 2 * 8
+
+
+def test_eight_bit_moments_move_by_less_than_a_code():
+    """The second entry's square shrinks by a thousandth a step, a sixteenth of a code; the first keeps the scale."""
+    optimizer, _, name = clt_with(1, state="8bit")
+    gradient = torch.ones(1, 2, 3)
+    for step in range(1, 1101):
+        optimizer.step = step
+        gradient[..., 1] = float(step <= 100)
+        optimizer.update(name, gradient.clone(), 0.0)
+    state = optimizer.state[name]
+    square = eight_bit.decode(eight_bit.SQUARE, state["square"], state["square_scale"])
+    expected = (1 - 0.999**100) * 0.999**1000
+    torch.testing.assert_close(square[..., 1], torch.full((1, 2), expected), rtol=0.1, atol=0)
+    mean = eight_bit.decode(eight_bit.MEAN, state["mean"], state["mean_scale"])
+    torch.testing.assert_close(mean[..., 0], torch.ones(1, 2))
+    assert mean[..., 1].abs().max() < 1e-4
+
+
+def test_eight_bit_moments_of_untouched_rows_decay_as_with_zero_gradients():
+    optimizer, _, name = clt_with(1, state="8bit", rows="touched")
+    first, second = torch.randn(2, 1, 2, 3).unbind()
+    for step, gradient in ((1, first), (8, second)):
+        optimizer.step = step
+        optimizer.update(name, gradient.clone(), 0.01, slice(0, 1), torch.ones(1, dtype=torch.bool))
+    state = optimizer.state[name]
+    mean = eight_bit.decode(eight_bit.MEAN, state["mean"], state["mean_scale"])
+    torch.testing.assert_close(mean, 0.1 * (0.9**7 * first + second), rtol=0.05, atol=2e-3)
+
+
+def test_rounding_to_bf16_takes_a_neighbour_and_keeps_the_mean():
+    exact = torch.tensor([1.0, 1.001, -3.3, 1e-3, 0.0]).repeat(20_000, 1)
+    out = torch.empty_like(exact, dtype=torch.bfloat16)
+    round_stochastically(exact.clone(), out, torch.Generator().manual_seed(0))
+    spacing = exact.abs() * 2**-7
+    assert ((out.float() - exact).abs() <= spacing).all()
+    assert torch.equal(out[:, [0, 4]].float(), exact[:, [0, 4]])
+    assert len(out[:, 1].unique()) == 2
+    error = (out.double() - exact.double()).mean(0).abs()
+    assert (error <= 4 * spacing[0] / 20_000**0.5).all()
+
+
+def test_updates_below_the_spacing_of_bf16_add_up():
+    parameter = Parameter(torch.ones(1000, 1, 8, dtype=torch.bfloat16))
+    holder = torch.nn.Module()
+    holder.W_dec = parameter
+    optimizer = RowAdam(holder, OptimizerConfig())
+    for step in range(1, 101):
+        optimizer.step = step
+        optimizer.update("W_dec", torch.ones(1000, 1, 8), 1e-4)
+    assert parameter.float().mean().item() == pytest.approx(1 - 100 * 1e-4, abs=5e-4)
+
+
+def test_a_gradient_that_is_not_finite_is_named_and_changes_nothing(tmp_path, monkeypatch):
+    t = trainer(tmp_path)
+    activations = warmed_up(t)
+    before, plain = weights(t), DecoderGradients.chunks
+
+    def spoiled(self, index):
+        for chunk in plain(self, index):
+            if index == 1:
+                chunk.gradient[0] = math.nan
+            yield chunk
+
+    monkeypatch.setattr(DecoderGradients, "chunks", spoiled)
+    with pytest.raises(NonFiniteError, match=r"transcoders\.1\.W_dec"):
+        t.train_step(activations)
+    assert all(torch.equal(value, before[name]) for name, value in weights(t).items())
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_a_lean_run_continues_bit_exactly_and_learns(tmp_path, dtype):
+    from dataclasses import replace
+
+    from clts import language_model
+    from tiny_models import tokens
+
+    from sparseclt.training.trainer import Trainer
+
+    base = trainer(tmp_path / "base").config
+    config = replace(
+        base, steps=12, checkpoint_every=6, log_every=1, clt=replace(base.clt, dtype=dtype),
+        optimizer=OptimizerConfig(state="8bit", rows="touched", learning_rate=1e-2),
+    )  # fmt: skip
+    model, rows = language_model("gpt2", torch.float32), tokens(3, 12)
+    whole = Trainer(replace(config, out=str(tmp_path / "whole")), language_model=model, rows=rows)
+    whole.fit()
+    first = Trainer(replace(config, out=str(tmp_path / "half")), language_model=model, rows=rows)
+    for _ in range(6):
+        first.train_step(first.capture(next(first.stream)))
+    first.out.mkdir()
+    first.save()
+    (first.out / "config.json").write_text((tmp_path / "whole" / "config.json").read_text())
+    second = Trainer(replace(config, out=str(tmp_path / "half")), language_model=model, rows=rows)
+    second.fit(resume=tmp_path / "half")
+    assert all(p.dtype == {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype] for p in whole.clt.parameters())
+    for one, two in zip(whole.clt.parameters(), second.clt.parameters(), strict=True):
+        assert torch.equal(one, two)
+    from sparseclt.training.loggers import read_metrics
+
+    losses = [line["fvu_vanilla"] for line in read_metrics(tmp_path / "whole" / "metrics.jsonl")]
+    assert losses[-1] < losses[0]
+
+
+def test_attention_latents_in_bf16_are_refused():
+    with pytest.raises(ValueError, match="clt.dtype"):
+        TrainConfig(clt=CLTConfig(attention="latents", dtype="bf16"))
