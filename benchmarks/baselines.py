@@ -1,7 +1,7 @@
-"""What ours is measured against: each op and each training step in plain torch, written without sparseclt's ops.
+"""The baselines: each op and each training step in plain torch, written without sparseclt's ops.
 
 "dense" is what most codebases write. "torch" is the fastest form that plain torch has for the same function, as far
-as we know. Functions of an op take its inputs as one namespace (`inputs.py`); a gate compares every result with the
+as we know. Functions of an op take its inputs as one namespace (`problems.py`); a gate compares every result with the
 op's shipped reference before anything is timed.
 """
 
@@ -42,7 +42,7 @@ def encode_dense(i: Inputs) -> Pair:
 
 
 def encode_gemm_topk(i: Inputs) -> Pair:
-    """Without a pass of its own for relu: the k values alone are clipped."""
+    """Without a pass of its own for relu: only the k values are clipped."""
     values, indices = functional.linear(i.x, i.W_enc, i.b_enc).topk(i.k)
     return torch.relu(values), indices
 
@@ -84,7 +84,36 @@ def encode_torch(i: Inputs) -> Pair:
     return _SparseGradients.apply(i.x, i.W_enc, i.b_enc, i.k)
 
 
-# virtual weights, and what they do to sparse latents
+# batchtopk_encode and jumprelu_encode: latents [N, F], mostly zeros
+
+
+def batchtopk_dense(i: Inputs) -> Tensor:
+    flat = torch.relu(functional.linear(i.x, i.W_enc, i.b_enc)).flatten()
+    values, places = flat.topk(len(i.x) * i.k, sorted=False)
+    return torch.zeros_like(flat).scatter(0, places, values).view(len(i.x), -1)
+
+
+class _JumpReLU(torch.autograd.Function):
+    """Straight-through: the step at the threshold counts as a ramp as wide as the bandwidth."""
+
+    @staticmethod
+    def forward(ctx, pre, threshold, bandwidth):
+        ctx.save_for_backward(pre, threshold)
+        ctx.bandwidth = bandwidth
+        return pre * (pre > threshold)
+
+    @staticmethod
+    def backward(ctx, grad):
+        pre, threshold = ctx.saved_tensors
+        near = (pre - threshold).abs() < ctx.bandwidth / 2
+        return grad * (pre > threshold), (grad * near).sum(0) * (-threshold / ctx.bandwidth), None
+
+
+def jumprelu_dense(i: Inputs) -> Tensor:
+    return _JumpReLU.apply(functional.linear(i.x, i.W_enc, i.b_enc), i.threshold, i.bandwidth)
+
+
+# virtual weights, and their product with sparse latents
 
 
 def masked_weights(i: Inputs) -> Tensor:
@@ -227,7 +256,7 @@ def loss(i: Inputs, mode: str, sparse_decoder: bool = False) -> Tensor:
 
 
 def encode_floor(i: Inputs) -> None:
-    """The encode GEMMs of a vanilla step alone, into memory that is there already."""
+    """Only the encode GEMMs of a vanilla step, into memory that is allocated already."""
     with torch.no_grad():
         for x, m in zip(i.activations.x, i.clt, strict=True):
             torch.addmm(m.b_enc, x.flatten(0, 1), m.W_enc.T, out=i.pre_activations)

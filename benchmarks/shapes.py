@@ -1,4 +1,4 @@
-"""What is measured: a tiny set (does the suite work), a quick one (under three minutes) and the full one."""
+"""The shapes that are measured: a tiny set, to test the suite, a quick one (under three minutes), and the full one."""
 
 from measure import Effort
 
@@ -22,6 +22,8 @@ OPS: dict[str, dict[str, list[dict[str, int]]]] = {
     "tiny": {
         "sparse_decode": [_tiny],
         "topk_encode": [_tiny],
+        "batchtopk_encode": [_tiny],
+        "jumprelu_encode": [_tiny],
         "virtual_weights": [_of(_tiny_pair, "DFCU")],
         "virtual_matmul": [_of(_tiny_pair, "NFCUS")],
         "virtual_weights+virtual_matmul": [_tiny_pair],
@@ -31,6 +33,8 @@ OPS: dict[str, dict[str, list[dict[str, int]]]] = {
     "quick": {
         "sparse_decode": [_decode],
         "topk_encode": [_encode | {"N": 512, "F": 8192}],
+        "batchtopk_encode": [_encode | {"N": 256, "F": 4096}],
+        "jumprelu_encode": [_encode | {"N": 256, "F": 4096}],
         "virtual_weights": [_of(_quick_pair, "DFCU")],
         "virtual_matmul": [_of(_quick_pair, "NFCUS")],
         "virtual_weights+virtual_matmul": [_quick_pair],
@@ -40,6 +44,8 @@ OPS: dict[str, dict[str, list[dict[str, int]]]] = {
     "full": {
         "sparse_decode": [_decode, _decode | {"K": 128}, {"N": 256, "D": 256, "F": 1024, "K": 32}],
         "topk_encode": [_encode, _encode | {"F": 8192}, _encode | {"K": 128}],
+        "batchtopk_encode": [_encode | {"F": 8192}],
+        "jumprelu_encode": [_encode | {"F": 8192}],
         "virtual_weights": [_of(_pair, "DFCU")],
         "virtual_matmul": [_of(_pair, "NFCUS")],
         "virtual_weights+virtual_matmul": [_pair, _small_pair, _small_pair | {"F": 512, "U": 512, "S": 32}],
@@ -72,5 +78,5 @@ SCALING: dict[str, tuple[dict[str, int], dict[str, list[int]]]] = {
         },
     ),
 }
-# Where one dense step would take more flops than this, ours goes on alone.
+# Beyond so many flops of one dense step, only ours is measured.
 DENSE_FLOPS = {"tiny": 1e12, "quick": 1.2e11, "full": 1.5e12}

@@ -11,14 +11,15 @@ from types import SimpleNamespace as Inputs
 from typing import Any
 
 import baselines
-import costs
 import torch
+from baseline_costs import Mode, Way, training_step
 from compare import Comparison, Contender
 from problems import our_backends, random_connections, seed_inputs
 from torch import Tensor
 
 from sparseclt import ops
 from sparseclt.config import CLTConfig, ConnectionConfig, DataConfig, LossConfig, OptimizerConfig, TrainConfig
+from sparseclt.costs import CLTSize, Cost, Widths, dense_training_bytes
 from sparseclt.model.activations import Activations
 from sparseclt.training.trainer import Trainer
 
@@ -109,7 +110,7 @@ def residual_loss(i: Inputs, backend: str) -> Tensor:
     return total + i.agreement_weight * agreement
 
 
-def step_comparison(mode: str, sizes: dict[str, int], device: str, strict: bool, scaling: bool = False,
+def step_comparison(mode: Mode, sizes: dict[str, int], device: str, strict: bool, scaling: bool = False,
                     dense: bool = True, labels: dict[str, Any] | None = None) -> Comparison:  # fmt: skip
     """Contenders of one step; `scaling`: the best of ours, and dense.
 
@@ -164,8 +165,11 @@ def step_comparison(mode: str, sizes: dict[str, int], device: str, strict: bool,
     def dense_truth() -> dict[str, Tensor]:
         return named(stepping(lambda: baselines.loss(i, mode))())
 
-    s, backends = 4, our_backends(device)[-1:] if scaling else our_backends(device)
-    sparse, full = costs.step("sparse", mode, s, **sizes), costs.step("dense", mode, s, **sizes)
+    def cost(way: Way, mode: Mode) -> Cost:
+        return training_step(way, mode, Widths(), **sizes)
+
+    backends = our_backends(device)[-1:] if scaling else our_backends(device)
+    sparse, full = cost("sparse", mode), cost("dense", mode)
     truth = "dense" if dense else None
     entries = {f"ours: {b}": Contender(prepared(stepping(ours(b))), sparse, truth) for b in backends}
     truths: dict[str, Callable[[], dict[str, Tensor]]] = {}
@@ -180,16 +184,15 @@ def step_comparison(mode: str, sizes: dict[str, int], device: str, strict: bool,
             entries["torch"] = Contender(prepared(torch_form), sparse, truth)
             i.pre_activations = torch.empty(sizes["N"], sizes["F"], device=device)
             entries["floor: encode GEMMs"] = Contender(
-                lambda: lambda: baselines.encode_floor(i), costs.step("floor", mode, s, **sizes), None
+                lambda: lambda: baselines.encode_floor(i), cost("floor", mode), None
             )
         else:
-            unmasked = costs.step("dense", "residual", s, **sizes)
+            unmasked = cost("dense", "residual")
             residual = stepping(lambda: baselines.loss(i, "residual"))
             entries["unmasked: dense"] = Contender(prepared(residual), unmasked, "unmasked")
             for b in backends:
                 run = stepping(lambda b=b: residual_loss(i, b))
-                cost = costs.step("sparse", "residual", s, **sizes)
-                entries[f"unmasked: ours, {b}"] = Contender(prepared(run), cost, "unmasked")
+                entries[f"unmasked: ours, {b}"] = Contender(prepared(run), cost("sparse", "residual"), "unmasked")
 
             def all_open() -> dict[str, Tensor]:
                 everything = Inputs(**vars(i) | {"masks": [1.0] * i.layers})
@@ -203,6 +206,12 @@ def step_comparison(mode: str, sizes: dict[str, int], device: str, strict: bool,
         case, "step", sizes, device, entries, truths, named, tolerance,
         lambda: list(parameters.values()), labels or {},
     )  # fmt: skip
+
+
+def state_bytes(sizes: dict[str, int]) -> int:
+    """What every contender holds: parameters, gradients and Adam's two moments."""
+    size = CLTSize.of_mlps(sizes["L"], sizes["D"], sizes["F"])
+    return dense_training_bytes(size, sizes["N"], modes=1)["states"]
 
 
 def step_contenders(mode: str, device: str) -> list[str]:
