@@ -3,8 +3,8 @@
 import platform
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from functools import partial
+from importlib.metadata import PackageNotFoundError, version
 from itertools import product
 from typing import Any
 

@@ -69,23 +69,23 @@ FAILED = pytest.StashKey[list[Row]]()
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """One test per contender: of each op, of each mode of a training step, of each point of a scaling curve."""
-    chosen = the_set(metafunc.config)
+    chosen, parametrize = the_set(metafunc.config), metafunc.parametrize
     if metafunc.function.__name__ == "test_op":
-        rows = [(*case, name) for case in cases(OPS[chosen]) for name in contenders(case[0], device())]
-        ids = [f"{op}-{way}-{_letters(sizes)}-{name}" for op, way, sizes, name in rows]
-        metafunc.parametrize(("op", "direction", "sizes", "contender"), rows, ids=ids)
+        ops = [(*case, name) for case in cases(OPS[chosen]) for name in contenders(case[0], device())]
+        ids = [f"{op}-{way}-{_letters(sizes)}-{name}" for op, way, sizes, name in ops]
+        parametrize(("op", "direction", "sizes", "contender"), ops, ids=ids)
     elif metafunc.function.__name__ == "test_step":
-        rows = [
+        steps = [
             (mode, sizes, name) for mode, sizes in STEPS[chosen].items() for name in step_contenders(mode, device())
         ]
-        ids = [f"{mode}-{_letters(sizes)}-{name}" for mode, sizes, name in rows]
-        metafunc.parametrize(("mode", "sizes", "contender"), rows, ids=ids)
+        ids = [f"{mode}-{_letters(sizes)}-{name}" for mode, sizes, name in steps]
+        parametrize(("mode", "sizes", "contender"), steps, ids=ids)
     elif metafunc.function.__name__ == "test_scaling":
         base, curves = SCALING[chosen]
         names = [f"ours: {our_backends(device())[-1]}", "dense"]
-        rows = [(letter, base | {letter: v}, name) for letter, vs in curves.items() for v in vs for name in names]
-        ids = [f"{letter}={sizes[letter]}-{name}" for letter, sizes, name in rows]
-        metafunc.parametrize(("letter", "sizes", "contender"), rows, ids=ids)
+        points = [(letter, base | {letter: v}, name) for letter, vs in curves.items() for v in vs for name in names]
+        ids = [f"{letter}={sizes[letter]}-{name}" for letter, sizes, name in points]
+        parametrize(("letter", "sizes", "contender"), points, ids=ids)
 
 
 def _letters(sizes: dict[str, int]) -> str:
@@ -148,7 +148,7 @@ def dense_step_bytes(sizes: dict[str, int]) -> int:
 
 
 def dense_memory(chosen: str) -> dict[str, list[tuple[int, float]]]:
-    """By letter of a scaling curve: (size, bytes of a dense step by formula), up to the first that exceeds the budget."""
+    """By letter of a scaling curve: (size, bytes of a dense step), up to the first that exceeds the budget."""
     base, curves = SCALING[chosen]
     points: dict[str, list[tuple[int, float]]] = {}
     for letter, values in curves.items():

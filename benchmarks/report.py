@@ -1,8 +1,5 @@
-"""The measurements of a benchmark run as a Markdown page with plots.
-
-    pytest benchmarks/ --benchmark-json build/benchmarks.json
-    python benchmarks/report.py build/benchmarks.json
-"""
+"""The measurements of a benchmark run as a Markdown page with plots: `python benchmarks/report.py FILE`, where FILE is
+the result of `pytest benchmarks/ --benchmark-json FILE`."""
 
 import argparse
 import json

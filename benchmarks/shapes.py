@@ -1,5 +1,6 @@
 """The shapes that are measured: a tiny set, to test the suite, a quick one (under three minutes), and the full one."""
 
+from baseline_costs import Mode
 from measure import Effort
 
 EFFORT = {"tiny": Effort(0.0, 2, 2, 0.0), "quick": Effort(1.5, 3, 15), "full": Effort(20.0, 5, 25)}
@@ -55,9 +56,11 @@ OPS: dict[str, dict[str, list[dict[str, int]]]] = {
 }
 # Tokens are rows of 128, or fewer.
 _step = {"L": 4, "D": 256, "F": 4096, "K": 32, "C": 32, "N": 1024}
-STEPS: dict[str, dict[str, dict[str, int]]] = {
-    "tiny": {mode: {"L": 3, "D": 16, "F": 64, "K": 4, "C": 5, "N": 24} for mode in ("vanilla", "both")},
-    "quick": {mode: {"L": 4, "D": 128, "F": 1024, "K": 32, "C": 32, "N": 512} for mode in ("vanilla", "both")},
+_tiny_step = {"L": 3, "D": 16, "F": 64, "K": 4, "C": 5, "N": 24}
+_quick_step = {"L": 4, "D": 128, "F": 1024, "K": 32, "C": 32, "N": 512}
+STEPS: dict[str, dict[Mode, dict[str, int]]] = {
+    "tiny": {"vanilla": _tiny_step, "both": _tiny_step},
+    "quick": {"vanilla": _quick_step, "both": _quick_step},
     "full": {"vanilla": _step | {"L": 12, "F": 8192}, "both": _step},
 }
 # One letter at a time leaves the base.
