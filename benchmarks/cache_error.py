@@ -1,4 +1,4 @@
-"""What the dtypes of the activation cache cost on disk and in precision, on rows of the embedded text.
+"""The dtypes of the activation cache compared: bytes on disk and error, on rows of the embedded text.
 
 python benchmarks/cache_error.py
 """
@@ -33,7 +33,7 @@ def main() -> None:
     model = LanguageModel.load(arguments.model)
     text = load_rows(TrainConfig(data=DataConfig(max_tokens=128 * arguments.rows)), model.tokenizer, "train")
     real, every = model.capture(text), torch.arange(len(text))
-    print("| dtype | bytes a token | " + " | ".join(f"FVU, {kind}" for kind in KINDS) + " |")
+    print("| dtype | bytes per token | " + " | ".join(f"FVU, {kind}" for kind in KINDS) + " |")
     print("| --- | ---: |" + " ---: |" * len(KINDS))
     for dtype in ("bf16", "int8"):
         with tempfile.TemporaryDirectory() as folder:

@@ -1,10 +1,10 @@
-"""Trains a CLT of the size of GPT-2 small (L 12, D 768, F 24,576, K 32: 1.7 G weights) for some steps on a CPU, and
-compares what it holds in memory with its plan.
+"""Train a CLT of the size of GPT-2 small (L 12, D 768, F 24,576, K 32: 1.7 G weights) for some steps on a CPU, and
+compare its memory with its plan.
 
     python benchmarks/full_size.py
 
-The language model has GPT-2's architecture and random weights; so are the tokens random, and, unless `--select` is
-given, the connections (choosing them takes 60 TFLOP, and no memory to speak of).
+The language model has GPT-2's architecture and random weights. Tokens are random, and so are connections unless
+`--select` is given (selection takes 60 TFLOP, and hardly any memory).
 """
 
 import argparse
@@ -33,13 +33,13 @@ LEARNING_RATE = 1e-4  # wide vectors and few steps: every weight moves by about 
 
 
 def resident() -> int:
-    """Bytes that the process holds now."""
+    """Bytes of the process' resident set."""
     with open("/proc/self/statm") as pages:
         return int(pages.read().split()[1]) * resource.getpagesize()
 
 
 class Peak:
-    """The largest resident memory since the last `take`, looked at every 10 ms."""
+    """The largest resident set since the last `take`, sampled every 10 ms."""
 
     def __init__(self) -> None:
         self.bytes = 0
@@ -99,7 +99,7 @@ def main() -> None:
     dense = dense_plan(config, shape, limit)
     print(f"the dense baseline: {dense.peak / GiB:,.0f} GiB: {'fits' if dense.fits else 'refused'}\n", flush=True)
     peak, start = Peak(), resident()
-    print(f"before the CLT: {start / GiB:.2f} GiB, of them the model {4 * size / GiB:.2f}", flush=True)
+    print(f"before the CLT: {start / GiB:.2f} GiB, including the model, {4 * size / GiB:.2f}", flush=True)
     vocab = model.info.vocab
     rows = torch.randint(vocab, (64, ROW), generator=torch.Generator().manual_seed(0), dtype=torch.int32)
     trainer = Trainer(config, language_model=model, rows=rows)

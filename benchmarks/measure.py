@@ -1,8 +1,8 @@
 """How contenders are timed, weighed and checked. A contender is a function without arguments.
 
-Time: contenders take turns, in a new random order each round, so that what else the machine does meets all of them
+Time: contenders take turns, in a new random order each round, so that other load on the machine affects all of them
 alike; they are compared by the median over rounds of the ratio of their times in the same round.
-Memory: the transient bytes of one call, that is its peak less what is left when it has returned (its results).
+Memory: the transient bytes of one call, which are its peak less the bytes that remain after it (its results).
 """
 
 import ctypes
@@ -34,14 +34,14 @@ class Effort:
 
 @dataclass(frozen=True)
 class Samples:
-    """Seconds of one call, a number a round. `calls`: how many calls one number is the mean of."""
+    """Seconds of one call, one number per round, each the mean of `calls` calls."""
 
     seconds: list[float]
     calls: int
 
 
 def quartiles(values: list[float]) -> dict[str, float]:
-    """Median, and the first and third quartile as the spread."""
+    """The median, and the first and third quartiles as its spread."""
     low, median, high = statistics.quantiles(values, method="inclusive") if len(values) > 1 else values * 3
     return {"median": median, "low": low, "high": high}
 
@@ -49,12 +49,12 @@ def quartiles(values: list[float]) -> dict[str, float]:
 def interleave(
     functions: Mapping[str, Function], warm_seconds: Mapping[str, float], effort: Effort
 ) -> dict[str, Samples]:
-    """Samples of every function. `warm_seconds`: about how long one call takes, from an earlier one."""
+    """Samples of every function. `warm_seconds`: rough seconds of one call, from an earlier one."""
     calls = {
         name: max(1, min(50, round(effort.sample_seconds / max(seconds, 1e-7))))
         for name, seconds in warm_seconds.items()
     }
-    # As in a loop: behind another call, unless one is so long that it does not matter.
+    # As in a loop, a timed call follows another one, unless calls are so long that it does not matter.
     first = {name: 1 if warm_seconds[name] < 3 else 0 for name in functions}
     round_seconds = sum((first[name] + calls[name]) * warm_seconds[name] for name in functions)
     rounds = max(effort.least, min(effort.most, int(effort.seconds / max(round_seconds, 1e-7))))
@@ -89,8 +89,8 @@ def sample(function: Function, calls: int) -> float:
 
 @dataclass(frozen=True)
 class Weighed:
-    """One call: its results, seconds, and transient bytes as torch's allocator records them and as the growth of the
-    resident set (None where the system does not tell): the latter sees what other libraries allocate, too."""
+    """One call: its results, seconds, and transient bytes, both as torch's allocator records them and as the growth of
+    the resident set (None where the system does not report it), which includes allocations of other libraries."""
 
     results: Any
     seconds: float
@@ -99,9 +99,9 @@ class Weighed:
 
 
 def weigh(function: Function, parameters: Iterable[Tensor] = ()) -> Weighed:
-    """Call the function twice: the first call is its warm-up, too.
+    """Call the function twice; the first call is also its warm-up.
 
-    Gradients that it leaves in `parameters` are results, from their allocation on.
+    Gradients that it leaves in `parameters` count as results from their allocation on.
     """
     if torch.cuda.is_available():
         function()
@@ -164,7 +164,7 @@ def _return_free_memory() -> None:
 
 
 def _reset_resident_peak() -> bool:
-    """Let VmHWM start from the present resident set; False where that is not possible."""
+    """Reset VmHWM to the present resident set; False where that is not possible."""
     if sys.platform != "linux":
         return False
     _return_free_memory()
@@ -183,7 +183,7 @@ def _status_bytes(name: str) -> int:
 
 @dataclass(frozen=True)
 class Ceiling:
-    """What the machine does at best, measured beside the contenders: a GEMM's flop/s, a copy's bytes/s."""
+    """The best rates of the machine, measured beside the contenders: flop/s of a GEMM, bytes/s of a copy."""
 
     flops: float
     bytes: float
@@ -194,7 +194,7 @@ class Ceiling:
 
 
 def measure_ceiling(dtype: torch.dtype, device: str, small: bool) -> Ceiling:
-    """Bytes read and written both count; tensors of the copy are far larger than any cache."""
+    """Bytes read and bytes written both count; the tensors of the copy are far larger than any cache."""
     n, size = (8192, 1 << 30) if device == "cuda" else (256, 1 << 22) if small else (1536, 1 << 27)
     a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
     c = torch.empty_like(a)
@@ -205,8 +205,8 @@ def measure_ceiling(dtype: torch.dtype, device: str, small: bool) -> Ceiling:
 
 
 def errors(results: Mapping[str, Tensor], truth: Mapping[str, Tensor]) -> dict[str, float]:
-    """Relative error of every named result: norm of the difference over the norm; inf where shape or sign of life
-    (NaN) differ."""
+    """Relative error of every named result: the norm of the difference over the norm; inf for another shape or for a
+    result that is not finite."""
     found = {}
     for name, expected in truth.items():
         got = results[name]

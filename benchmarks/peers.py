@@ -1,4 +1,4 @@
-"""Other people's kernels for the same functions, where they are installed. None is a dependency.
+"""Kernels of other projects for the same functions, where they are installed. None is a dependency.
 
 | name | install | op |
 | eai-sparsify | pip install eai-sparsify | encoder with gradients over the selected latents, decoder |
@@ -17,7 +17,7 @@ from torch import Tensor
 
 
 def _sparsify_decode(i: Inputs) -> Tensor:
-    with redirect_stdout(StringIO()):  # it prints on import where triton is missing
+    with redirect_stdout(StringIO()):  # it prints when imported without triton
         from sparsify.utils import decoder_impl, eager_decode
 
     run = decoder_impl if i.W_dec.device.type == "cuda" else eager_decode
@@ -49,7 +49,7 @@ _PEERS: dict[str, dict[str, tuple[str, bool, Callable[[Inputs], Any]]]] = {
 
 
 def peers(op: str) -> dict[str, Callable[[Inputs], Any]]:
-    """Those that can run here."""
+    """The peers of an op that can run here."""
     found = {}
     for name, (package, cuda, function) in _PEERS.get(op, {}).items():
         if find_spec(package) is not None and (not cuda or torch.cuda.is_available()):

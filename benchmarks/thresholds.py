@@ -1,5 +1,5 @@
-"""What the suite asks of ours on the CPU, each the median of interleaved ratios in one run. The report says what was
-measured, whichever it is; no test fails for a time."""
+"""Targets for our ops and steps on the CPU, as medians of interleaved ratios in one run. The report shows the measured
+ratio beside each; no test fails because of a time."""
 
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -13,7 +13,7 @@ _VIRTUAL, _SELECT = (OPS["full"][op][0] for op in ("virtual_weights+virtual_matm
 @dataclass(frozen=True)
 class Threshold:
     """`against` takes at least `times` the time of ours, and `memory` times its transient memory. `at_most`: ours
-    takes at most so many times the time of `against`. `backends`: which of ours is asked; (): the fastest backend."""
+    takes at most that many times the time of `against`. `backends`: the ones that count; (): the fastest one."""
 
     work: str
     case: str
