@@ -21,7 +21,9 @@ def check_connections(clt: Transcoders, C: int) -> None:
         )
 
 
-def make_policy(config: ConnectionConfig, clt: Transcoders, steps: int, backend: str | None) -> "ConnectionPolicy | None":
+def make_policy(
+    config: ConnectionConfig, clt: Transcoders, steps: int, backend: str | None
+) -> "ConnectionPolicy | None":
     """The policy that `config` names for a run of `steps` steps; None: vanilla mode only."""
     if config.policy == "none" or not clt.reads_upstream:
         return None

@@ -1,8 +1,8 @@
 """The activations of all training rows on disk, so that the language model runs over them once.
 
-A cache is a directory: `cache.json` says of what it is, each `shard_NNNNN` holds the activations of some rows, in the
-order of the rows, and `complete` stands there once the last shard does. All are directories of `storage.directories`: they
-appear whole or not at all, with the digests of their files.
+A cache is a directory: `cache.json` says what it holds, each `shard_NNNNN` has the activations of some rows, in the
+order of the rows, and `complete` appears once the last shard is there. All are directories of `storage.directories`:
+they appear whole or not at all, with the digests of their files.
 """
 
 import hashlib
@@ -201,7 +201,9 @@ def _room(info: CacheInfo, rows: int) -> dict[str, Tensor]:
     parts = (rows, 1 + 3 * info.model.layers, info.row_length)
     tensors = {
         "tokens": torch.empty(rows, info.row_length, dtype=torch.int32),
-        "vectors": torch.empty(*parts, info.model.d_model, dtype=torch.int8 if info.dtype == "int8" else torch.bfloat16),
+        "vectors": torch.empty(
+            *parts, info.model.d_model, dtype=torch.int8 if info.dtype == "int8" else torch.bfloat16
+        ),
         "scale": torch.empty(rows, info.model.layers, info.row_length),
     }
     return tensors | ({"vector_scales": torch.empty(parts)} if info.dtype == "int8" else {})

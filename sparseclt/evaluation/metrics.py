@@ -16,22 +16,23 @@ from sparseclt.model.replacement import replacement
 from sparseclt.model.sites import Mode
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Metrics:
-    """Metrics of one module, or their mean over modules. None: not measured (no sparsely-connected mode, no upstream)."""
+    """The metrics of one module, or their mean over modules. None: not measured, as there is no sparsely-connected mode
+    or nothing upstream."""
 
-    fvu_vanilla: float | None = None
-    """Fraction of variance unexplained in vanilla mode; the mean that it is relative to is over all tokens."""
+    fvu_vanilla: float
+    """Fraction of variance unexplained in vanilla mode, relative to the mean over all tokens."""
+    l0_vanilla: float
+    """Active latents per token."""
+    dead_vanilla: float
+    """Share of latents (0 to 1) that fired on none of the tokens."""
     fvu_sparse: float | None = None
-    """The same in sparsely-connected mode."""
+    """As `fvu_vanilla`, in sparsely-connected mode."""
+    l0_sparse: float | None = None
+    dead_sparse: float | None = None
     excess_fvu: float | None = None
     """`fvu_sparse - fvu_vanilla`; its mean is over the modules that have upstream modules."""
-    l0_vanilla: float | None = None
-    """Active latents per token."""
-    l0_sparse: float | None = None
-    dead_vanilla: float | None = None
-    """Share of latents (0 to 1) that fired on none of the tokens."""
-    dead_sparse: float | None = None
     splitting: float | None = None
     """Share of latents with a near twin in the same module: decoder cosine above 0.9."""
     connections_in_effect: float | None = None
@@ -40,13 +41,13 @@ class Metrics:
     """Share of all connections in effect that the 1 % most used upstream latents serve."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ModuleMetrics(Metrics):
     """The metrics of one module."""
 
-    name: str = ""
+    name: str
     """Its site: "mlp_0", "attn_3", ..."""
-    upstream: int = 0
+    upstream: int
     """Its upstream latents (U)."""
 
 
@@ -170,12 +171,10 @@ def module_row(clt: SparseCLT, m: int, statistics: dict[Mode, ModeStatistics], v
     return row
 
 
-def _structure(
-    clt: SparseCLT, m: int, V: Tensor | None, statistics: dict[Mode, ModeStatistics]
-) -> dict[str, float | None]:
+def _structure(clt: SparseCLT, m: int, V: Tensor | None, statistics: dict[Mode, ModeStatistics]) -> dict[str, Any]:
     """The fields that follow from connections and decoders."""
     module = clt.transcoder(m)
-    structure: dict[str, float | None] = {"splitting": splitting(module.W_dec.flatten(1))}
+    structure: dict[str, Any] = {"splitting": splitting(module.W_dec.flatten(1))}
     if V is not None:
         structure |= connection_structure(module, V, live=statistics["sparse"].fired[m] > 0)
     return structure
@@ -183,7 +182,7 @@ def _structure(
 
 def mean_over_modules(modules: Sequence[ModuleMetrics]) -> Metrics:
     """Means over the modules that have a value; of the excess, over those that have upstream modules."""
-    means = {}
+    means: dict[str, Any] = {}
     for name in (metric.name for metric in fields(Metrics)):
         values = [getattr(m, name) for m in modules if m.upstream or name != "excess_fvu"]
         measured = [value for value in values if value is not None]

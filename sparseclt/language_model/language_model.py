@@ -12,8 +12,8 @@ from torch import Tensor
 from sparseclt.language_model.files import EXPECTED, load_hf, locate
 from sparseclt.language_model.hooks import Hook, Replace, StopRun, recording_hooks
 from sparseclt.model.activations import Activations
-from sparseclt.model.shape import ModelShape
 from sparseclt.model.attention import AttentionWeights, attention_write, centre
+from sparseclt.model.shape import ModelShape
 
 PROBE_TOKENS = 8
 PROBE_TOLERANCE = 1e-3  # of the largest entry: far above float32 rounding, far below a wrong formula

@@ -11,7 +11,7 @@ from sparseclt.model.modules import Transcoder
 from sparseclt.model.shape import Architecture
 from sparseclt.model.transcoders import Transcoders
 from sparseclt.storage import clt_files
-from sparseclt.storage.checkpoint import atomic_directory
+from sparseclt.storage.directories import atomic_directory
 
 
 def _prefix(module: Transcoder) -> str:
@@ -78,7 +78,9 @@ def read(path: Path) -> tuple[Architecture, list[AttentionWeights] | None, Mappi
         return architecture, None, tensors
     centred = architecture.model.centred
     attention = [
-        AttentionWeights(*(tensors[f"attn.{layer}.{name}"] for name in ("W_V", "W_O", "bias")), centred)
+        AttentionWeights(
+            tensors[f"attn.{layer}.W_V"], tensors[f"attn.{layer}.W_O"], tensors[f"attn.{layer}.bias"], centred
+        )
         for layer in range(architecture.model.layers)
     ]
     return architecture, attention, tensors

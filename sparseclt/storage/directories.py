@@ -144,7 +144,8 @@ def read_versioned(path: Path, files: list[str], name: str) -> dict[str, Any]:
     version = content.pop("format_version")
     if version != FORMAT_VERSION:
         raise CheckpointError(
-            f"{path / name} has format version {version}, expected {FORMAT_VERSION}: read it with the sparseclt that wrote it"
+            f"{path / name} has format version {version}, expected {FORMAT_VERSION}: "
+            "read it with the version of sparseclt that wrote it"
         )
     return content
 

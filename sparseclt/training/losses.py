@@ -92,9 +92,7 @@ def dead_reconstruction(forward: ForwardPass, dead: Tensor, k: int) -> dict[Site
     return written
 
 
-def aux_k(
-    written: Mapping[Site, Tensor], outputs: Mapping[Site, Tensor], real: Mapping[Site, Tensor]
-) -> list[FVUSums]:
+def aux_k(written: Mapping[Site, Tensor], outputs: Mapping[Site, Tensor], real: Mapping[Site, Tensor]) -> list[FVUSums]:
     """AuxK: for each site, how badly the dead latents' `dead_reconstruction` explains the error that the live latents
     left, which is detached."""
     return [fvu_sums((real[site] - outputs[site]).detach(), part) for site, part in written.items()]
