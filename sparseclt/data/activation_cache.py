@@ -158,13 +158,21 @@ def _check_info(directory: Path, info: CacheInfo) -> None:
             f"which has no {INFO}; choose another one"
         )
     _verify(directory, directory)
-    found, expected = json.loads((directory / INFO).read_text()), asdict(info)
+    found, expected = _flat(json.loads((directory / INFO).read_text())), _flat(asdict(info))
     for name in expected | found:
         if found.get(name) != expected.get(name):
             raise ValueError(
                 f"activations.cache: expected {name} {expected.get(name)}, but {directory} has {found.get(name)}: it "
                 f"is of other rows, another model or dtype; choose another directory"
             )
+
+
+def _flat(values: dict[str, Any]) -> dict[str, Any]:
+    """With the fields of `model` beside the others, as "model.layers" and so on."""
+    model = values.get("model") or {}
+    return {name: value for name, value in values.items() if name != "model"} | {
+        f"model.{name}": value for name, value in model.items()
+    }
 
 
 def _write(

@@ -177,10 +177,10 @@ class Objective:
         return self._backward_in_parts(activations, parts, rho, check)
 
     def _backward_at_once(self, activations: Activations, rho: float, check: Check) -> BackwardResult:
-        gradients = DecoderGradients(self.clt, self.config.compute.backend)
+        gradients, means = DecoderGradients(self.clt, self.config.compute.backend), self.means(activations)
         passes = self.passes(activations, gradients)
-        terms = self.terms(passes, activations, self.means(activations))
-        total, values = self.loss(terms, activations.tokens.numel(), rho)
+        # Without a name: kept through the backward pass, the terms would keep its reconstructions, too.
+        total, values = self.loss(self.terms(passes, activations, means), activations.tokens.numel(), rho)
         check(total, values)
         total.backward()
         latents = {mode: result.detached_latents() for mode, result in passes.items()}

@@ -46,6 +46,14 @@ def _without_bystanders(config: TrainConfig) -> dict[str, Any]:
     return values
 
 
+def newest_checkpoint(run: Path) -> Path:
+    """The newest whole checkpoint below `run`. Raises ValueError if there is none."""
+    path = checkpoint.latest(run)
+    if path is None:
+        raise ValueError(f"resume: expected a run directory with a checkpoint, found none below {run}")
+    return path
+
+
 class TrainingState:
     """All that changes while a CLT is trained, to be written as a checkpoint and read back exactly."""
 
@@ -70,14 +78,11 @@ class TrainingState:
             shutil.rmtree(old)
         return path
 
-    def load(self, run: Path) -> tuple[int, int]:
-        """Take up the newest whole checkpoint below `run`; returns its step and its rows in a micro-batch.
+    def load(self, path: Path) -> tuple[int, int]:
+        """Take up the checkpoint in directory `path`; returns its step and its rows in a micro-batch.
 
-        Raises ValueError if there is none, CheckpointError if it is damaged.
+        Raises CheckpointError if it is damaged.
         """
-        path = checkpoint.latest(run)
-        if path is None:
-            raise ValueError(f"resume: expected a run directory with a checkpoint, found none below {run}")
         pretrained.load_tensors(self.clt, clt_files.load_clt(path)[1])
         saved, numbers = checkpoint.load_state(path)
         for name, tensor in self.tensors().items():

@@ -29,6 +29,7 @@ from sparseclt.training.run_directory import (
     CONFIG,
     METRICS,
     TrainingState,
+    newest_checkpoint,
     read_config,
     same_results,
     write_config,
@@ -182,9 +183,10 @@ class Trainer:
 
     def load(self, run: Path) -> None:
         """Take up the state of the newest whole checkpoint below `run`."""
+        path = newest_checkpoint(run)
         if not same_results(read_config(run), self.config):
             raise ValueError(f"resume: the configuration differs from that of {run}; start from Trainer.from_run(run)")
-        self.step, self.objective.micro_rows = self.state.load(run)
+        self.step, self.objective.micro_rows = self.state.load(path)
 
     @classmethod
     def from_run(cls, run: str | Path) -> "Trainer":

@@ -204,7 +204,7 @@ def others(model):
         "row_digest": {"model": model, "rows": ROWS.flip(0)},
         "rows": {"model": model, "rows": ROWS[:20]},
         "model_digest": {"model": wrapped(seed=7)},
-        "layers": {"model": fewer},
+        "model.layers": {"model": fewer},
         "dtype": {"model": model, "dtype": "int8"},
         None: {"model": wrapped()},  # the same model, built anew
     }

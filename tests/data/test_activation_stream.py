@@ -224,8 +224,8 @@ def test_the_trainer_finds_its_next_batch_ready(tmp_path, model, monkeypatch, ac
             activation_stream.Block, "take", lambda self, chosen: (take(self, chosen), next(count).set())[0]
         )
     else:
-        capture, count = t.capture, iter(made)
-        monkeypatch.setattr(t, "capture", lambda tokens: (capture(tokens), next(count).set())[0])
+        capture, count = t.batches.capture, iter(made)
+        monkeypatch.setattr(t.batches, "capture", lambda tokens: (capture(tokens), next(count).set())[0])
     original = t.train_step
 
     def waits(batch):

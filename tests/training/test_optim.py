@@ -13,6 +13,7 @@ from sparseclt.training import eight_bit
 from sparseclt.training import optimizer as optim
 from sparseclt.training.finite import NonFiniteError
 from sparseclt.training.optimizer import RowAdam, round_stochastically
+from sparseclt.training.schedule import learning_rate
 
 
 def weights(t) -> dict[str, torch.Tensor]:
@@ -24,7 +25,7 @@ def plain_steps(t, activations, steps: int) -> dict[str, torch.Tensor]:
     adam = torch.optim.Adam(t.clt.parameters(), betas=t.config.optimizer.betas)
     for _ in range(steps):
         t.policy.update(t.clt, t.activity["vanilla"], t.step)
-        adam.param_groups[0]["lr"] = t.learning_rate(t.step)
+        adam.param_groups[0]["lr"] = learning_rate(t.config, t.step)
         adam.zero_grad()
         total, _, passes = t.loss(activations, t.step)
         total.backward()
