@@ -296,7 +296,7 @@ class Trainer:
 def _what_matters(config: TrainConfig) -> TrainConfig:
     """The configuration without what has no influence on the weights."""
     return replace(
-        config, out="", device="", logging=replace(config.logging, loggers=(), progress=True),
+        config, out="-", device="auto", logging=replace(config.logging, loggers=(), progress=True),
         checkpoints=replace(config.checkpoints, keep=1),
     )  # fmt: skip
 
