@@ -14,7 +14,8 @@ from typing import Annotated
 
 import tyro
 
-from sparseclt.config import ModelShape, TrainConfig
+from sparseclt.config import TrainConfig
+from sparseclt.model.shape import ModelShape
 from sparseclt.strict import ConfigError
 
 Config = Annotated[TrainConfig, tyro.conf.arg(name="")]
@@ -139,7 +140,7 @@ def _train(config: TrainConfig) -> None:
     from sparseclt import runs
     from sparseclt.evaluation import report
 
-    print(report.evaluation_table(runs.train(config)))
+    print(report.evaluation_table(runs.train(config).to_dict()))
     print(f"\nRun directory: {config.out}")
 
 
@@ -150,11 +151,11 @@ def _resume(run: Path) -> None:
 
     trainer = Trainer.from_run(run)
     trainer.fit(resume=run)
-    print(report.evaluation_table(runs.evaluate_run(run, trainer.language_model)))
+    print(report.evaluation_table(runs.evaluate_run(run, trainer.language_model).to_dict()))
 
 
 def _repeat(run: Path, out: Path) -> None:
-    from sparseclt.training.trainer import read_config
+    from sparseclt.training.run_directory import read_config
 
     _train(replace(read_config(run), out=str(out)))
 
@@ -163,7 +164,7 @@ def _evaluate(run: Path) -> None:
     from sparseclt import runs
     from sparseclt.evaluation import report
 
-    print(report.evaluation_table(runs.evaluate_run(run)))
+    print(report.evaluation_table(runs.evaluate_run(run).to_dict()))
 
 
 def _sweep(config: TrainConfig, connections: tuple[int, ...]) -> None:

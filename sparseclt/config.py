@@ -6,7 +6,7 @@ text says otherwise.
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, field
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field
@@ -211,22 +211,6 @@ class CheckpointConfig:
     """Steps from one checkpoint to the next; the last step always writes one."""
     keep: Positive = 2
     """How many of the newest checkpoints stay on disk."""
-
-
-@dataclass(frozen=True)
-class ModelShape:
-    """What a plan of memory has to know of the language model."""
-
-    layers: int = 0
-    """Layers that the CLT covers (L); 0: all this is read from the configuration of the model that is named."""
-    d_model: int = 0
-    """Width of the residual stream (D)."""
-    heads: int = 0
-    """Attention heads (H); needed for attention latents alone."""
-    parameters: int = 0
-    """Parameters of the language model."""
-    parallel: bool = False
-    """Whether attention and MLP of a block read the same residual stream."""
 
 
 @strict()
