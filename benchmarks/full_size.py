@@ -84,7 +84,7 @@ def main() -> None:
     steps = a.vanilla_steps + a.both_steps
     begin = a.vanilla_steps / steps
     config = TrainConfig(
-        out="", device="cpu", steps=steps, batch_rows=a.rows, data=DataConfig(row_tokens=ROW),
+        out="unused", device="cpu", steps=steps, batch_rows=a.rows, data=DataConfig(row_tokens=ROW),
         clt=CLTConfig(latents=a.latents, active=a.active), logging=LoggingConfig(progress=False),
         loss=LossConfig(sparse_start_share=begin, sparse_ramp_share=0.0),
         connections=ConnectionConfig(per_latent=a.connections, refresh_steps=10**9, recent_tokens=2048),

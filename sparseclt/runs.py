@@ -81,6 +81,9 @@ def sweep(config: TrainConfig, Cs: Sequence[int]) -> list[dict[str, Any]]:
     further training.
     """
     out = Path(config.out)
+    runs = {
+        C: replace(config, out=str(out / f"C_{C}"), connections=replace(config.connections, per_latent=C)) for C in Cs
+    }
     baseline = Trainer(
         replace(config, out=str(out / "baseline"), connections=replace(config.connections, policy="none"))
     )
@@ -92,8 +95,7 @@ def sweep(config: TrainConfig, Cs: Sequence[int]) -> list[dict[str, Any]]:
     base = _measure(baseline.config, baseline.clt, model, rows).mean.fvu_vanilla
     pruned = {row["C"]: row["fvu_sparse"] for row in _pruned(config, baseline.clt, model, rows, Cs)}
     table = []
-    for C in Cs:
-        run = replace(config, out=str(out / f"C_{C}"), connections=replace(config.connections, per_latent=C))
+    for C, run in runs.items():
         clt = Trainer(run, language_model=model, rows=baseline.batches.rows).fit()
         mean = _measure(run, clt, model, rows).mean
         assert mean.fvu_sparse is not None

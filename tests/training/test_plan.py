@@ -56,7 +56,7 @@ def configured(
 ) -> TrainConfig:
     return TrainConfig(
         activations=ActivationConfig(shuffle_bytes),
-        out="", batch_rows=rows, compute=ComputeConfig(micro_batch_rows=micro), device="cpu",
+        out="unused", batch_rows=rows, compute=ComputeConfig(micro_batch_rows=micro), device="cpu",
         logging=LoggingConfig(progress=False),
         clt=CLTConfig(latents=F, active=K, dtype=dtype), data=DataConfig(row_tokens=S),
         loss=LossConfig(sparse_start_share=0.0, aux_weight=aux, dead_after_tokens=dead_after),
