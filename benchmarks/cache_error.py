@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from sparseclt.config import ActivationConfig, DataConfig, TrainConfig
+from sparseclt.config import ActivationConfig, DataConfig, LoggingConfig, TrainConfig
 from sparseclt.data.activation_cache import open_cache
 from sparseclt.data.text import load_rows
 from sparseclt.language_model.language_model import LanguageModel
@@ -38,7 +38,7 @@ def main() -> None:
     for dtype in ("bf16", "int8"):
         with tempfile.TemporaryDirectory() as folder:
             activations = ActivationConfig(cache=folder, cache_dtype=dtype)  # type: ignore[arg-type]
-            cache = open_cache(TrainConfig(activations=activations, progress=False), model, text)
+            cache = open_cache(TrainConfig(activations=activations, logging=LoggingConfig(progress=False)), model, text)
             stored = cache.read(every)
         errors = []
         for kind in KINDS.values():

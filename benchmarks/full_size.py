@@ -18,6 +18,7 @@ from sparseclt.config import (
     CLTConfig,
     ConnectionConfig,
     DataConfig,
+    LoggingConfig,
     LossConfig,
     ModelShape,
     OptimizerConfig,
@@ -83,10 +84,11 @@ def main() -> None:
     steps = a.vanilla_steps + a.both_steps
     begin = a.vanilla_steps / steps
     config = TrainConfig(
-        out="", device="cpu", steps=steps, batch_rows=a.rows, progress=False, data=DataConfig(row_length=ROW),
-        clt=CLTConfig(latents=a.latents, active=a.active), loss=LossConfig(begin=begin, ramp=0.0),
-        connections=ConnectionConfig(per_latent=a.connections, refresh_every=10**9, recent_tokens=2048),
-        optimizer=OptimizerConfig(state="8bit", rows="touched", learning_rate=LEARNING_RATE, warmup=0.2),
+        out="", device="cpu", steps=steps, batch_rows=a.rows, data=DataConfig(row_tokens=ROW),
+        clt=CLTConfig(latents=a.latents, active=a.active), logging=LoggingConfig(progress=False),
+        loss=LossConfig(sparse_start_share=begin, sparse_ramp_share=0.0),
+        connections=ConnectionConfig(per_latent=a.connections, refresh_steps=10**9, recent_tokens=2048),
+        optimizer=OptimizerConfig(state="8bit", rows="touched", learning_rate=LEARNING_RATE, warmup_share=0.2),
     )  # fmt: skip
     limit = int(a.limit * GiB)
     model = gpt2(a.layers, a.d_model)

@@ -18,7 +18,16 @@ from problems import our_backends, random_connections, seed_inputs
 from torch import Tensor
 
 from sparseclt import ops
-from sparseclt.config import CLTConfig, ConnectionConfig, DataConfig, LossConfig, OptimizerConfig, TrainConfig
+from sparseclt.config import (
+    CLTConfig,
+    ComputeConfig,
+    ConnectionConfig,
+    DataConfig,
+    LoggingConfig,
+    LossConfig,
+    OptimizerConfig,
+    TrainConfig,
+)
 from sparseclt.model.activations import Activations
 from sparseclt.training.trainer import Trainer
 
@@ -29,10 +38,11 @@ def make_trainer(mode: str, device: str, L: int, D: int, F: int, K: int, C: int,
     """A Trainer on a model that is never run: its activations are given."""
     row = min(N, 128)
     config = TrainConfig(
-        out="", batch_rows=N // row, device=device, progress=False, steps=NEVER,
-        clt=CLTConfig(latents=F, active=K), data=DataConfig(row_length=row),
-        connections=ConnectionConfig("top" if mode == "both" else "none", C, refresh_every=NEVER),
-        loss=LossConfig(begin=0.0, ramp=0.0, dead_after=NEVER**2), optimizer=OptimizerConfig(learning_rate=0.0),
+        out="", batch_rows=N // row, device=device, steps=NEVER, logging=LoggingConfig(progress=False),
+        clt=CLTConfig(latents=F, active=K), data=DataConfig(row_tokens=row),
+        connections=ConnectionConfig("top" if mode == "both" else "none", C, refresh_steps=NEVER),
+        loss=LossConfig(sparse_start_share=0.0, sparse_ramp_share=0.0, dead_after_tokens=NEVER**2),
+        optimizer=OptimizerConfig(learning_rate=0.0),
     )  # fmt: skip
     info = Inputs(n_layers=L, d_model=D, n_heads=1, parallel=False, centred=True, name="", context=None)
     rows = torch.zeros(N // row, row, dtype=torch.int64)
@@ -119,7 +129,7 @@ def step_comparison(mode: str, sizes: dict[str, int], device: str, strict: bool,
     trainer = make_trainer(mode, device, **sizes)
     i = Inputs(
         clt=list(trainer.clt), activations=make_activations(device=device, **sizes), k=sizes["K"], layers=sizes["L"],
-        agreement_weight=trainer.config.loss.latent_agreement,
+        agreement_weight=trainer.config.loss.latent_agreement_weight,
     )  # fmt: skip
     parameters = dict(trainer.clt.named_parameters())
     adam = make_adam(list(parameters.values()))
@@ -138,14 +148,14 @@ def step_comparison(mode: str, sizes: dict[str, int], device: str, strict: bool,
 
     def ours(backend: str) -> Callable[[], Tensor]:
         def loss() -> Tensor:
-            trainer.config = trainer.objective.config = replace(trainer.config, backend=backend)
+            trainer.config = trainer.objective.config = replace(trainer.config, compute=ComputeConfig(backend=backend))
             return trainer.loss(i.activations, 1)[0]
 
         return loss
 
     def whole(backend: str) -> Callable[[], Any]:
         def step() -> Tensor:
-            trainer.config = trainer.objective.config = replace(trainer.config, backend=backend)
+            trainer.config = trainer.objective.config = replace(trainer.config, compute=ComputeConfig(backend=backend))
             return torch.tensor(trainer.train_step(i.activations)["loss"])
 
         return step

@@ -24,13 +24,13 @@ class DataConfig:
     """'embedded', a local .txt, .jsonl or directory of them, or hf:NAME[:CONFIG] for a `datasets` data set."""
     text_field: str = "text"
     """The field that holds the text in JSON lines or a data set."""
-    row_length: int = 128
+    row_tokens: int = 128
     """Tokens in a row."""
     max_tokens: int | None = None
     """Stop reading text after so many tokens."""
     held_out_tokens: int = 65_536
     """Tokens for evaluation."""
-    held_out_fraction: float = 0.05
+    held_out_share: float = 0.05
     """Share of the rows held out where the source has no held-out split of its own."""
 
 
@@ -57,20 +57,22 @@ class ConnectionConfig:
     pair (small models; the original experiment). none: vanilla mode only."""
     per_latent: int = 32
     """Connections kept for each latent (C); with policy learned, candidates."""
-    start: int | None = None
+    start_per_latent: int | None = None
     """Connections at the start, from where C falls geometrically. None: per_latent, throughout."""
-    anneal: float = 0.5
+    anneal_share: float = 0.5
     """Share of the steps over which C falls."""
-    refresh_every: int = 50
-    """Steps between two choices of connections."""
-    freeze: float = 1.0
+    refresh_steps: int = 50
+    """Steps between two choices of connections, with policy top."""
+    candidates_after_steps: int = 50
+    """With policy learned, steps before the candidates are chosen."""
+    freeze_after_share: float = 1.0
     """Share of the steps after which the connections stay as they are."""
     importance: Importance = "coactivation"
     """The s of an upstream latent in its importance |V| x s: its mean over the tokens on which the reading latent
     fires, its mean over all tokens, or its root mean square."""
     recent_tokens: int = 16_384
     """Tokens over which co-activation is counted."""
-    pressure: float = 1e-3
+    pressure_weight: float = 1e-3
     """Weight of the learned policies' pressure, for each connection that a latent is expected to keep open."""
 
 
@@ -78,19 +80,19 @@ class ConnectionConfig:
 class LossConfig:
     """Weights of the loss terms."""
 
-    begin: float = 0.2
+    sparse_start_share: float = 0.2
     """Share of the steps in vanilla mode alone, before connections are first chosen."""
-    ramp: float = 0.2
+    sparse_ramp_share: float = 0.2
     """Share of the steps over which, from then on, the sparsely-connected terms grow to full weight."""
-    latent_agreement: float = 0.2
+    latent_agreement_weight: float = 0.2
     """Weight of the FVU of sparsely-connected latents against vanilla ones."""
-    aux: float = 1 / 32
+    aux_weight: float = 1 / 32
     """Weight of AuxK, for latents dead in either mode."""
-    aux_active: int = 64
+    aux_latents: int = 64
     """Dead latents that AuxK lets speak for each token."""
-    dead_after: int = 3_000
+    dead_after_tokens: int = 3_000
     """Tokens without firing after which a latent counts as dead."""
-    cross_entropy: float = 0.0
+    cross_entropy_weight: float = 0.0
     """Weight of the next-token cross-entropy of the replaced model, in each mode."""
 
 
@@ -100,13 +102,13 @@ class OptimizerConfig:
 
     learning_rate: float = 2e-3
     """Peak learning rate."""
-    warmup: float = 0.02
+    warmup_share: float = 0.02
     """Share of the steps in which it rises."""
-    decay: float = 0.5
+    decay_share: float = 0.5
     """Share of the steps, at the end, in which it falls to zero."""
     betas: tuple[float, float] = (0.9, 0.999)
     """Adam's betas."""
-    clip: float | None = 1.0
+    clip_norm: float | None = 1.0
     """Largest norm of the gradient; None: not clipped."""
     state: Literal["fp32", "8bit"] = "fp32"
     """Adam's moments. fp32: 8 bytes a parameter. 8bit: 2 bytes a parameter of encoders and decoders, and a scale for
@@ -127,6 +129,39 @@ class ActivationConfig:
     language model. None: the model runs in each step."""
     cache_dtype: Literal["bf16", "int8"] = "bf16"
     """Of the cache on disk. int8: half the bytes, with one scale for each token and vector."""
+
+
+@dataclass(frozen=True)
+class ComputeConfig:
+    """How a step is computed; the gradient is the same."""
+
+    micro_batch_rows: int | None = None
+    """Rows that go forward and backward at a time; None: all, which takes one forward pass less. The gradient is that
+    of the whole step either way."""
+    backend: str | None = None
+    """Backend of the ops by name; None: the best that is installed for the device (resumed runs need the same)."""
+
+
+@dataclass(frozen=True)
+class LoggingConfig:
+    """What is written and shown while a run trains."""
+
+    every_steps: int = 10
+    """Steps between two lines of metrics.jsonl."""
+    loggers: tuple[str, ...] = ()
+    """Besides metrics.jsonl: wandb, trackio, tensorboard."""
+    progress: bool = True
+    """Show a progress bar."""
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """When a checkpoint is written, and how many stay."""
+
+    every_steps: int = 500
+    """Steps between two checkpoints; the last step always makes one."""
+    keep: int = 2
+    """How many of the newest checkpoints stay on disk."""
 
 
 @dataclass(frozen=True)
@@ -158,40 +193,30 @@ class TrainConfig:
     loss: LossConfig = field(default_factory=LossConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     activations: ActivationConfig = field(default_factory=ActivationConfig)
+    compute: ComputeConfig = field(default_factory=ComputeConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+    checkpoints: CheckpointConfig = field(default_factory=CheckpointConfig)
     steps: int = 850
     """Training steps."""
     batch_rows: int = 4
     """Rows of text in a step."""
-    micro_batch_rows: int | None = None
-    """Rows that go forward and backward at a time; None: all, which takes one forward pass less. The gradient is that
-    of the whole step either way."""
     seed: int = 0
     """Seed of the initial weights and of the order of the data."""
     device: str = "auto"
     """'cpu', 'cuda', ...; auto: CUDA where there is one."""
-    backend: str | None = None
-    """Backend of the ops by name; None: the best that is installed for the device (resumed runs need the same)."""
-    log_every: int = 10
-    """Steps between two lines of metrics.jsonl."""
-    checkpoint_every: int = 500
-    """Steps between two checkpoints; the last step always makes one."""
-    keep_checkpoints: int = 2
-    """How many of the newest checkpoints stay on disk."""
-    loggers: tuple[str, ...] = ()
-    """Besides metrics.jsonl: wandb, trackio, tensorboard."""
-    progress: bool = True
-    """Show a progress bar."""
 
     def __post_init__(self):
-        _at_least(self, 1, "steps", "batch_rows", "log_every", "checkpoint_every", "keep_checkpoints")
-        if self.micro_batch_rows is not None:
-            _at_least(self, 1, "micro_batch_rows")
-        _at_least(self.data, 2, "row_length")
+        _at_least(self, 1, "steps", "batch_rows")
+        _at_least(self.logging, 1, "every_steps")
+        _at_least(self.checkpoints, 1, "every_steps", "keep")
+        if self.compute.micro_batch_rows is not None:
+            _at_least(self.compute, 1, "micro_batch_rows")
+        _at_least(self.data, 2, "row_tokens")
         _at_least(self.clt, 1, "latents", "active")
         _at_least(self.activations, 0, "shuffle_bytes")
-        _share(self.connections, "anneal", "freeze")
-        _share(self.loss, "begin", "ramp")
-        _share(self.optimizer, "warmup", "decay")
+        _share(self.connections, "anneal_share", "freeze_after_share")
+        _share(self.loss, "sparse_start_share", "sparse_ramp_share")
+        _share(self.optimizer, "warmup_share", "decay_share")
         if self.clt.dtype != "fp32" and self.clt.attention == "latents":
             raise ValueError(f"clt.dtype: expected 'fp32' with attention latents, got {self.clt.dtype!r}")
         if self.clt.active > self.clt.latents:
@@ -204,10 +229,10 @@ class TrainConfig:
                 f"activations.shuffle_bytes, activations.cache: expected 0 and None with clt.attention 'latents', "
                 f"which needs the attention patterns of whole rows, got {a.shuffle_bytes} and {a.cache!r}"
             )
-        if a.shuffle_bytes and self.loss.cross_entropy:
+        if a.shuffle_bytes and self.loss.cross_entropy_weight:
             raise ValueError(
-                f"activations.shuffle_bytes: expected 0 with loss.cross_entropy > 0, for which the language model runs "
-                f"on whole rows, got {a.shuffle_bytes}"
+                f"activations.shuffle_bytes: expected 0 with loss.cross_entropy_weight > 0, for which the language "
+                f"model runs on whole rows, got {a.shuffle_bytes}"
             )
 
 

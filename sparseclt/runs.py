@@ -40,7 +40,7 @@ def evaluate_run(run: str | Path, language_model: LanguageModel | None = None) -
 
 def _measure(config: TrainConfig, clt: SparseCLT, language_model: LanguageModel, rows: Tensor) -> dict[str, Any]:
     run = Path(config.out)
-    result = evaluate(clt, language_model, rows, backend=config.backend)
+    result = evaluate(clt, language_model, rows, backend=config.compute.backend)
     if clt.connected and any(module.upstream for module in clt) and len(rows) > 1:
         result["fvu_against_C"] = _pruned(config, clt, language_model, rows, _ladder(clt))
         title = "The trained CLT with its connections chosen anew for each C, not trained on"
@@ -54,7 +54,7 @@ def _measure(config: TrainConfig, clt: SparseCLT, language_model: LanguageModel,
 def _pruned(config: TrainConfig, clt: SparseCLT, language_model: LanguageModel, rows: Tensor, Cs: Sequence[int]):
     few = rows[: max(2, PRUNING_TOKENS // rows.shape[1])]
     importance = config.connections.importance
-    return fvu_against_c(clt, language_model, few, Cs, importance=importance, backend=config.backend)
+    return fvu_against_c(clt, language_model, few, Cs, importance=importance, backend=config.compute.backend)
 
 
 def held_out_rows(config: TrainConfig, language_model: LanguageModel) -> Tensor:

@@ -28,11 +28,11 @@ def material(tmp_path_factory):
     words = torch.randint(1, 50, (900,), generator=generator).tolist()
     (folder / "text.txt").write_text(" ".join(f"w{i}" for i in words))
     flags = {
-        "--model.path": folder / "model", "--data.source": folder / "text.txt", "--data.row-length": 12,
-        "--data.held-out-fraction": 0.3, "--clt.latents": 24, "--clt.active": 3, "--connections.per-latent": 4,
-        "--steps": 6, "--checkpoint-every": 3, "--log-every": 1,
+        "--model.path": folder / "model", "--data.source": folder / "text.txt", "--data.row-tokens": 12,
+        "--data.held-out-share": 0.3, "--clt.latents": 24, "--clt.active": 3, "--connections.per-latent": 4,
+        "--steps": 6, "--checkpoints.every-steps": 3, "--logging.every-steps": 1,
     }  # fmt: skip
-    return [str(part) for pair in flags.items() for part in pair] + ["--no-progress"]
+    return [str(part) for pair in flags.items() for part in pair] + ["--logging.no-progress"]
 
 
 @pytest.fixture(scope="module")
@@ -85,11 +85,11 @@ def test_sweep_writes_the_table_and_the_plot(material, tmp_path, capsys):
         (["--connections.per-latent", "49"], "connections.per_latent: expected 1 to 48"),
         (["--model.path", "./nowhere"], "model.path: expected"),
         (["--data.source", "./nowhere.txt"], "data.source: expected"),
-        (["--data.row-length", "25"], "data.row_length: expected at most the model's context of 24, got 25"),
+        (["--data.row-tokens", "25"], "data.row_tokens: expected at most the model's context of 24, got 25"),
         (["--steps", "0"], "steps: expected at least 1, got 0"),
-        (["--loss.ramp", "1.5"], "ramp: expected a share between 0 and 1, got 1.5"),
-        (["--loggers", "carrierpigeon"], "carrierpigeon"),
-        (["--backend", "cobol"], "cobol"),
+        (["--loss.sparse-ramp-share", "1.5"], "sparse_ramp_share: expected a share between 0 and 1, got 1.5"),
+        (["--logging.loggers", "carrierpigeon"], "carrierpigeon"),
+        (["--compute.backend", "cobol"], "cobol"),
         (["--activations.shuffle-bytes", "5"], "activations.shuffle_bytes: expected at least"),
     ],
 )
@@ -115,18 +115,18 @@ def test_the_flags_are_these():
                 yield prefix + f.name
 
     assert list(flags(TrainConfig)) == [
-        "out", "model.path", "model.layers", "data.source", "data.text_field", "data.row_length", "data.max_tokens",
-        "data.held_out_tokens", "data.held_out_fraction", "clt.latents", "clt.active", "clt.attention", "clt.dtype",
-        "connections.policy", "connections.per_latent", "connections.start", "connections.anneal",
-        "connections.refresh_every", "connections.freeze", "connections.importance", "connections.recent_tokens",
-        "connections.pressure",
-        "loss.begin",
-        "loss.ramp", "loss.latent_agreement", "loss.aux", "loss.aux_active", "loss.dead_after",
-        "loss.cross_entropy", "optimizer.learning_rate", "optimizer.warmup", "optimizer.decay", "optimizer.betas",
-        "optimizer.clip", "optimizer.state", "optimizer.rows",
-        "activations.shuffle_bytes", "activations.cache", "activations.cache_dtype",
-        "steps", "batch_rows", "micro_batch_rows", "seed", "device", "backend", "log_every", "checkpoint_every",
-        "keep_checkpoints", "loggers", "progress",
+        "out", "model.path", "model.layers", "data.source", "data.text_field", "data.row_tokens", "data.max_tokens",
+        "data.held_out_tokens", "data.held_out_share", "clt.latents", "clt.active", "clt.attention", "clt.dtype",
+        "connections.policy", "connections.per_latent", "connections.start_per_latent", "connections.anneal_share",
+        "connections.refresh_steps", "connections.candidates_after_steps", "connections.freeze_after_share",
+        "connections.importance", "connections.recent_tokens", "connections.pressure_weight",
+        "loss.sparse_start_share", "loss.sparse_ramp_share", "loss.latent_agreement_weight", "loss.aux_weight",
+        "loss.aux_latents", "loss.dead_after_tokens", "loss.cross_entropy_weight", "optimizer.learning_rate",
+        "optimizer.warmup_share", "optimizer.decay_share", "optimizer.betas", "optimizer.clip_norm",
+        "optimizer.state", "optimizer.rows", "activations.shuffle_bytes", "activations.cache",
+        "activations.cache_dtype", "compute.micro_batch_rows", "compute.backend", "logging.every_steps",
+        "logging.loggers", "logging.progress", "checkpoints.every_steps", "checkpoints.keep", "steps", "batch_rows",
+        "seed", "device",
     ]  # fmt: skip
 
 

@@ -13,7 +13,7 @@ BLOCKS = re.findall(r"```python\n(.*?)```", (Path(__file__).parents[1] / "README
 def test_the_training_example_trains_and_measures(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (code,) = [block for block in BLOCKS if "Trainer" in block]
-    quick = code.replace("steps=850,", "steps=3, progress=False,").replace(", held_out)", ", held_out[:4])")
+    quick = code.replace("steps=850,", "steps=3,").replace(", held_out)", ", held_out[:4])")
     assert "steps=3" in quick and "held_out[:4]" in quick
     exec(compile(quick, "README.md", "exec"), {})
     assert os.path.exists("runs/first/clt/sparseclt.json") and "fvu_sparse" in capsys.readouterr().out

@@ -61,16 +61,16 @@ def make_policy(config: ConnectionConfig, clt: SparseCLT, steps: int, backend: s
     if config.policy == "none" or not any(module.upstream for module in clt):
         return None
     if config.policy == "dense-learned":
-        return LearnedConnections(None, pressure=config.pressure, importance=config.importance, backend=backend)
+        return LearnedConnections(None, pressure=config.pressure_weight, importance=config.importance, backend=backend)
     check_connections(clt, config.per_latent)
     if config.policy == "learned":
         return LearnedConnections(
-            config.per_latent, pressure=config.pressure, start_step=config.refresh_every,
+            config.per_latent, pressure=config.pressure_weight, start_step=config.candidates_after_steps,
             importance=config.importance, backend=backend,
         )  # fmt: skip
     return TopConnections(
-        config.per_latent, start=config.start, anneal_steps=round(config.anneal * steps),
-        refresh_every=config.refresh_every, freeze_at=round(config.freeze * steps),
+        config.per_latent, start=config.start_per_latent, anneal_steps=round(config.anneal_share * steps),
+        refresh_every=config.refresh_steps, freeze_at=round(config.freeze_after_share * steps),
         importance=config.importance, backend=backend,
     )  # fmt: skip
 
@@ -113,9 +113,9 @@ class TopConnections(ConnectionPolicy):
         self.anneal_steps, self.refresh_every, self.freeze_at = anneal_steps, refresh_every, freeze_at
         self.importance, self.backend = importance, backend
         if self.start < per_latent:
-            raise ValueError(f"connections.start: expected at least per_latent = {per_latent}, got {start}")
+            raise ValueError(f"connections.start_per_latent: expected at least per_latent = {per_latent}, got {start}")
         if refresh_every < 1:
-            raise ValueError(f"connections.refresh_every: expected at least 1, got {refresh_every}")
+            raise ValueError(f"connections.refresh_steps: expected at least 1, got {refresh_every}")
 
     def at(self, step: int) -> int:
         """C at `step`."""

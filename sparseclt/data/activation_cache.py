@@ -181,7 +181,7 @@ def _write(
         with checkpoint.atomic_directory(directory) as new:
             (new / INFO).write_text(json.dumps(asdict(info), indent=2) + "\n")
     bar = tqdm(
-        total=info.rows, initial=info.rows - to_do, desc="capturing", unit="row", disable=not config.progress
+        total=info.rows, initial=info.rows - to_do, desc="capturing", unit="row", disable=not config.logging.progress
     )  # fmt: skip
     with bar:
         for number, part in missing.items():

@@ -104,13 +104,13 @@ def load_rows(config: TrainConfig, tokenizer: Any, split: Split) -> Tensor:
         held_out = read_documents(data.source, "held_out", data.text_field)
     except NoHeldOutSplit:
         documents = read_documents(data.source, "train", data.text_field)
-        rows = token_rows(tokenizer, documents, data.row_length, max_tokens=data.max_tokens)
-        return split_held_out(rows, data.held_out_fraction, config.seed)[split == "held_out"]
+        rows = token_rows(tokenizer, documents, data.row_tokens, max_tokens=data.max_tokens)
+        return split_held_out(rows, data.held_out_share, config.seed)[split == "held_out"]
     if split == "held_out":
-        most = max(data.held_out_tokens, data.row_length)
-        return token_rows(tokenizer, held_out, data.row_length, max_tokens=most)
+        most = max(data.held_out_tokens, data.row_tokens)
+        return token_rows(tokenizer, held_out, data.row_tokens, max_tokens=most)
     documents = read_documents(data.source, "train", data.text_field)
-    return token_rows(tokenizer, documents, data.row_length, max_tokens=data.max_tokens)
+    return token_rows(tokenizer, documents, data.row_tokens, max_tokens=data.max_tokens)
 
 
 class RowStream:

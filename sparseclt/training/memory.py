@@ -66,7 +66,7 @@ def make_plan(config: TrainConfig, shape: ModelShape, available: int | None = No
 
 def _terms(config: TrainConfig, shape: ModelShape) -> list[Term]:
     L, D, F, K = shape.layers, shape.d_model, config.clt.latents, config.clt.active
-    S, N = config.data.row_length, config.batch_rows * config.data.row_length
+    S, N = config.data.row_tokens, config.batch_rows * config.data.row_tokens
     attention = config.clt.attention == "latents"
     sites = model_sites(L, attention)
     M = len(sites)
@@ -79,8 +79,8 @@ def _terms(config: TrainConfig, shape: ModelShape) -> list[Term]:
     encoders = w * (M * F * D + biases)
     sparse = config.connections.policy != "none" and bool(readers)
     modes = 2 if sparse else 1
-    aux = config.loss.aux_active if config.loss.aux else 0
-    rows = min(config.micro_batch_rows or config.batch_rows, config.batch_rows)
+    aux = config.loss.aux_latents if config.loss.aux_weight else 0
+    rows = min(config.compute.micro_batch_rows or config.batch_rows, config.batch_rows)
     n, in_parts = rows * S, rows < config.batch_rows
     outputs, part = FLOAT * N * D * M, FLOAT * n * D * M
     passes = modes * (2 if aux else 1)
@@ -102,8 +102,8 @@ def _terms(config: TrainConfig, shape: ModelShape) -> list[Term]:
         Term("latents of all micro-batches", in_parts * modes * 12 * N * K * M, ALWAYS[2:], "modes x 12 N K M"),
         Term("kept for backward", sparse * (part + 33 * n * K * M), FORWARD, "4 n D L + 33 n K M"),
         Term("AuxK, when latents are dead",
-             modes * (3 * part + 20 * n * aux * M) if aux else 0, FORWARD, "modes x (12 n D L + 20 n M aux_active)"),
-        Term("its latents, noted", modes * 12 * N * aux * M, ALWAYS[2 - in_parts :], "modes x 12 N M aux_active"),
+             modes * (3 * part + 20 * n * aux * M) if aux else 0, FORWARD, "modes x (12 n D L + 20 n M aux_latents)"),
+        Term("its latents, noted", modes * 12 * N * aux * M, ALWAYS[2 - in_parts :], "modes x 12 N M aux_latents"),
         Term("noted of earlier micro-batches", passes * (outputs - part), FORWARD,
              "modes x 4 (N - n) D L; AuxK: twice"),
         Term("gradients of reconstructions, in backward", modes * part, ("backward",), "modes x 4 n D L"),
@@ -172,7 +172,7 @@ def advice(config: TrainConfig, shape: ModelShape, available: int) -> list[tuple
     """Changes that make a run fit, each on top of those before it, the most harmless first, with the peak that they
     leave; up to the first that fits."""
     steps = [
-        *[("micro_batch_rows", _half_the_micro_batch)] * 2,
+        *[("compute.micro_batch_rows", _half_the_micro_batch)] * 2,
         *[("activations.shuffle_bytes", lambda c: _smaller_buffer(c, shape))] * 3,
         ("optimizer.state", lambda c: replace(c, optimizer=replace(c.optimizer, state="8bit"))),
         ("clt.dtype", lambda c: replace(c, clt=replace(c.clt, dtype="bf16"))),
@@ -195,11 +195,12 @@ def advice(config: TrainConfig, shape: ModelShape, available: int) -> list[tuple
 
 
 def _half_the_micro_batch(config: TrainConfig) -> TrainConfig:
-    return replace(config, micro_batch_rows=max(1, (config.micro_batch_rows or config.batch_rows) // 2))
+    rows = max(1, (config.compute.micro_batch_rows or config.batch_rows) // 2)
+    return replace(config, compute=replace(config.compute, micro_batch_rows=rows))
 
 
 def _smaller_buffer(config: TrainConfig, shape: ModelShape) -> TrainConfig:
-    a, tokens = config.activations, config.batch_rows * config.data.row_length
+    a, tokens = config.activations, config.batch_rows * config.data.row_tokens
     least = min(a.shuffle_bytes, least_bytes(tokens, shape.layers, shape.d_model))
     return replace(config, activations=replace(a, shuffle_bytes=max(a.shuffle_bytes // 2, least)))
 
@@ -219,7 +220,7 @@ def explain(config: TrainConfig, shape: ModelShape) -> str:
     """What to do about a step that ran out of memory: the plan, and changes down to three quarters of its peak."""
     plan = make_plan(config, shape)
     changes = advice_text(config, shape, plan.peak * 3 // 4)
-    rows = config.micro_batch_rows or config.batch_rows
+    rows = config.compute.micro_batch_rows or config.batch_rows
     return f"out of memory, in micro-batches of {rows} rows. {changes}. The plan of this run:\n{table(plan)}"
 
 
@@ -248,7 +249,7 @@ def dense_plan(config: TrainConfig, shape: ModelShape, available: int | None = N
     """What a plain dense trainer would hold for the same CLT: fp32 Adam with all gradients, pre-activations [N, F] of
     every module and mode, and a virtual weight matrix F x U, with its mask and its gradient, for every reader."""
     L, D, F = shape.layers, shape.d_model, config.clt.latents
-    N = config.batch_rows * config.data.row_length
+    N = config.batch_rows * config.data.row_tokens
     sites = model_sites(L, config.clt.attention == "latents")
     weights = F * D * sum(1 + (L - site.layer if site.kind == "mlp" else 1) for site in sites)
     pairs = sum(upstream_modules(sites, i, shape.parallel) for i in range(len(sites)))

@@ -75,7 +75,7 @@ class Objective:
     ):
         self.config, self.clt, self.policy = config, clt, policy
         self.activity, self.language_model = activity, language_model
-        self.micro_rows = self._configured_rows = config.micro_batch_rows or config.batch_rows
+        self.micro_rows = self._configured_rows = config.compute.micro_batch_rows or config.batch_rows
 
     def modes(self) -> list[Mode]:
         return ["vanilla", "sparse"] if self.policy and self.clt.connected else ["vanilla"]
@@ -86,13 +86,13 @@ class Objective:
         return {mode: self._outcome(mode, activations, gradients) for mode in self.modes()}
 
     def _outcome(self, mode: Mode, activations: Activations, gradients: DecoderGradients | None) -> Outcome:
-        c, backend = self.config.loss, self.config.backend
+        c, backend = self.config.loss, self.config.compute.backend
         forward = self.clt(activations, mode, backend=backend, gradients=gradients)
         outcome = Outcome({site: forward.output(site) for site in self.clt.sites}, forward.latents)
-        dead = self.activity[mode].dead(c.dead_after)
-        if c.aux and dead.any():
-            outcome.explained = losses.written_by_dead(forward, dead, c.aux_active)
-        if c.cross_entropy:
+        dead = self.activity[mode].dead(c.dead_after_tokens)
+        if c.aux_weight and dead.any():
+            outcome.explained = losses.written_by_dead(forward, dead, c.aux_latents)
+        if c.cross_entropy_weight:
             hooks = replacement(self.clt, mode, backend, gradients=gradients)
             outcome.cross_entropy = self.language_model.cross_entropy(activations.tokens, **hooks)
         return outcome
@@ -107,7 +107,7 @@ class Objective:
         if self.policy and "sparse" in outcomes:
             c, pairs = self.config, zip(outcomes["sparse"].latents, outcomes["vanilla"].latents, strict=True)
             agreement = [losses.latents_unexplained(z, target, c.clt.latents) for z, target in pairs]
-            terms["latent_agreement"] = Term("sparse", c.loss.latent_agreement, agreement)
+            terms["latent_agreement"] = Term("sparse", c.loss.latent_agreement_weight, agreement)
         return terms
 
     def _terms_of_mode(
@@ -118,10 +118,10 @@ class Objective:
         for site in self.clt.sites:
             yield f"fvu_{mode}/{site.name}", Term(mode, 1, [losses.unexplained(real[site], outputs[site], means[site])])
         if outcome.explained:
-            yield f"aux_{mode}", Term(mode, c.aux, losses.aux_k(outcome.explained, outputs, real))
+            yield f"aux_{mode}", Term(mode, c.aux_weight, losses.aux_k(outcome.explained, outputs, real))
         if outcome.cross_entropy is not None:
             total = losses.Total(outcome.cross_entropy * real[self.clt.sites[0]].shape[0])
-            yield f"cross_entropy_{mode}", Term(mode, c.cross_entropy, [total])
+            yield f"cross_entropy_{mode}", Term(mode, c.cross_entropy_weight, [total])
 
     def means(self, activations: Activations) -> Means:
         return {site: y.mean(0) for site, y in losses.targets(self.clt, activations).items()}
@@ -166,7 +166,7 @@ class Objective:
         gradient with respect to these being known, once more to carry it back (as in GradCache: Gao et al., 2021,
         which carries it to representations). The gradient is that of the whole batch, up to rounding.
         """
-        gradients, means = DecoderGradients(self.clt, self.config.backend), self.means(activations)
+        gradients, means = DecoderGradients(self.clt, self.config.compute.backend), self.means(activations)
         tokens, parts = activations.tokens.numel(), activations.split(self.micro_rows)
         if len(parts) == 1:
             outcomes = self.outcomes(activations, gradients)

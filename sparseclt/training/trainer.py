@@ -69,9 +69,9 @@ class Trainer:
             config.model.path, layers=config.model.layers, device=str(self.device)
         )
         context = self.language_model.info.context
-        if context and config.data.row_length > context:
+        if context and config.data.row_tokens > context:
             raise ValueError(
-                f"data.row_length: expected at most the model's context of {context}, got {config.data.row_length}"
+                f"data.row_tokens: expected at most the model's context of {context}, got {config.data.row_tokens}"
             )
         info = self.language_model.info  # which is in memory already
         self.shape = ModelShape(info.n_layers, info.d_model, info.n_heads, parallel=info.parallel)
@@ -80,7 +80,7 @@ class Trainer:
             rows = load_rows(config, self.language_model.tokenizer, "train")
         self.stream = RowStream(rows, config.batch_rows, config.seed)
         self.clt = build_clt(config, self.language_model).to(self.device)
-        self.policy = make_policy(config.connections, self.clt, config.steps, config.backend)
+        self.policy = make_policy(config.connections, self.clt, config.steps, config.compute.backend)
         if self.policy:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(config.seed + 1)
@@ -101,14 +101,14 @@ class Trainer:
 
     def learning_rate(self, step: int) -> float:
         o, steps = self.config.optimizer, self.config.steps
-        rise = (step + 1) / max(1.0, o.warmup * steps)
-        fall = (steps - step) / max(1.0, o.decay * steps)
+        rise = (step + 1) / max(1.0, o.warmup_share * steps)
+        fall = (steps - step) / max(1.0, o.decay_share * steps)
         return o.learning_rate * min(1.0, rise, fall)
 
     def ramp(self, step: int) -> float:
         """rho: the weight of the sparsely-connected terms."""
         c, steps = self.config.loss, self.config.steps
-        return min(1.0, max(0.0, step - c.begin * steps) / max(1.0, c.ramp * steps))
+        return min(1.0, max(0.0, step - c.sparse_start_share * steps) / max(1.0, c.sparse_ramp_share * steps))
 
     def loss(
         self, activations: Activations, step: int, gradients: DecoderGradients | None = None
@@ -139,7 +139,7 @@ class Trainer:
             batches = shuffled(self._read, self.stream, steps, size)
         else:
             batches = (self._read(self.stream.take()) for _ in steps)
-        return batches if self.config.loss.cross_entropy and not self.cache else one_ahead(batches)
+        return batches if self.config.loss.cross_entropy_weight and not self.cache else one_ahead(batches)
 
     def train_step(self, activations: Activations) -> dict[str, float]:
         """One optimiser step on a captured batch; returns the loss terms and counters as numbers.
@@ -149,10 +149,10 @@ class Trainer:
         """
         with self._explaining_out_of_memory():
             self._check_activations(activations)
-            if self.policy and self.step >= self.config.loss.begin * self.config.steps:
+            if self.policy and self.step >= self.config.loss.sparse_start_share * self.config.steps:
                 self.policy.update(self.clt, self.activity["vanilla"], self.step)
             backward = self.objective.backward(activations, self.ramp(self.step), self._check_loss)
-            rate, clip = self.learning_rate(self.step), self.config.optimizer.clip
+            rate, clip = self.learning_rate(self.step), self.config.optimizer.clip_norm
             norm, spoiled = apply(self.clt, backward.gradients, self.optimizer, rate, clip)
         if spoiled is not None:
             raise NonFiniteError(
@@ -170,7 +170,8 @@ class Trainer:
         except Exception as error:
             if not memory.is_out_of_memory(error):
                 raise
-            config = replace(self.config, micro_batch_rows=self.objective.micro_rows)
+            compute = replace(self.config.compute, micro_batch_rows=self.objective.micro_rows)
+            config = replace(self.config, compute=compute)
             raise memory.OutOfMemory(f"step {self.step}: {memory.explain(config, self.shape)}") from error
 
     def _check_loss(self, total: Tensor, terms: dict[str, Tensor]) -> None:
@@ -195,7 +196,7 @@ class Trainer:
             values = [v for name, v in metrics.items() if name.startswith(f"fvu_{mode}/")]
             if values:
                 metrics[f"fvu_{mode}"] = sum(values) / len(values)
-                dead = self.activity[mode].dead(self.config.loss.dead_after)
+                dead = self.activity[mode].dead(self.config.loss.dead_after_tokens)
                 metrics[f"dead_{mode}"] = dead.float().mean().item()
         return metrics
 
@@ -217,11 +218,11 @@ class Trainer:
         (self.out / "config.json").write_text(json.dumps(to_dict(self.config), indent=2) + "\n")
         metrics_file = self.out / "metrics.jsonl"
         truncate_after(metrics_file, self.step)
-        named = make_loggers(self.config.loggers, self.out, to_dict(self.config))
+        named = make_loggers(self.config.logging.loggers, self.out, to_dict(self.config))
         loggers = [JsonLinesLogger(metrics_file), *named]
         bar = tqdm(
             total=self.config.steps, initial=self.step, desc="training", unit="step",
-            disable=not self.config.progress,
+            disable=not self.config.logging.progress,
         )  # fmt: skip
         try:
             with self._explaining_out_of_memory():
@@ -229,12 +230,12 @@ class Trainer:
                     metrics = self.train_step(activations)
                     bar.update()
                     last = self.step == self.config.steps
-                    if last or self.step % self.config.log_every == 0:
+                    if last or self.step % self.config.logging.every_steps == 0:
                         for logger in loggers:
                             logger.log(self.step, metrics)
                         shown = {name: metrics[f"fvu_{name}"] for name in MODES if f"fvu_{name}" in metrics}
                         bar.set_postfix({f"FVU {name}": f"{value:.3f}" for name, value in shown.items()})
-                    if last or self.step % self.config.checkpoint_every == 0:
+                    if last or self.step % self.config.checkpoints.every_steps == 0:
                         self.save()
         finally:
             bar.close()
@@ -259,7 +260,7 @@ class Trainer:
         with checkpoint.atomic_directory(folder / f"step_{self.step:08d}") as directory:
             write_clt(directory, self.clt)
             checkpoint.save_state(directory, tensors, numbers)
-        for old in sorted(folder.glob("step_????????"))[: -self.config.keep_checkpoints]:
+        for old in sorted(folder.glob("step_????????"))[: -self.config.checkpoints.keep]:
             shutil.rmtree(old)
         return folder / f"step_{self.step:08d}"
 
@@ -294,7 +295,10 @@ class Trainer:
 
 def _what_matters(config: TrainConfig) -> TrainConfig:
     """The configuration without what has no influence on the weights."""
-    return replace(config, out="", device="", loggers=(), progress=True, keep_checkpoints=1)
+    return replace(
+        config, out="", device="", logging=replace(config.logging, loggers=(), progress=True),
+        checkpoints=replace(config.checkpoints, keep=1),
+    )  # fmt: skip
 
 
 def read_config(run: str | Path) -> TrainConfig:

@@ -164,8 +164,8 @@ def test_the_dense_mask_has_a_logit_for_every_pair_near_a_tenth(model):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"per_latent": 8, "start": 4}, "connections.start: expected at least per_latent = 8, got 4"),
-        ({"per_latent": 8, "refresh_every": 0}, "connections.refresh_every: expected at least 1, got 0"),
+        ({"per_latent": 8, "start": 4}, "connections.start_per_latent: expected at least per_latent = 8, got 4"),
+        ({"per_latent": 8, "refresh_every": 0}, "connections.refresh_steps: expected at least 1, got 0"),
     ],
 )
 def test_impossible_schedules(arguments, message):

@@ -12,7 +12,7 @@ from test_activation_stream import cut_off
 from test_trainer import ROWS, trainer, whole_state
 from tiny_models import LAYERS, WIDTH, hf_model, tokenizer
 
-from sparseclt.config import ActivationConfig, TrainConfig
+from sparseclt.config import ActivationConfig, LoggingConfig, TrainConfig
 from sparseclt.data import activation_cache
 from sparseclt.data.activation_cache import ActivationCache, cache_info, open_cache, quantise
 from sparseclt.data.activation_stream import token_bytes, vectors_of
@@ -37,7 +37,9 @@ def small_shards(monkeypatch, model):
 
 def opened(directory: Path, model, rows=ROWS, dtype="bf16") -> ActivationCache:
     activations = ActivationConfig(cache=str(directory), cache_dtype=dtype)
-    return open_cache(TrainConfig(batch_rows=2, progress=False, activations=activations), model, rows)
+    return open_cache(
+        TrainConfig(batch_rows=2, logging=LoggingConfig(progress=False), activations=activations), model, rows
+    )
 
 
 @pytest.fixture(scope="module")

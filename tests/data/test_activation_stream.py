@@ -158,8 +158,8 @@ def test_a_buffer_that_is_too_small_says_what_it_takes():
          "activations.shuffle_bytes, activations.cache: expected 0 and None with clt.attention 'latents'"),
         ({"activations": ActivationConfig(cache="x"), "clt": CLTConfig(attention="latents")},
          "activations.shuffle_bytes, activations.cache: expected 0 and None with clt.attention 'latents'"),
-        ({"activations": ActivationConfig(shuffle_bytes=9), "loss": LossConfig(cross_entropy=0.1)},
-         "activations.shuffle_bytes: expected 0 with loss.cross_entropy > 0"),
+        ({"activations": ActivationConfig(shuffle_bytes=9), "loss": LossConfig(cross_entropy_weight=0.1)},
+         "activations.shuffle_bytes: expected 0 with loss.cross_entropy_weight > 0"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_shuffled_or_cached_is_refused(changes, message):

@@ -8,7 +8,7 @@ import torch
 from clts import language_model
 from tiny_models import tokens
 
-from sparseclt.config import CLTConfig, ConnectionConfig, DataConfig, LossConfig, TrainConfig
+from sparseclt.config import CLTConfig, ConnectionConfig, DataConfig, LoggingConfig, LossConfig, TrainConfig
 from sparseclt.model.decoder_gradients import DecoderGradients
 from sparseclt.ops._rows import section, transpose
 from sparseclt.training.optimizer import RowAdam
@@ -19,10 +19,11 @@ ROWS, LENGTH = 3, 12
 
 def trainer(tmp_path, kind="gpt2", attention="frozen", policy="top", **more) -> Trainer:
     config = TrainConfig(
-        out=str(tmp_path), batch_rows=ROWS, steps=10, progress=False, data=DataConfig(row_length=LENGTH),
+        out=str(tmp_path), batch_rows=ROWS, steps=10, data=DataConfig(row_tokens=LENGTH),
         clt=CLTConfig(latents=37, active=4, attention=attention),
-        connections=ConnectionConfig(policy=policy, per_latent=5, refresh_every=2),
-        loss=LossConfig(begin=0.0, ramp=0.0, dead_after=30, aux_active=3), **more,
+        connections=ConnectionConfig(policy=policy, per_latent=5, refresh_steps=2, candidates_after_steps=2),
+        logging=LoggingConfig(progress=False),
+        loss=LossConfig(sparse_start_share=0.0, sparse_ramp_share=0.0, dead_after_tokens=30, aux_latents=3), **more,
     )  # fmt: skip
     model = language_model(kind, torch.float64)
     t = Trainer(config, language_model=model, rows=tokens(ROWS, LENGTH))

@@ -8,7 +8,15 @@ from clts import language_model
 from op_helpers import LargestAllocation
 from tiny_models import tokens
 
-from sparseclt.config import CLTConfig, ConnectionConfig, DataConfig, LossConfig, TrainConfig
+from sparseclt.config import (
+    CLTConfig,
+    ComputeConfig,
+    ConnectionConfig,
+    DataConfig,
+    LoggingConfig,
+    LossConfig,
+    TrainConfig,
+)
 from sparseclt.ops import _rows as ops_scratch
 from sparseclt.training.trainer import Trainer
 
@@ -31,10 +39,11 @@ def peak_allocation() -> Iterator[list[int]]:
 
 def trainer(tmp_path, backend=None, rows: int = 40) -> Trainer:
     config = TrainConfig(
-        out=str(tmp_path), batch_rows=rows, backend=backend, progress=False,
-        clt=CLTConfig(latents=F, active=8), data=DataConfig(row_length=ROW),
-        connections=ConnectionConfig(per_latent=4, refresh_every=REFRESH),
-        loss=LossConfig(begin=0.0, dead_after=1, aux_active=4),
+        out=str(tmp_path), batch_rows=rows, compute=ComputeConfig(backend=backend),
+        logging=LoggingConfig(progress=False),
+        clt=CLTConfig(latents=F, active=8), data=DataConfig(row_tokens=ROW),
+        connections=ConnectionConfig(per_latent=4, refresh_steps=REFRESH),
+        loss=LossConfig(sparse_start_share=0.0, dead_after_tokens=1, aux_latents=4),
     )  # fmt: skip
     return Trainer(config, language_model=language_model("gpt2", torch.float32), rows=tokens(rows, ROW))
 

@@ -15,7 +15,7 @@ from test_decoder_gradients import trainer, warmed_up
 from test_trainer import ROWS, whole_state
 from test_trainer import trainer as small_trainer
 
-from sparseclt.config import LossConfig, ModelShape, TrainConfig
+from sparseclt.config import CheckpointConfig, ComputeConfig, LossConfig, ModelShape, TrainConfig
 from sparseclt.storage.checkpoint import latest, load_state
 from sparseclt.training import memory
 from sparseclt.training import optimizer as optim
@@ -51,7 +51,7 @@ def test_micro_batches_have_the_gradient_of_the_whole_batch(tmp_path, attention,
 def test_micro_batches_have_the_gradient_of_the_cross_entropy(tmp_path):
     t = trainer(tmp_path)
     activations = warmed_up(t)
-    t.objective.config = replace(t.config, loss=replace(t.config.loss, cross_entropy=0.5))
+    t.objective.config = replace(t.config, loss=replace(t.config.loss, cross_entropy_weight=0.5))
     whole, parts = (gradients_of(t, activations, rows) for rows in (3, 2))
     assert whole["loss term cross_entropy_sparse"] > 0
     for name, gradient in parts.items():
@@ -81,7 +81,7 @@ def memory_for(monkeypatch):
 
 
 def test_a_step_that_runs_out_of_memory_goes_on_in_micro_batches(tmp_path, model, memory_for):
-    halves = small_trainer(tmp_path / "halves", model, batch_rows=4, micro_batch_rows=2)
+    halves = small_trainer(tmp_path / "halves", model, batch_rows=4, compute=ComputeConfig(micro_batch_rows=2))
     halves.fit()
     memory_for(2)
     t = small_trainer(tmp_path / "short", model, batch_rows=4)
@@ -104,7 +104,7 @@ def test_a_resumed_run_keeps_the_micro_batches_it_went_on_in(tmp_path, model, me
 
 
 def test_a_step_that_runs_out_of_memory_twice_fails_with_plan_and_advice(tmp_path, model, monkeypatch, memory_for):
-    t = small_trainer(tmp_path, model, batch_rows=4, checkpoint_every=2)
+    t = small_trainer(tmp_path, model, batch_rows=4, checkpoints=CheckpointConfig(every_steps=2))
     step = t.train_step
 
     def ever_shorter_of_memory(activations):
@@ -141,11 +141,11 @@ def test_other_errors_of_a_step_are_passed_on(tmp_path, model, monkeypatch):
 
 
 def test_advice_begins_with_micro_batches():
-    config = replace(TrainConfig(), batch_rows=64, loss=LossConfig(aux=0))
+    config = replace(TrainConfig(), batch_rows=64, loss=LossConfig(aux_weight=0))
     shape = ModelShape(12, 256)
     peak = memory.make_plan(config, shape).peak
     change, then = memory.advice(config, shape, peak - 1)[0]
-    assert change == "--micro-batch-rows 32" and then < peak
+    assert change == "--compute.micro-batch-rows 32" and then < peak
 
 
 def test_a_step_that_really_runs_out_of_memory_goes_on_in_micro_batches():

@@ -7,7 +7,7 @@ import torch
 from test_decoder_gradients import trainer, warmed_up
 from torch.nn import Parameter
 
-from sparseclt.config import CLTConfig, OptimizerConfig, TrainConfig
+from sparseclt.config import CheckpointConfig, CLTConfig, LoggingConfig, OptimizerConfig, TrainConfig
 from sparseclt.model.decoder_gradients import DecoderGradients
 from sparseclt.training import eight_bit
 from sparseclt.training import optimizer as optim
@@ -28,7 +28,7 @@ def plain_steps(t, activations, steps: int) -> dict[str, torch.Tensor]:
         adam.zero_grad()
         total, _, passes = t.loss(activations, t.step)
         total.backward()
-        torch.nn.utils.clip_grad_norm_(t.clt.parameters(), t.config.optimizer.clip or math.inf)
+        torch.nn.utils.clip_grad_norm_(t.clt.parameters(), t.config.optimizer.clip_norm or math.inf)
         adam.step()
         for mode, forward in passes.items():
             t.activity[mode].update(forward.latents)
@@ -40,7 +40,7 @@ def plain_steps(t, activations, steps: int) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("kept", [0, 1 << 30], ids=["computed twice", "kept"])
 def test_steps_are_those_of_adam_with_clipping(tmp_path, monkeypatch, clip, kept):
     monkeypatch.setattr(optim, "KEPT_BYTES", kept)
-    options = {"optimizer": OptimizerConfig(clip=clip)}
+    options = {"optimizer": OptimizerConfig(clip_norm=clip)}
     ours, plain = trainer(tmp_path, **options), trainer(tmp_path, **options)
     activations = warmed_up(ours)
     expected = plain_steps(plain, activations, 4)
@@ -171,7 +171,8 @@ def test_a_lean_run_continues_bit_exactly_and_learns(tmp_path, dtype):
 
     base = trainer(tmp_path / "base").config
     config = replace(
-        base, steps=12, checkpoint_every=6, log_every=1, clt=replace(base.clt, dtype=dtype),
+        base, steps=12, checkpoints=CheckpointConfig(every_steps=6), clt=replace(base.clt, dtype=dtype),
+        logging=LoggingConfig(every_steps=1, progress=False),
         optimizer=OptimizerConfig(state="8bit", rows="touched", learning_rate=1e-2),
     )  # fmt: skip
     model, rows = language_model("gpt2", torch.float32), tokens(3, 12)

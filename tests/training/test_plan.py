@@ -14,8 +14,10 @@ from sparseclt.cli import main
 from sparseclt.config import (
     ActivationConfig,
     CLTConfig,
+    ComputeConfig,
     ConnectionConfig,
     DataConfig,
+    LoggingConfig,
     LossConfig,
     ModelShape,
     OptimizerConfig,
@@ -54,10 +56,11 @@ def configured(
 ) -> TrainConfig:
     return TrainConfig(
         activations=ActivationConfig(shuffle_bytes),
-        out="", batch_rows=rows, micro_batch_rows=micro, progress=False, device="cpu",
-        clt=CLTConfig(latents=F, active=K, dtype=dtype), data=DataConfig(row_length=S),
-        loss=LossConfig(begin=0.0, aux=aux, dead_after=dead_after),
-        connections=ConnectionConfig(policy=policy, per_latent=16, refresh_every=1000, recent_tokens=1024),
+        out="", batch_rows=rows, compute=ComputeConfig(micro_batch_rows=micro), device="cpu",
+        logging=LoggingConfig(progress=False),
+        clt=CLTConfig(latents=F, active=K, dtype=dtype), data=DataConfig(row_tokens=S),
+        loss=LossConfig(sparse_start_share=0.0, aux_weight=aux, dead_after_tokens=dead_after),
+        connections=ConnectionConfig(policy=policy, per_latent=16, refresh_steps=1000, recent_tokens=1024),
         optimizer=OptimizerConfig(**optimizer),
     )  # fmt: skip
 
@@ -78,9 +81,9 @@ def planned_and_measured(config: TrainConfig, L: int = 4, D: int = 64) -> tuple[
     following = activations(L, D, config.batch_rows)
     for _ in range(2):
         trainer.train_step(batch)
-    if config.loss.aux:
+    if config.loss.aux_weight:
         for activity in trainer.activity.values():
-            activity.tokens_since_fired[:, : config.clt.latents // 5] = config.loss.dead_after
+            activity.tokens_since_fired[:, : config.clt.latents // 5] = config.loss.dead_after_tokens
     start = held() - before
     with peak_allocation() as peak:
         trainer.train_step(batch)

@@ -13,7 +13,15 @@ import torch
 from clts import language_model
 from tiny_models import tokens
 
-from sparseclt.config import CLTConfig, ConnectionConfig, DataConfig, LossConfig, TrainConfig
+from sparseclt.config import (
+    CheckpointConfig,
+    CLTConfig,
+    ConnectionConfig,
+    DataConfig,
+    LoggingConfig,
+    LossConfig,
+    TrainConfig,
+)
 from sparseclt.model.clt import SparseCLT
 from sparseclt.model.sites import MODES
 from sparseclt.storage.checkpoint import CheckpointError, latest, load_clt, load_state
@@ -25,10 +33,11 @@ ROWS = tokens(rows=30, length=12)
 
 def config(out: Path, **changes) -> TrainConfig:
     base = TrainConfig(
-        out=str(out), steps=8, batch_rows=2, checkpoint_every=4, log_every=1, progress=False,
-        clt=CLTConfig(latents=24, active=3), data=DataConfig(row_length=12),
-        connections=ConnectionConfig(per_latent=5, start=9, refresh_every=3),
-        loss=LossConfig(begin=0.0, dead_after=60, aux_active=4),
+        out=str(out), steps=8, batch_rows=2, checkpoints=CheckpointConfig(every_steps=4),
+        logging=LoggingConfig(every_steps=1, progress=False),
+        clt=CLTConfig(latents=24, active=3), data=DataConfig(row_tokens=12),
+        connections=ConnectionConfig(per_latent=5, start_per_latent=9, refresh_steps=3),
+        loss=LossConfig(sparse_start_share=0.0, dead_after_tokens=60, aux_latents=4),
     )  # fmt: skip
     return replace(base, **changes)
 
@@ -54,8 +63,8 @@ def whole_state(t: Trainer) -> dict[str, torch.Tensor]:
 
 
 POLICIES = {
-    "top": ConnectionConfig(per_latent=5, start=9, refresh_every=3),
-    "learned": ConnectionConfig(policy="learned", per_latent=9, refresh_every=2),
+    "top": ConnectionConfig(per_latent=5, start_per_latent=9, refresh_steps=3),
+    "learned": ConnectionConfig(policy="learned", per_latent=9, candidates_after_steps=2),
     "dense-learned": ConnectionConfig(policy="dense-learned"),
 }
 
@@ -120,7 +129,7 @@ def test_the_same_seed_trains_the_same_clt(tmp_path, model):
 
 
 def test_training_lowers_the_loss_of_both_modes(tmp_path, model):
-    t = trainer(tmp_path, model, steps=120, checkpoint_every=120)
+    t = trainer(tmp_path, model, steps=120, checkpoints=CheckpointConfig(every_steps=120))
     t.fit()
     metrics = read_metrics(tmp_path / "metrics.jsonl")
     for mode in MODES:
@@ -139,7 +148,9 @@ def test_the_language_model_runs_once_a_step(tmp_path, model, monkeypatch):
 
 
 def test_cross_entropy_through_the_replaced_model_reaches_every_parameter(tmp_path, model):
-    t = trainer(tmp_path, model, loss=LossConfig(cross_entropy=1.0, begin=0.0, ramp=0.0))
+    t = trainer(
+        tmp_path, model, loss=LossConfig(cross_entropy_weight=1.0, sparse_start_share=0.0, sparse_ramp_share=0.0)
+    )
     for _ in range(2):
         metrics = t.train_step(t.capture(next(t.stream)))
     assert metrics["cross_entropy_sparse"] > 0
@@ -226,12 +237,12 @@ def test_more_connections_than_upstream_latents_says_how_many_there_are(tmp_path
 
 
 def test_rows_longer_than_the_context_are_refused(tmp_path, model):
-    with pytest.raises(ValueError, match="data.row_length: expected at most the model's context of 24, got 25"):
-        trainer(tmp_path, model, data=DataConfig(row_length=25))
+    with pytest.raises(ValueError, match="data.row_tokens: expected at most the model's context of 24, got 25"):
+        trainer(tmp_path, model, data=DataConfig(row_tokens=25))
 
 
 def test_only_the_newest_checkpoints_stay(tmp_path, model):
-    trainer(tmp_path, model, checkpoint_every=2).fit()
+    trainer(tmp_path, model, checkpoints=CheckpointConfig(every_steps=2)).fit()
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["step_00000006", "step_00000008"]
 
 
