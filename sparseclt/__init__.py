@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     from sparseclt.connections.policies import LearnedConnections, TopConnections
     from sparseclt.evaluation.metrics import evaluate
     from sparseclt.language_model.language_model import LanguageModel
-    from sparseclt.model.clt import Architecture, SparseCLT
+    from sparseclt.model.clt import SparseCLT
+    from sparseclt.model.shape import Architecture
     from sparseclt.training.trainer import Trainer
 
 __all__ = [
@@ -66,7 +67,7 @@ _MODULES = {
     "TopConnections": "connections.policies",
     "evaluate": "evaluation.metrics",
     "LanguageModel": "language_model.language_model",
-    "Architecture": "model.clt",
+    "Architecture": "model.shape",
     "SparseCLT": "model.clt",
     "Trainer": "training.trainer",
 }

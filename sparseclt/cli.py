@@ -5,14 +5,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
-from sparseclt.config import ModelShape, TrainConfig
+from sparseclt.config import TrainConfig
+from sparseclt.model.shape import ModelShape
 
 
 def _train(config: TrainConfig) -> None:
     from sparseclt import runs as pipeline
     from sparseclt.evaluation import report
 
-    print(report.evaluation_table(pipeline.train(config)))
+    print(report.evaluation_table(pipeline.train(config).to_dict()))
     print(f"\nRun directory: {config.out}")
 
 
@@ -23,13 +24,13 @@ def _resume(run: Path) -> None:
 
     trainer = Trainer.from_run(run)
     trainer.fit(resume=run)
-    print(report.evaluation_table(pipeline.evaluate_run(run, trainer.language_model)))
+    print(report.evaluation_table(pipeline.evaluate_run(run, trainer.language_model).to_dict()))
 
 
 def _repeat(run: Path, out: Path) -> None:
     from dataclasses import replace
 
-    from sparseclt.training.trainer import read_config
+    from sparseclt.training.run_directory import read_config
 
     _train(replace(read_config(run), out=str(out)))
 
@@ -38,7 +39,7 @@ def _evaluate(run: Path) -> None:
     from sparseclt import runs as pipeline
     from sparseclt.evaluation import report
 
-    print(report.evaluation_table(pipeline.evaluate_run(run)))
+    print(report.evaluation_table(pipeline.evaluate_run(run).to_dict()))
 
 
 def _sweep(config: TrainConfig, connections: tuple[int, ...]) -> None:

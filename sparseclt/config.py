@@ -165,22 +165,6 @@ class CheckpointConfig:
 
 
 @dataclass(frozen=True)
-class ModelShape:
-    """What a plan of memory has to know of the language model."""
-
-    layers: int = 0
-    """Layers that the CLT covers (L); 0: all this is read from the configuration of the model that is named."""
-    d_model: int = 0
-    """Width of the residual stream (D)."""
-    heads: int = 0
-    """Attention heads (H); needed for attention latents alone."""
-    parameters: int = 0
-    """Parameters of the language model."""
-    parallel: bool = False
-    """Whether attention and MLP of a block read the same residual stream."""
-
-
-@dataclass(frozen=True)
 class TrainConfig:
     """A training run."""
 

@@ -5,10 +5,11 @@ from pathlib import Path
 
 import torch
 
-from sparseclt.config import ModelShape, TrainConfig
+from sparseclt.config import TrainConfig
 from sparseclt.data.activation_stream import buffer_bytes, least_bytes
 from sparseclt.devices import resolve
 from sparseclt.model.decoder_gradients import CHUNK_BYTES
+from sparseclt.model.shape import ModelShape
 from sparseclt.model.sites import model_sites, upstream_modules
 from sparseclt.ops._rows import SCRATCH_BYTES
 from sparseclt.training.optimizer import KEPT_BYTES, PIECE_BYTES
@@ -240,9 +241,12 @@ def shape_of(path: str, layers: int | None = None) -> ModelShape:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     return ModelShape(
-        layers or config.num_hidden_layers, config.hidden_size, config.num_attention_heads,
-        sum(p.numel() for p in model.parameters()), bool(getattr(config, "use_parallel_residual", False)),
-    )  # fmt: skip
+        layers=layers or config.num_hidden_layers,
+        d_model=config.hidden_size,
+        heads=config.num_attention_heads,
+        parameters=sum(p.numel() for p in model.parameters()),
+        parallel=bool(getattr(config, "use_parallel_residual", False)),
+    )
 
 
 def dense_plan(config: TrainConfig, shape: ModelShape, available: int | None = None) -> Plan:

@@ -207,9 +207,9 @@ def test_a_run_cut_off_within_a_block_goes_on_to_the_bit(tmp_path, model):
 
 def test_without_shuffling_a_batch_is_the_captured_rows_to_the_bit(tmp_path, model):
     t = trainer(tmp_path, model)
-    rows = RowStream(t.stream.rows, 2, t.config.seed)
+    rows = RowStream(t.batches.rows, 2, t.config.seed)
     captured = [model.capture(next(rows)) for _ in range(t.config.steps)]  # now: no two threads may run the model
-    for batch, expected in zip(t._batches(), captured, strict=True):
+    for batch, expected in zip(t.batches.from_step(t.step), captured, strict=True):
         assert batch.tokens.equal(expected.tokens) and all_of(batch).equal(all_of(expected))
 
 

@@ -4,8 +4,11 @@ import pytest
 import torch
 from clts import connect_random, language_model, open_all, random_clt, tokens
 
-from sparseclt.evaluation.metrics import evaluate, fvu_against_c, replacement, splitting
-from sparseclt.training.losses import fvu, targets
+from sparseclt.evaluation.metrics import evaluate
+from sparseclt.evaluation.pruning import fvu_against_c
+from sparseclt.evaluation.structure import splitting
+from sparseclt.model.replacement import replacement
+from sparseclt.training.losses import fvu
 
 ROWS = tokens(rows=6, length=12)
 
@@ -26,7 +29,7 @@ def test_figures_do_not_depend_on_the_batches_and_equal_the_formulas(clt, model)
     result = evaluate(clt, model, ROWS, batch_rows=4)
     again = evaluate(clt, model, ROWS, batch_rows=1)
     activations = model.capture(ROWS)
-    real = targets(clt, activations)
+    real = activations.outputs(clt.sites)
     for mode in ("vanilla", "sparse"):
         forward = clt(activations, mode)
         for m, site in enumerate(clt.sites):
@@ -45,7 +48,7 @@ def test_figures_do_not_depend_on_the_batches_and_equal_the_formulas(clt, model)
 def test_the_mean_excess_leaves_the_first_module_out(clt, model):
     result = evaluate(clt, model, ROWS, cross_entropy=False)
     rows = result["modules"]
-    if model.info.parallel:
+    if model.shape.parallel:
         assert rows[1]["upstream"] == 20
     assert rows[0]["excess_fvu"] == pytest.approx(0, abs=1e-10)
     assert result["mean"]["excess_fvu"] == pytest.approx((rows[1]["excess_fvu"] + rows[2]["excess_fvu"]) / 2)

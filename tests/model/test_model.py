@@ -6,7 +6,8 @@ from clts import LAYERS, connect_random, language_model, open_all, random_clt, t
 from tiny_models import FAMILIES
 
 from sparseclt.model.attention import attention_write, centre, head_rows
-from sparseclt.model.clt import Architecture, SparseCLT
+from sparseclt.model.clt import SparseCLT
+from sparseclt.model.shape import Architecture
 from sparseclt.model.sites import Site, is_earlier
 
 both_kinds = pytest.mark.parametrize("attention", ["frozen", "latents"])
@@ -108,7 +109,7 @@ def test_sparse_mode_and_all_its_gradients_follow_the_dense_formulas(model, atte
     parameters = dict(clt.named_parameters())
 
     def gradients(values, outputs):
-        weights = torch.linspace(-1, 1, model.info.d_model, dtype=torch.float64)
+        weights = torch.linspace(-1, 1, model.shape.d_model, dtype=torch.float64)
         loss = sum((outputs[site] * weights).square().mean() for site in clt.sites)
         loss = loss + sum((v * v).mean() for v in values)
         return torch.autograd.grad(loss, list(parameters.values()))
