@@ -59,3 +59,19 @@ def test_the_readme_fits_a_screen_and_counts_test_functions():
     files = (ROOT / "tests").rglob("test_*.py")
     functions = sum(len(re.findall(r"^\s*def test_", file.read_text(), re.M)) for file in files)
     assert quoted < functions < 1.25 * quoted
+
+
+PAGES = [
+    "README.md",
+    "CONTRIBUTING.md",
+    *(str(page.relative_to(ROOT)) for page in sorted((ROOT / "docs").rglob("*.md"))),
+]
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_files_that_a_page_names_exist(page):
+    text = read(page)
+    named = set(re.findall(r"\b(?:sparseclt|csrc_triton|benchmarks|tests|tools)/[\w/]+\.py\b", text))
+    if page == "docs/method.md":
+        named |= {f"sparseclt/{file}" for file in re.findall(r"`(model/\w+\.py)`", text)}
+    assert not [file for file in sorted(named) if not (ROOT / file).exists()]
