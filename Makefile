@@ -33,7 +33,7 @@ tutorial: .venv/check  ## run the tutorial and write its output into the page
 bench: .venv/test  ## measure (the quick set; ARGS=--full: all of it) and refresh docs/benchmarks.md
 	mkdir -p build
 	$(BIN)/python -m pytest benchmarks/ $(ARGS) --benchmark-json build/benchmarks.json; status=$$?; \
-	  $(BIN)/sparseclt bench-report build/benchmarks.json && exit $$status
+	  $(BIN)/python benchmarks/report.py build/benchmarks.json && exit $$status
 
 # torch first and exactly: an open range would pull a CUDA build of several GB.
 .venv/torch: constraints.txt

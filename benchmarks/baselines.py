@@ -1,12 +1,13 @@
-"""What ours is measured against: each op and each training step in plain torch, written without sparseclt's ops.
+"""The baselines: each op and each training step in plain torch, written without sparseclt's ops.
 
 "dense" is what most codebases write. "torch" is the fastest form that plain torch has for the same function, as far
-as we know. Functions of an op take its inputs as one namespace (`inputs.py`); a gate compares every result with the
+as we know. Functions of an op take its inputs as one namespace (`problems.py`); a gate compares every result with the
 op's shipped reference before anything is timed.
 """
 
 import warnings
 from types import SimpleNamespace as Inputs
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,7 +43,7 @@ def encode_dense(i: Inputs) -> Pair:
 
 
 def encode_gemm_topk(i: Inputs) -> Pair:
-    """Without a pass of its own for relu: the k values alone are clipped."""
+    """Without a pass of its own for relu: only the k values are clipped."""
     values, indices = functional.linear(i.x, i.W_enc, i.b_enc).topk(i.k)
     return torch.relu(values), indices
 
@@ -84,7 +85,36 @@ def encode_torch(i: Inputs) -> Pair:
     return _SparseGradients.apply(i.x, i.W_enc, i.b_enc, i.k)
 
 
-# virtual weights, and what they do to sparse latents
+# batchtopk_encode and jumprelu_encode: latents [N, F], mostly zeros
+
+
+def batchtopk_dense(i: Inputs) -> Tensor:
+    flat = torch.relu(functional.linear(i.x, i.W_enc, i.b_enc)).flatten()
+    values, places = flat.topk(len(i.x) * i.k, sorted=False)
+    return torch.zeros_like(flat).scatter(0, places, values).view(len(i.x), -1)
+
+
+class _JumpReLU(torch.autograd.Function):
+    """Straight-through: the step at the threshold counts as a ramp as wide as the bandwidth."""
+
+    @staticmethod
+    def forward(ctx, pre, threshold, bandwidth):
+        ctx.save_for_backward(pre, threshold)
+        ctx.bandwidth = bandwidth
+        return pre * (pre > threshold)
+
+    @staticmethod
+    def backward(ctx, grad):
+        pre, threshold = ctx.saved_tensors
+        near = (pre - threshold).abs() < ctx.bandwidth / 2
+        return grad * (pre > threshold), (grad * near).sum(0) * (-threshold / ctx.bandwidth), None
+
+
+def jumprelu_dense(i: Inputs) -> Tensor:
+    return _JumpReLU.apply(functional.linear(i.x, i.W_enc, i.b_enc), i.threshold, i.bandwidth)
+
+
+# virtual weights, and their product with sparse latents
 
 
 def masked_weights(i: Inputs) -> Tensor:
@@ -163,9 +193,8 @@ def _centre(rows: Tensor) -> Tensor:
     return rows - rows.mean(1, keepdim=True)
 
 
-def _encode_step(pre: Tensor, k: int, sparse_decoder: bool) -> Pair | Tensor:
-    values, indices = dense_topk(pre, k)
-    return (values, indices) if sparse_decoder else scatter(values, indices, pre.shape[1])
+def _dense_latents(pre: Tensor, k: int) -> Tensor:
+    return scatter(*dense_topk(pre, k), pre.shape[1])
 
 
 def _decode_step(z: Pair | Tensor, W_dec: Tensor) -> Tensor:
@@ -176,13 +205,13 @@ def _decode_step(z: Pair | Tensor, W_dec: Tensor) -> Tensor:
     return functional.embedding_bag(z[1], flat, per_sample_weights=z[0], mode="sum").unflatten(1, W_dec.shape[1:])
 
 
-def vanilla(i: Inputs, sparse_decoder: bool = False) -> tuple[list[Tensor], Tensor]:
-    """Latents [N, F] of every layer and the sum of FVUs."""
+def vanilla(i: Inputs, sparse_decoder: bool = False) -> tuple[list[Any], Tensor]:
+    """Latents of every layer, as a matrix [N, F] (`sparse_decoder`: as pairs), and the sum of FVUs."""
     written: list[Tensor | float] = [0.0] * i.layers
-    latents = []
+    latents: list[Any] = []
     for layer, m in enumerate(i.clt):
         pre = functional.linear(i.activations.x[layer].flatten(0, 1), m.W_enc, m.b_enc)
-        z = _encode_step(pre, i.k, sparse_decoder)
+        z = dense_topk(pre, i.k) if sparse_decoder else _dense_latents(pre, i.k)
         latents.append(z)
         for target, part in enumerate(_decode_step(z, m.W_dec).unbind(1)):
             written[layer + target] = written[layer + target] + part
@@ -194,10 +223,13 @@ def sum_of_fvu(i: Inputs, written: list) -> Tensor:
     return torch.stack([_fvu(y.flatten(0, 1), part + m.b_dec) for y, part, m in pairs]).sum()
 
 
-def connected(i: Inputs, masks: list[Tensor | None] | None) -> tuple[list[Tensor], Tensor]:
-    """Sparsely-connected mode with dense F x U virtual weights times `masks`; None: the same encode without a mask,
-    which needs no virtual weights: it reads what upstream modules wrote to the residual stream."""
-    a, latents = i.activations, []
+def connected(i: Inputs, masks: list[Any] | None) -> tuple[list[Tensor], Tensor]:
+    """Sparsely-connected mode with dense F x U virtual weights times `masks` (tensors or numbers).
+
+    None: the same encode without a mask. It needs no virtual weights, since it reads the reconstructions of upstream
+    modules from the residual stream."""
+    a = i.activations
+    latents: list[Tensor] = []
     written: list[Tensor | float] = [0.0] * i.layers
     stream = a.r_0.flatten(0, 1)  # embedding, frozen attention outputs, biases; unmasked: reconstructions too
     for layer, m in enumerate(i.clt):
@@ -208,7 +240,7 @@ def connected(i: Inputs, masks: list[Tensor | None] | None) -> tuple[list[Tensor
             E = torch.cat([up.W_dec[:, : layer - u].sum(1) for u, up in zip(range(layer), i.clt, strict=False)])
             pre = pre + torch.cat(latents, 1) @ ((rows @ E.T) * masks[layer]).T
         pre = pre / a.scale[layer].flatten()[:, None] + m.b_enc
-        latents.append(_encode_step(pre, i.k, False))
+        latents.append(_dense_latents(pre, i.k))
         for target, part in enumerate(_decode_step(latents[-1], m.W_dec).unbind(1)):
             written[layer + target] = written[layer + target] + part
         stream = stream + m.b_dec + (written[layer] if masks is None else 0.0)
@@ -216,8 +248,8 @@ def connected(i: Inputs, masks: list[Tensor | None] | None) -> tuple[list[Tensor
 
 
 def loss(i: Inputs, mode: str, sparse_decoder: bool = False) -> Tensor:
-    """The Trainer's loss: vanilla FVUs; in "both" and "residual" those of the other mode, and how far its latents
-    are from the vanilla ones."""
+    """The Trainer's loss: vanilla FVUs; in "both" and "residual" also those of the other mode, and the FVU of its
+    latents against the vanilla ones."""
     target, total = vanilla(i, sparse_decoder)
     if mode == "vanilla":
         return total
@@ -227,7 +259,7 @@ def loss(i: Inputs, mode: str, sparse_decoder: bool = False) -> Tensor:
 
 
 def encode_floor(i: Inputs) -> None:
-    """The encode GEMMs of a vanilla step alone, into memory that is there already."""
+    """Only the encode GEMMs of a vanilla step, into memory that is allocated already."""
     with torch.no_grad():
         for x, m in zip(i.activations.x, i.clt, strict=True):
             torch.addmm(m.b_enc, x.flatten(0, 1), m.W_enc.T, out=i.pre_activations)

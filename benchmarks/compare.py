@@ -1,24 +1,27 @@
-"""One comparison: the gate, then memory, then interleaved rounds, as rows for the report."""
+"""One comparison: a gate, then memory, then interleaved rounds; its rows go to the report."""
 
 import platform
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from itertools import product
 from typing import Any
 
 import torch
-from costs import Cost
 from measure import Ceiling, Effort, Weighed, errors, interleave, measure_ceiling, quartiles, weigh
+from problems import PROBLEMS, contenders, cost, seed_inputs, spread
 from torch import Tensor
+
+from sparseclt.costs import Cost
 
 Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Contender:
-    """`prepare()` does what is not timed and returns what is. `truth`: which of the comparison's truths its results
-    must equal; None: it computes something else (a floor), and no gate applies."""
+    """`prepare()` does the untimed part and returns the function to time. `truth`: which of the comparison's truths its
+    results must equal; None for a floor, which computes something else and passes no gate."""
 
     prepare: Callable[[], Callable[[], Any]]
     cost: Cost
@@ -27,8 +30,10 @@ class Contender:
 
 @dataclass(frozen=True)
 class Comparison:
-    """`results` names the tensors of one call's result; `truths` are such names from implementations that the gate
-    trusts. `tolerance`: relative error, by result name ("": all others)."""
+    """Contenders for one piece of work on the same inputs.
+
+    `results` turns the result of a call into named tensors; `truths` are such tensors, from implementations that the
+    gate trusts. `tolerance`: relative error, by name of a tensor ("": all others)."""
 
     case: str
     direction: str
@@ -43,7 +48,7 @@ class Comparison:
     dtype: torch.dtype = torch.float32
 
     def run(self, effort: Effort, small: bool) -> dict[str, Row]:
-        """A row a contender: measured, or {"failed": why}."""
+        """One row per contender: measured, or {"failed": why}."""
         rows = {name: self._header(name) for name in self.contenders}
         truths = {name: truth() for name, truth in self.truths.items()}
         ready: dict[str, tuple[Callable[[], Any], Weighed]] = {}
@@ -54,7 +59,7 @@ class Comparison:
                 gate = {}
                 if contender.truth is not None:
                     gate = errors(self.results(weighed.results), truths[contender.truth])
-            except Exception as error:  # a peer's, too: its row says so, and the others are measured
+            except Exception as error:  # a peer may fail: its row says so, and the others are measured
                 rows[name]["failed"] = f"{type(error).__name__}: {error}"[:300]
                 continue
             rows[name]["gate"] = {"errors": gate, "tolerance": dict(self.tolerance)}
@@ -85,11 +90,11 @@ class Comparison:
     def _measured(self, name: str, weighed: Weighed, samples: Mapping[str, Any], ceiling: Ceiling) -> Row:
         cost, own = self.contenders[name].cost, samples[name].seconds
         time = quartiles(own)
-        least = ceiling.seconds(cost.flops, cost.bytes)
+        least = ceiling.seconds(cost.flops, cost.used)
         return {
             "seconds": time, "samples": own, "rounds": len(own), "calls": samples[name].calls,
             "peak_bytes": weighed.allocated, "resident_bytes": weighed.resident,
-            "flops": cost.flops, "bytes": cost.bytes,
+            "flops": cost.flops, "bytes": cost.used,
             "ceiling": {"flops": ceiling.flops, "bytes": ceiling.bytes}, "achieved": least / time["median"],
             "ratios": {
                 other: quartiles([theirs / ours for theirs, ours in zip(them.seconds, own, strict=True)])
@@ -124,11 +129,9 @@ def op_comparison(
 ) -> Comparison:
     """An op's contenders on one set of inputs, against its shipped reference.
 
-    Backward: the gradients of all differentiable inputs, given one of the result that depends on latents, not on
-    the order of slots. `strict`: shapes so small that top-k meets no near-equal latents.
+    Backward: the gradients of all differentiable inputs, given a gradient of the result that depends on the latents
+    and not on the order of slots. `strict`: shapes so small that top-k meets no near-equal latents.
     """
-    from problems import PROBLEMS, contenders, our_backends, seed_inputs
-
     problem, backward = PROBLEMS[op], direction == "backward"
     seed_inputs()
     inputs = problem.inputs(device, **sizes)
@@ -142,6 +145,8 @@ def op_comparison(
     def gradients_of(out: Any) -> tuple[Tensor, Tensor]:
         if isinstance(out, tuple):
             return out[0], by_latent[out[1].clamp_min(0)]
+        if problem.results is spread:
+            return out, by_latent.expand_as(out)
         return out, grads.setdefault(out.shape, torch.randn(out.shape, device=device).to(dtype))
 
     def prepared(function: Callable[[Any], Any]) -> Callable[[], Any]:
@@ -158,13 +163,8 @@ def op_comparison(
         with torch.no_grad():
             return problem.results(inputs, result)
 
-    s = dtype.itemsize
-    formula = {name: problem.cost("sparse" if name in problem.sparse_ways else "dense", backward, s, **sizes)
-               for name in contenders(op, device)}  # fmt: skip
-    for backend in our_backends(device):
-        formula[f"ours: {backend}"] = problem.cost("sparse", backward, s, **sizes)
     entries = {
-        name: Contender(lambda function=function: prepared(function), formula[name])
+        name: Contender(partial(prepared, function), cost(op, name, backward, dtype.itemsize, **sizes))
         for name, function in contenders(op, device).items()
     }
     exact = 1e-4 if dtype == torch.float32 else 3e-2
@@ -181,8 +181,6 @@ def op_comparison(
 
 
 def directions(op: str) -> list[str]:
-    from problems import PROBLEMS
-
     return ["forward", "backward"] if PROBLEMS[op].differentiable else ["forward"]
 
 

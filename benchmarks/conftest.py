@@ -2,7 +2,7 @@
 
     pytest benchmarks/ [--full | --tiny] [--dtype bfloat16] [--benchmark-json FILE]
 
-pytest-benchmark times one function in one go. Here contenders take turns, timed by `measure.py`; the durations are
+pytest-benchmark times one function at a time. Here contenders take turns, timed by `measure.py`; the durations are
 handed to pytest-benchmark through a clock that plays them back, so that its table, its statistics and its JSON are
 the usual ones. Everything else about a row is in its `extra_info`; rows that failed their gate, thresholds, memory
 budget and command are under "sparseclt" in the JSON.
@@ -14,12 +14,15 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-import costs
 import pytest
 import thresholds
 import torch
-from compare import Row, device_name, versions
+from compare import Row, cases, device_name, versions
+from problems import contenders, our_backends
 from shapes import EFFORT, OPS, SCALING, STEPS
+from steps import step_contenders
+
+from sparseclt.costs import CLTSize, dense_training_bytes
 
 
 class ReplayClock:
@@ -44,9 +47,9 @@ def replayed() -> float:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("sparseclt")
-    group.addoption("--full", action="store_true", help="all shapes, curves and thresholds, in long")
+    group.addoption("--full", action="store_true", help="all shapes, curves and thresholds, with more rounds")
     group.addoption("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of the ops")
-    group.addoption("--tiny", action="store_true", help="tiny shapes: whether the suite works, not how fast")
+    group.addoption("--tiny", action="store_true", help="tiny shapes: checks that the suite works, not how fast")
 
 
 def the_set(config: pytest.Config) -> str:
@@ -65,31 +68,24 @@ FAILED = pytest.StashKey[list[Row]]()
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """One test a contender: comparisons by op, by mode of a training step, by point of a scaling curve."""
-    chosen = the_set(metafunc.config)
+    """One test per contender: of each op, of each mode of a training step, of each point of a scaling curve."""
+    chosen, parametrize = the_set(metafunc.config), metafunc.parametrize
     if metafunc.function.__name__ == "test_op":
-        from compare import cases
-        from problems import contenders
-
-        rows = [(*case, name) for case in cases(OPS[chosen]) for name in contenders(case[0], device())]
-        ids = [f"{op}-{way}-{_letters(sizes)}-{name}" for op, way, sizes, name in rows]
-        metafunc.parametrize(("op", "direction", "sizes", "contender"), rows, ids=ids)
+        ops = [(*case, name) for case in cases(OPS[chosen]) for name in contenders(case[0], device())]
+        ids = [f"{op}-{way}-{_letters(sizes)}-{name}" for op, way, sizes, name in ops]
+        parametrize(("op", "direction", "sizes", "contender"), ops, ids=ids)
     elif metafunc.function.__name__ == "test_step":
-        from steps import step_contenders
-
-        rows = [
+        steps = [
             (mode, sizes, name) for mode, sizes in STEPS[chosen].items() for name in step_contenders(mode, device())
         ]
-        ids = [f"{mode}-{_letters(sizes)}-{name}" for mode, sizes, name in rows]
-        metafunc.parametrize(("mode", "sizes", "contender"), rows, ids=ids)
+        ids = [f"{mode}-{_letters(sizes)}-{name}" for mode, sizes, name in steps]
+        parametrize(("mode", "sizes", "contender"), steps, ids=ids)
     elif metafunc.function.__name__ == "test_scaling":
-        from problems import our_backends
-
         base, curves = SCALING[chosen]
         names = [f"ours: {our_backends(device())[-1]}", "dense"]
-        rows = [(letter, base | {letter: v}, name) for letter, vs in curves.items() for v in vs for name in names]
-        ids = [f"{letter}={sizes[letter]}-{name}" for letter, sizes, name in rows]
-        metafunc.parametrize(("letter", "sizes", "contender"), rows, ids=ids)
+        points = [(letter, base | {letter: v}, name) for letter, vs in curves.items() for v in vs for name in names]
+        ids = [f"{letter}={sizes[letter]}-{name}" for letter, sizes, name in points]
+        parametrize(("letter", "sizes", "contender"), points, ids=ids)
 
 
 def _letters(sizes: dict[str, int]) -> str:
@@ -118,14 +114,13 @@ def measured(request: pytest.FixtureRequest) -> Callable[..., dict[str, Row]]:
 
 @pytest.fixture
 def publish(request: pytest.FixtureRequest) -> Callable[[Row], None]:
-    """Hand a row to pytest-benchmark. A wrong result of ours or of a baseline is a failed test; a peer's is told and
-    skipped."""
+    """Hand a row to pytest-benchmark. A wrong result of ours or of a baseline fails the test; one of a peer is reported
+    and skipped."""
 
     def publish_row(row: Row) -> None:
         if "failed" in row:
             request.config.stash[FAILED].append(row)
-            ours_to_mend = not row.get("peer")
-            (pytest.fail if ours_to_mend else pytest.skip)(f"{row['contender']}: {row['failed']}")
+            (pytest.skip if row.get("peer") else pytest.fail)(f"{row['contender']}: {row['failed']}")
         benchmark = request.getfixturevalue("benchmark")  # not before: unused, it would warn
         benchmark.group = " ".join([row["case"], row["direction"], _letters(row["shapes"])])
         benchmark.extra_info.update({name: value for name, value in row.items() if name != "samples"})
@@ -146,16 +141,22 @@ def memory_budget() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
+def dense_step_bytes(sizes: dict[str, int]) -> int:
+    """Peak memory of a dense step in both modes, by formula."""
+    size = CLTSize.of_mlps(sizes["L"], sizes["D"], sizes["F"])
+    return sum(dense_training_bytes(size, sizes["N"], modes=2).values())
+
+
 def dense_memory(chosen: str) -> dict[str, list[tuple[int, float]]]:
-    """By letter of a scaling curve: (size, bytes of a dense step by formula), on to where the budget is passed."""
+    """By letter of a scaling curve: (size, bytes of a dense step), up to the first that exceeds the budget."""
     base, curves = SCALING[chosen]
     points: dict[str, list[tuple[int, float]]] = {}
     for letter, values in curves.items():
         value, points[letter] = values[0], []
         for _ in range(24):
-            bytes_ = costs.dense_step_bytes("both", 4, **base | {letter: value})
-            points[letter].append((value, bytes_))
-            if bytes_ > memory_budget():
+            held = dense_step_bytes(base | {letter: value})
+            points[letter].append((value, held))
+            if held > memory_budget():
                 break
             value *= 2
     return points

@@ -1,18 +1,20 @@
-"""The ops as benchmark problems: inputs, contenders, what has a gradient, and what the gate compares."""
+"""The ops as benchmark problems: inputs, contenders, differentiable inputs, and the results that the gate compares."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
+from statistics import NormalDist
 from types import SimpleNamespace as Inputs
 from typing import Any
 
+import baseline_costs
 import baselines
-import costs
 import torch
 from peers import peers
 from torch import Tensor
 
-from sparseclt import ops
+from sparseclt import costs, ops
+from sparseclt.costs import Cost, Passes, Widths, direction
 from sparseclt.ops import backend as backends
 
 Sizes = dict[str, int]
@@ -63,6 +65,14 @@ def encode_inputs(device: str, N: int, D: int, F: int, K: int) -> Inputs:
     return i
 
 
+def jumprelu_inputs(device: str, N: int, D: int, F: int, K: int) -> Inputs:
+    """Thresholds that about K of F pre-activations, which are about standard normal, pass."""
+    i = encode_inputs(device, N, D, F, K)
+    i.threshold = NormalDist().inv_cdf(1 - K / F) * (0.9 + 0.2 * torch.rand(F, device=device))
+    i.bandwidth = 0.1
+    return i
+
+
 def upstream_inputs(device: str, D: int, F: int, C: int, U: int, N: int, S: int) -> Inputs:
     i = Inputs(W_enc=torch.randn(F, D, device=device) / D**0.5, E=torch.randn(U, D, device=device) / D**0.5)
     i.connections = random_connections(F, C, U, device)
@@ -105,6 +115,11 @@ def latents(i: Inputs, result: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
     }
 
 
+def spread(i: Inputs, result: tuple[Tensor, Tensor] | Tensor) -> dict[str, Tensor]:
+    """Latents of an encode in which tokens differ in how many are active: padded slots, or a matrix [N, F]."""
+    return {"latents": latents(i, result)["latents"] if isinstance(result, tuple) else result}
+
+
 def tensor(i: Inputs, result: Tensor) -> dict[str, Tensor]:
     return {"result": result}
 
@@ -143,21 +158,23 @@ def _ours_connected(i: Inputs, backend: str) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class Problem:
-    """An op. `ours(i, backend)`, baselines(i); `differentiable`: names of the inputs with a gradient.
+    """An op. `ours(i, backend)`, `baselines[name](i)`: contenders; `cost` and `dense_cost`: their costs by pass.
 
-    `way`: the formula of a contender that is not ours (dense, unless named here). `loose`: results in which top-k
-    may take either of two near-equal latents, as GEMMs of different order round them.
+    `differentiable`: names of the inputs with a gradient. `results`: the tensors that the gate compares. `loose`:
+    whether top-k or a threshold may take either of two near-equal latents, as GEMMs of different order round them.
+    `sparse_ways`: contenders besides ours that work as ours do, and have its cost.
     """
 
     inputs: Callable[..., Inputs]
     ours: Callable[[Inputs, str], Any]
     baselines: dict[str, Callable[[Inputs], Any]]
-    cost: Callable[..., costs.Cost]
+    cost: Callable[..., Passes]
+    dense_cost: Callable[..., Passes]
     differentiable: tuple[str, ...] = ()
     results: Callable[[Inputs, Any], dict[str, Tensor]] = tensor
     loose: bool = False
-    truth: Callable[[Inputs], dict[str, Tensor]] | None = None  # None: what the reference backend gives
-    sparse_ways: tuple[str, ...] = field(default=("torch", "eai-sparsify", "openai"))
+    truth: Callable[[Inputs], dict[str, Tensor]] | None = None  # None: the result of the reference backend
+    sparse_ways: tuple[str, ...] = ("torch", "eai-sparsify", "openai")
 
 
 PROBLEMS = {
@@ -165,47 +182,69 @@ PROBLEMS = {
         decode_inputs,
         lambda i, b: ops.sparse_decode(i.values, i.indices, i.W_dec, backend=b),
         {"dense": baselines.decode_dense, "torch": baselines.decode_torch},
-        costs.decode, ("values", "W_dec"),
+        costs.sparse_decode, baseline_costs.decode, ("values", "W_dec"),
     ),
     "topk_encode": Problem(
         encode_inputs,
         lambda i, b: ops.topk_encode(i.x, i.W_enc, i.b_enc, i.k, backend=b),
         {"dense": baselines.encode_dense, "gemm+topk": baselines.encode_gemm_topk, "torch": baselines.encode_torch},
-        costs.encode, ("x", "W_enc", "b_enc"), latents, loose=True, sparse_ways=("torch",),
+        costs.topk_encode, baseline_costs.encode, ("x", "W_enc", "b_enc"), latents, loose=True,
+        sparse_ways=("torch",),
+    ),
+    "batchtopk_encode": Problem(
+        encode_inputs,
+        lambda i, b: ops.batchtopk_encode(i.x, i.W_enc, i.b_enc, i.k, backend=b),
+        {"dense": baselines.batchtopk_dense},
+        costs.topk_encode, baseline_costs.encode, ("x", "W_enc", "b_enc"), spread, loose=True,
+    ),
+    "jumprelu_encode": Problem(
+        jumprelu_inputs,
+        lambda i, b: ops.jumprelu_encode(i.x, i.W_enc, i.b_enc, i.threshold, bandwidth=i.bandwidth, backend=b)[:2],
+        {"dense": baselines.jumprelu_dense},
+        costs.jumprelu_encode, baseline_costs.encode, ("x", "W_enc", "b_enc", "threshold"), spread, loose=True,
     ),
     "virtual_weights": Problem(
         weights_inputs,
         lambda i, b: ops.virtual_weights(i.W_enc, i.E, i.connections, backend=b),
         {"dense": baselines.weights_dense, "torch": baselines.weights_torch},
-        costs.weights, ("W_enc", "E"),
+        costs.virtual_weights, baseline_costs.weights, ("W_enc", "E"),
     ),
     "virtual_matmul": Problem(
         matmul_inputs,
         lambda i, b: ops.virtual_matmul(i.z_values, i.z_indices, i.V, i.connections, backend=b),
         {"dense": baselines.matmul_dense, "torch": baselines.matmul_torch},
-        costs.matmul, ("z_values", "V"),
+        costs.virtual_matmul, baseline_costs.matmul, ("z_values", "V"),
     ),
     "virtual_weights+virtual_matmul": Problem(
         upstream_inputs, _ours_virtual,
         {"dense": baselines.virtual_dense, "torch": baselines.matmul_torch},
-        costs.virtual, ("W_enc", "E", "z_values"),
+        baseline_costs.our_virtual, baseline_costs.virtual, ("W_enc", "E", "z_values"),
     ),
     "connected_encode": Problem(
         connected_inputs, _ours_connected,
         {"dense": baselines.connected_dense, "torch": baselines.connected_torch},
-        costs.connected, ("r0", "W_enc", "b_enc", "E", "z_values"), latents, loose=True, sparse_ways=("torch",),
+        baseline_costs.our_connected, baseline_costs.connected, ("r0", "W_enc", "b_enc", "E", "z_values"), latents,
+        loose=True, sparse_ways=("torch",),
     ),
     "select_connections": Problem(
         select_inputs,
         lambda i, b: ops.select_connections(i.W_enc, i.E, i.importance, i.C, backend=b),
         {"dense": baselines.select_dense, "torch": baselines.select_torch},
-        costs.select, (), choice, truth=choice_by_reference,
+        costs.select_connections, baseline_costs.select, (), choice, truth=choice_by_reference,
     ),
 }  # fmt: skip
 
 
+def cost(op: str, contender: str, backward: bool, number: int, **sizes: int) -> Cost:
+    """Of one direction of an op, as a contender of that name computes it; `number`: bytes of a number."""
+    problem = PROBLEMS[op]
+    sparse = contender.startswith("ours: ") or contender in problem.sparse_ways
+    passes = problem.cost if sparse else problem.dense_cost
+    return direction(passes(Widths(number), **sizes), backward)
+
+
 def our_backends(device: str) -> list[str]:
-    """Every backend of ours that runs on `device` with the benchmarks' dtype, but the reference."""
+    """Every backend of ours that runs on `device` in float32, except the reference."""
     probe = torch.empty(0, device=device)
     found = []
     for name in ops.backends():

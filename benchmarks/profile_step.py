@@ -1,18 +1,19 @@
-"""Where the time of a training step of the full set goes: `python benchmarks/profile_step.py vanilla` (or `both`).
+"""A profile of one training step of the full set: `python benchmarks/profile_step.py vanilla` (or `both`).
 
-On the numba backend with one thread: the seconds of some steps (of these the operating system's), of plain autograd
-and of the Trainer; then the functions of the Trainer's step that take most time themselves, under the profiler.
+On the numba backend with one thread: the seconds of a few steps (in brackets those of the operating system), with
+plain autograd and with the Trainer; then, under the profiler, the functions that take most time of the Trainer's step.
 """
 
+import argparse
 import cProfile
 import pstats
 import resource
-import sys
 import time
 from collections.abc import Callable
 from typing import Any
 
 import torch
+from baseline_costs import Mode
 from shapes import STEPS
 from steps import step_comparison
 
@@ -24,7 +25,7 @@ def timed(step: Callable[[], Any]) -> str:
     return f"{taken:.2f} s ({system:.2f} s)"
 
 
-def main(mode: str, steps: int = 4, shown: int = 10) -> None:
+def main(mode: Mode, steps: int = 4, shown: int = 10) -> None:
     torch.set_num_threads(1)
     contenders = step_comparison(mode, STEPS["full"][mode], "cpu", strict=False, dense=False).contenders
     for name in ("ours: numba", "ours: numba, train_step"):
@@ -36,14 +37,16 @@ def main(mode: str, steps: int = 4, shown: int = 10) -> None:
     for _ in range(steps):
         step()
     profile.disable()
-    a_step = (time.perf_counter() - started) / steps
-    print(f"{a_step:.2f} s a step\n\n| ms a step | share | function |\n| ---: | ---: | --- |")
+    per_step = (time.perf_counter() - started) / steps
+    print(f"{per_step:.2f} s per step\n\n| ms per step | share | function |\n| ---: | ---: | --- |")
     stats = pstats.Stats(profile).stats  # type: ignore[attr-defined]
     for (file, _, name), (_, _, own, _, _) in sorted(stats.items(), key=lambda item: -item[1][2])[:shown]:
         place = file.rpartition("/")[2].removesuffix(".py") if file.endswith(".py") else ""
         name = name.removeprefix("<built-in method ").removeprefix("<method ").removesuffix(">")
-        print(f"| {own / steps * 1e3:.0f} | {own / steps / a_step:.0%} | `{f'{place}.' if place else ''}{name}` |")
+        print(f"| {own / steps * 1e3:.0f} | {own / steps / per_step:.0%} | `{f'{place}.' if place else ''}{name}` |")
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("mode", choices=("vanilla", "both"))
+    main(parser.parse_args().mode)

@@ -1,5 +1,6 @@
-"""What is measured: a tiny set (does the suite work), a quick one (under three minutes) and the full one."""
+"""The shapes that are measured: a tiny set, to test the suite, a quick one (under three minutes), and the full one."""
 
+from baseline_costs import Mode
 from measure import Effort
 
 EFFORT = {"tiny": Effort(0.0, 2, 2, 0.0), "quick": Effort(1.5, 3, 15), "full": Effort(20.0, 5, 25)}
@@ -22,6 +23,8 @@ OPS: dict[str, dict[str, list[dict[str, int]]]] = {
     "tiny": {
         "sparse_decode": [_tiny],
         "topk_encode": [_tiny],
+        "batchtopk_encode": [_tiny],
+        "jumprelu_encode": [_tiny],
         "virtual_weights": [_of(_tiny_pair, "DFCU")],
         "virtual_matmul": [_of(_tiny_pair, "NFCUS")],
         "virtual_weights+virtual_matmul": [_tiny_pair],
@@ -31,6 +34,8 @@ OPS: dict[str, dict[str, list[dict[str, int]]]] = {
     "quick": {
         "sparse_decode": [_decode],
         "topk_encode": [_encode | {"N": 512, "F": 8192}],
+        "batchtopk_encode": [_encode | {"N": 256, "F": 4096}],
+        "jumprelu_encode": [_encode | {"N": 256, "F": 4096}],
         "virtual_weights": [_of(_quick_pair, "DFCU")],
         "virtual_matmul": [_of(_quick_pair, "NFCUS")],
         "virtual_weights+virtual_matmul": [_quick_pair],
@@ -40,6 +45,8 @@ OPS: dict[str, dict[str, list[dict[str, int]]]] = {
     "full": {
         "sparse_decode": [_decode, _decode | {"K": 128}, {"N": 256, "D": 256, "F": 1024, "K": 32}],
         "topk_encode": [_encode, _encode | {"F": 8192}, _encode | {"K": 128}],
+        "batchtopk_encode": [_encode | {"F": 8192}],
+        "jumprelu_encode": [_encode | {"F": 8192}],
         "virtual_weights": [_of(_pair, "DFCU")],
         "virtual_matmul": [_of(_pair, "NFCUS")],
         "virtual_weights+virtual_matmul": [_pair, _small_pair, _small_pair | {"F": 512, "U": 512, "S": 32}],
@@ -49,9 +56,11 @@ OPS: dict[str, dict[str, list[dict[str, int]]]] = {
 }
 # Tokens are rows of 128, or fewer.
 _step = {"L": 4, "D": 256, "F": 4096, "K": 32, "C": 32, "N": 1024}
-STEPS: dict[str, dict[str, dict[str, int]]] = {
-    "tiny": {mode: {"L": 3, "D": 16, "F": 64, "K": 4, "C": 5, "N": 24} for mode in ("vanilla", "both")},
-    "quick": {mode: {"L": 4, "D": 128, "F": 1024, "K": 32, "C": 32, "N": 512} for mode in ("vanilla", "both")},
+_tiny_step = {"L": 3, "D": 16, "F": 64, "K": 4, "C": 5, "N": 24}
+_quick_step = {"L": 4, "D": 128, "F": 1024, "K": 32, "C": 32, "N": 512}
+STEPS: dict[str, dict[Mode, dict[str, int]]] = {
+    "tiny": {"vanilla": _tiny_step, "both": _tiny_step},
+    "quick": {"vanilla": _quick_step, "both": _quick_step},
     "full": {"vanilla": _step | {"L": 12, "F": 8192}, "both": _step},
 }
 # One letter at a time leaves the base.
@@ -72,5 +81,5 @@ SCALING: dict[str, tuple[dict[str, int], dict[str, list[int]]]] = {
         },
     ),
 }
-# Where one dense step would take more flops than this, ours goes on alone.
+# Beyond so many flops of one dense step, only ours is measured.
 DENSE_FLOPS = {"tiny": 1e12, "quick": 1.2e11, "full": 1.5e12}

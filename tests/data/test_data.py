@@ -75,7 +75,7 @@ def test_embedded_files(tmp_path, monkeypatch):
 
     monkeypatch.setattr(embedded, "_DATA", tmp_path)
     for missing in (embedded.model_directory, embedded.build_figures, lambda: embedded.corpus("train")):
-        with pytest.raises(FileNotFoundError, match="is missing: .*python -m sparseclt.embedded.build"):
+        with pytest.raises(FileNotFoundError, match="is missing: .*tools/build_embedded.py"):
             missing()
     (tmp_path / "build.json").write_text('{"steps": 3}')
     (tmp_path / "model").mkdir()

@@ -1,4 +1,4 @@
-"""Requested bytes, counted in the interpreter, against what the formulas of benchmarks/traffic.py say."""
+"""Bytes that kernels request, counted in the interpreter, against the formulas of sparseclt/costs.py."""
 
 import importlib.util
 import sys
@@ -34,7 +34,7 @@ def test_the_counter_counts_lanes_that_are_not_masked():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_kernels_ask_for_little_more_than_they_use(dtype):
     ratios = traffic.ratios(dtype)
-    ours = {n for n in traffic.costs(traffic.Sizes(), 1.0) if n.startswith(("sparse_decode", "virtual_"))}
+    ours = {n for n in traffic.kernel_costs(traffic.Sizes(), 1.0) if n.startswith(("sparse_decode", "virtual_"))}
     assert ratios.keys() == ours
     for name, ratio in ratios.items():
         assert 0.99 <= ratio <= 1.3, f"{name}: {ratio:.3f}"
@@ -42,4 +42,4 @@ def test_kernels_ask_for_little_more_than_they_use(dtype):
 
 def test_times_of_an_op():
     cost = traffic.Cost(flops=67e12, used=6.7e12, once=3.35e12)
-    assert traffic.seconds(cost, traffic.H100) == (1.0, 2.0)
+    assert traffic.seconds(cost, traffic.H100, traffic.H100.fp32) == (1.0, 2.0)

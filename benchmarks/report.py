@@ -1,31 +1,33 @@
-"""What a run of `pytest benchmarks/ --benchmark-json FILE` measured, as a Markdown page with plots."""
+"""The measurements of a benchmark run as a Markdown page with plots: `python benchmarks/report.py FILE`, where FILE is
+the result of `pytest benchmarks/ --benchmark-json FILE`."""
 
+import argparse
 import json
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sparseclt.evaluation.report import _table
+import plots
+
+from sparseclt.evaluation.report import markdown_table
 
 Row = Mapping[str, Any]
 _CURVES = "benchmarks-scaling.png"
 _RATIOS = "benchmarks-ratios.png"
 
 
-def bench_report(file: str | Path, out: str | Path) -> Path:
+def write_report(file: str | Path, out: str | Path) -> Path:
     """Write `out`, a Markdown page, and its plots beside it, from pytest-benchmark's JSON `file`.
 
-    Raises ValueError if `file` is not the result of sparseclt's benchmarks.
+    Raises ValueError if `file` is not the result of these benchmarks.
     """
-    from sparseclt import bench_plots
-
     try:
         result = json.loads(Path(file).read_text())
         run, benchmarks = result["sparseclt"], result["benchmarks"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(
-            f"file: expected what `pytest benchmarks/ --benchmark-json FILE` wrote, got {file} ({error!r})"
+            f"file: expected the output of `pytest benchmarks/ --benchmark-json FILE`, got {file} ({error!r})"
         ) from None
     out = Path(out)
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -33,17 +35,18 @@ def bench_report(file: str | Path, out: str | Path) -> Path:
     curves = [row for row in rows if "curve" in row]
     groups = grouped([row for row in rows if "curve" not in row])
     parts = ["# Benchmarks", _header(run, result["datetime"], result.get("commit_info") or {}), _HOW_TO_READ]
-    parts += ["## What is asked of ours on the CPU", threshold_table(run["thresholds"], groups, run["set"])]
+    parts += ["## Thresholds on the CPU", threshold_table(run["thresholds"], groups, run["set"])]
     if groups:
-        bench_plots.ratios(groups, out.parent / _RATIOS)
+        compared = [(group, ours) for group in groups.values() if (ours := best_of_ours(group)) is not None]
+        plots.ratios(compared, out.parent / _RATIOS)
         parts += ["## Against everyone", f"![time over that of our best backend]({_RATIOS})"]
     ceiling = best_ceiling(rows)
     if ceiling:
         parts[1] += f"\n- ceilings: GEMM {ceiling['flops'] / 1e9:.3g} GFLOP/s, copy {ceiling['bytes'] / 1e9:.3g} GB/s"
-    for _, group in groups.items():
+    for group in groups.values():
         parts += [f"### {_title(group[0])}", group_table(group, ceiling)]
     if curves:
-        bench_plots.scaling(curves, run, out.parent / _CURVES)
+        plots.scaling(curves, run, out.parent / _CURVES)
         parts += ["## One training step in both modes, size by size", f"![time and memory against sizes]({_CURVES})"]
         parts += [scaling_table(curves)]
     if run["failed"]:
@@ -54,16 +57,16 @@ def bench_report(file: str | Path, out: str | Path) -> Path:
 
 _HOW_TO_READ = """\
 Contenders take turns, in a random order each round, after a gate has compared their results with those of a reference
-on the same inputs. Times are medians with quartiles, each of a call behind another one of the same contender.
+on the same inputs. Times are medians with quartiles; each call follows another one of the same contender.
 
 - **x ours**: the median over rounds of a contender's time over that of our best backend in the same round. Above 1,
   ours is faster.
-- **memory**: transient, the peak of what torch allocates in one call less its results (in a training step: less
-  gradients that stay).
-- **resident**: by how much the process' resident set grew in another call, less what stayed. It also sees what numba's
-  kernels allocate (a row of numbers a thread), and what the C library keeps for later.
-- **roofline**: the least time, by the formulas of `benchmarks/costs.py` and the fastest GEMM and copy of this run, over
-  the time taken. Each contender is credited with the work that it does, not with what was needed."""
+- **memory**: transient: the peak of torch's allocations in one call less its results (in a training step: less the
+  gradients that remain).
+- **resident**: the growth of the process' resident set during another call, less the part that remains. It includes
+  what numba's kernels allocate (a row of numbers per thread) and what the C library keeps for later.
+- **roofline**: the least time, by the formulas of `sparseclt/costs.py` and the fastest GEMM and copy of this run, over
+  the time taken. Each contender is credited with the work that it does, not with the work that was needed."""
 
 
 def _header(run: Row, date: str, commit: Row) -> str:
@@ -78,7 +81,7 @@ def _header(run: Row, date: str, commit: Row) -> str:
 
 
 def size(count: float) -> str:
-    """Bytes for people: 1536 -> 1.5 KiB."""
+    """Readable bytes: 1536 -> 1.5 KiB."""
     for unit in ("B", "KiB", "MiB", "GiB"):
         if count < 1024 or unit == "GiB":
             return f"{count:.3g} {unit}"
@@ -87,18 +90,19 @@ def size(count: float) -> str:
 
 
 def duration(seconds: float) -> str:
+    """Readable seconds: 0.012 -> 12 ms."""
     for unit, scale in (("s", 1.0), ("ms", 1e-3), ("us", 1e-6)):
         if seconds >= scale or unit == "us":
             return f"{seconds / scale:.3g} {unit}"
     raise AssertionError
 
 
-def times(factor: Mapping[str, float]) -> str:
+def ratio_text(factor: Mapping[str, float]) -> str:
     return f"{factor['median']:.3g} ({factor['low']:.3g} to {factor['high']:.3g})"
 
 
 def grouped(rows: Iterable[Row]) -> dict[tuple[Any, ...], list[Row]]:
-    """Rows of one comparison side by side."""
+    """Rows by comparison: case, direction and shapes."""
     groups: dict[tuple[Any, ...], list[Row]] = defaultdict(list)
     for row in rows:
         groups[row["case"], row["direction"], *row["shapes"].items()].append(row)
@@ -106,7 +110,7 @@ def grouped(rows: Iterable[Row]) -> dict[tuple[Any, ...], list[Row]]:
 
 
 def is_ours(row: Row) -> bool:
-    """A backend of ours in the comparison proper."""
+    """Whether a row is one of our backends, and not a variant such as "train_step"."""
     return row["contender"].startswith("ours: ") and "," not in row["contender"]
 
 
@@ -125,7 +129,7 @@ def _title(row: Row) -> str:
 
 
 def best_ceiling(rows: Iterable[Row]) -> dict[str, float]:
-    """The fastest GEMM and copy of the run: what else the machine did slowed some of them."""
+    """The fastest GEMM and copy of the run: other load on the machine may have slowed the rest."""
     best: dict[str, float] = {}
     for row in rows:
         for what, rate in row["ceiling"].items():
@@ -134,7 +138,7 @@ def best_ceiling(rows: Iterable[Row]) -> dict[str, float]:
 
 
 def group_table(group: Sequence[Row], ceiling: Mapping[str, float]) -> str:
-    """A comparison: a row a contender, the fastest first."""
+    """One comparison: one row per contender, the fastest first."""
     ours = best_of_ours(group)
     lines = []
     for row in sorted(group, key=lambda row: row["seconds"]["median"]):
@@ -144,7 +148,7 @@ def group_table(group: Sequence[Row], ceiling: Mapping[str, float]) -> str:
                 "contender": f"**{row['contender']}**" if is_ours(row) else row["contender"],
                 "time": f"{duration(row['seconds']['median'])} "
                 f"({duration(row['seconds']['low'])} to {duration(row['seconds']['high'])})",
-                "ratio": times(ratio) if ratio else "1" if row is ours else None,
+                "ratio": ratio_text(ratio) if ratio else "1" if row is ours else None,
                 "memory": size(row["peak_bytes"]),
                 "resident": None if row["resident_bytes"] is None else size(row["resident_bytes"]),
                 "flops": row["flops"] / 1e9,
@@ -159,11 +163,11 @@ def group_table(group: Sequence[Row], ceiling: Mapping[str, float]) -> str:
         "flops": ("GFLOP", ".3g"), "bytes": ("MB", ".4g"), "achieved": ("roofline", ".0%"),
         "rounds": ("rounds x calls", ""),
     }  # fmt: skip
-    return _table(lines, columns)
+    return markdown_table(lines, columns)
 
 
 def threshold_table(thresholds: Sequence[Row], groups: Mapping[Any, Sequence[Row]], chosen: str) -> str:
-    """Work, asked, measured; "-" where the run did not measure it."""
+    """Thresholds and measurements; "-" where the run did not measure one."""
     lines = []
     for asked in thresholds:
         group = groups.get((asked["case"], asked["direction"], *asked["shapes"].items()), ())
@@ -179,7 +183,7 @@ def threshold_table(thresholds: Sequence[Row], groups: Mapping[Any, Sequence[Row
                 met.append(ratio["median"] <= asked["at_most"])
             else:
                 met.append(ratio["median"] >= asked["times"])
-            line |= {"measured": f"{times(ratio)} x", "by": ours["contender"].removeprefix("ours: ")}
+            line |= {"measured": f"{ratio_text(ratio)} x", "by": ours["contender"].removeprefix("ours: ")}
             if asked["memory"] is not None:
                 saved = against["peak_bytes"] / max(ours["peak_bytes"], 1)
                 line["measured"] += f", 1/{saved:.3g} of the memory"
@@ -187,7 +191,7 @@ def threshold_table(thresholds: Sequence[Row], groups: Mapping[Any, Sequence[Row
             line["met"] = "yes" if all(met) else "**no**"
         lines.append(line)
     columns = ("work", "against", "asked", "measured", "by", "met")
-    table = _table(lines, {name: (name, "") for name in columns})
+    table = markdown_table(lines, {name: (name, "") for name in columns})
     missing = sum("met" not in line for line in lines)
     note = f"\n\n{missing} of {len(lines)} are not in the {chosen} set (or their backend is not installed)."
     return table + (note if missing else "")
@@ -202,21 +206,36 @@ def _asked(asked: Row) -> str:
 
 
 def scaling_table(curves: Sequence[Row]) -> str:
-    """Every point of the curves; memory with parameters, gradients and moments."""
+    """Every point of the curves; memory includes parameters, gradients and moments."""
     lines = [
         {
             "size": f"{row['curve']} = {row['value']}",
             "contender": row["contender"],
             "time": duration(row["seconds"]["median"]),
             "memory": size(row["peak_bytes"] + row["states_bytes"]),
-            "ratio": times(row["ratios"]["dense"]) if "dense" in row["ratios"] else None,
+            "ratio": ratio_text(row["ratios"]["dense"]) if "dense" in row["ratios"] else None,
         }
         for row in sorted(curves, key=lambda row: (row["curve"], row["value"], row["contender"]))
     ]
     titles = {"size": "size", "contender": "contender", "time": "time", "memory": "memory", "ratio": "dense / ours"}
-    return _table(lines, {name: (title, "") for name, title in titles.items()})
+    return markdown_table(lines, {name: (title, "") for name, title in titles.items()})
 
 
 def failed_table(rows: Sequence[Row]) -> str:
     lines = [{"work": _title(row), "contender": row["contender"], "why": row["failed"]} for row in rows]
-    return _table(lines, {name: (name, "") for name in ("work", "contender", "why")})
+    return markdown_table(lines, {name: (name, "") for name in ("work", "contender", "why")})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("file", type=Path, help="the JSON file of pytest-benchmark")
+    parser.add_argument("--out", type=Path, default=Path("docs/benchmarks.md"), help="the page (default: %(default)s)")
+    arguments = parser.parse_args()
+    try:
+        print(write_report(arguments.file, arguments.out))
+    except ValueError as error:
+        parser.error(str(error))
+
+
+if __name__ == "__main__":
+    main()
