@@ -4,10 +4,12 @@ BIN = .venv/bin
 RUN ?= runs/demo
 # Threads that wait for work spin by default, which on shared cores costs more than it brings.
 export OMP_WAIT_POLICY = PASSIVE
+# Material for MkDocs advertises its successor on every build.
+export NO_MKDOCS_2_WARNING = 1
 # The tests are small: one thread is fastest, two processes side by side. Nothing is timed in them.
 TEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --benchmark-disable
 
-.PHONY: demo sweep test check bench clean
+.PHONY: demo sweep test check docs tutorial bench clean
 
 demo: .venv/demo  ## train on the embedded model and text, evaluate, print the table
 	$(BIN)/sparseclt train --out $(RUN)
@@ -18,9 +20,15 @@ sweep: .venv/demo  ## FVU against the number of connections, with the pruned bas
 test: .venv/test  ## the test suite
 	$(TEST) $(ARGS)
 
-check: .venv/check  ## lint, types and the test suite
-	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+check: .venv/check docs  ## lint, types, import floors, the documentation and the test suite
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(BIN)/lint-imports
 	$(TEST) $(ARGS)
+
+docs: .venv/check  ## the documentation site, in site/; a warning is an error
+	$(BIN)/mkdocs build --quiet --strict
+
+tutorial: .venv/check  ## run the tutorial and write its output into the page
+	$(BIN)/python tools/tutorial.py
 
 bench: .venv/test  ## measure (the quick set; ARGS=--full: all of it) and refresh docs/benchmarks.md
 	mkdir -p build
@@ -35,7 +43,7 @@ bench: .venv/test  ## measure (the quick set; ARGS=--full: all of it) and refres
 	touch $@
 
 .venv/demo: .venv/torch pyproject.toml
-	$(BIN)/python -m pip install -q -c constraints.txt -e .
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[train]'
 	touch $@
 
 .venv/test: .venv/demo
@@ -47,4 +55,4 @@ bench: .venv/test  ## measure (the quick set; ARGS=--full: all of it) and refres
 	touch $@
 
 clean:
-	rm -rf .venv build *.egg-info
+	rm -rf .venv build site *.egg-info

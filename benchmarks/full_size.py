@@ -20,11 +20,11 @@ from sparseclt.config import (
     DataConfig,
     LoggingConfig,
     LossConfig,
-    ModelShape,
     OptimizerConfig,
     TrainConfig,
 )
 from sparseclt.language_model.language_model import LanguageModel
+from sparseclt.model.shape import ModelShape
 from sparseclt.training.memory import GiB, dense_plan, make_plan, table
 from sparseclt.training.trainer import Trainer
 
@@ -84,7 +84,7 @@ def main() -> None:
     steps = a.vanilla_steps + a.both_steps
     begin = a.vanilla_steps / steps
     config = TrainConfig(
-        out="", device="cpu", steps=steps, batch_rows=a.rows, data=DataConfig(row_tokens=ROW),
+        out="unused", device="cpu", steps=steps, batch_rows=a.rows, data=DataConfig(row_tokens=ROW),
         clt=CLTConfig(latents=a.latents, active=a.active), logging=LoggingConfig(progress=False),
         loss=LossConfig(sparse_start_share=begin, sparse_ramp_share=0.0),
         connections=ConnectionConfig(per_latent=a.connections, refresh_steps=10**9, recent_tokens=2048),
@@ -100,7 +100,7 @@ def main() -> None:
     print(f"the dense baseline: {dense.peak / GiB:,.0f} GiB: {'fits' if dense.fits else 'refused'}\n", flush=True)
     peak, start = Peak(), resident()
     print(f"before the CLT: {start / GiB:.2f} GiB, including the model, {4 * size / GiB:.2f}", flush=True)
-    vocab = model.info.vocab
+    vocab = model.shape.vocab
     rows = torch.randint(vocab, (64, ROW), generator=torch.Generator().manual_seed(0), dtype=torch.int32)
     trainer = Trainer(config, language_model=model, rows=rows)
     peaks: dict[str, int] = {}
@@ -109,7 +109,7 @@ def main() -> None:
         if step == a.vanilla_steps and not a.select:
             random_connections(trainer, a.connections)  # the policy then leaves them as they are
         began = time.perf_counter()
-        metrics = trainer.train_step(trainer.capture(next(trainer.stream)))
+        metrics = trainer.train_step(trainer.batches.capture(next(trainer.batches.stream_at(trainer.step))))
         seconds = time.perf_counter() - began
         peaks[mode] = max(peaks.get(mode, 0), peak.take())
         shown = " ".join(f"{name} {metrics[name]:.4f}" for name in ("fvu_vanilla", "fvu_sparse") if name in metrics)

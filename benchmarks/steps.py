@@ -33,6 +33,7 @@ from sparseclt.config import (
 from sparseclt.costs import CLTSize, Cost, Widths, dense_training_bytes
 from sparseclt.model.activations import Activations
 from sparseclt.model.modules import Latents
+from sparseclt.model.shape import ModelShape
 from sparseclt.training.losses import latent_fvu
 from sparseclt.training.trainer import Trainer
 
@@ -43,15 +44,15 @@ def make_trainer(mode: str, device: str, L: int, D: int, F: int, K: int, C: int,
     """A Trainer whose language model never runs: it is given activations."""
     row = min(N, 128)
     config = TrainConfig(
-        out="", batch_rows=N // row, device=device, steps=NEVER, logging=LoggingConfig(progress=False),
+        out="unused", batch_rows=N // row, device=device, steps=NEVER, logging=LoggingConfig(progress=False),
         clt=CLTConfig(latents=F, active=K), data=DataConfig(row_tokens=row),
         connections=ConnectionConfig("top" if mode == "both" else "none", C, refresh_steps=NEVER),
         loss=LossConfig(sparse_start_share=0.0, sparse_ramp_share=0.0, dead_after_tokens=NEVER**2),
         optimizer=OptimizerConfig(learning_rate=0.0),
     )  # fmt: skip
-    info = Inputs(n_layers=L, d_model=D, n_heads=1, parallel=False, centred=True, name="", context=None)
+    shape = ModelShape(layers=L, d_model=D, heads=1)
     rows = torch.zeros(N // row, row, dtype=torch.int64)
-    trainer = Trainer(config, language_model=Inputs(info=info), rows=rows)  # type: ignore[arg-type]
+    trainer = Trainer(config, language_model=Inputs(shape=shape), rows=rows)  # type: ignore[arg-type]
     trainer.step = 1  # the ramp is over
     with torch.no_grad():
         for m in trainer.clt:
@@ -148,16 +149,20 @@ def step_comparison(mode: Mode, sizes: dict[str, int], device: str, strict: bool
 
         return step
 
+    backends = our_backends(device)[-1:] if scaling else our_backends(device)
+    # Built once: a configuration checks itself, which is no part of a step.
+    configs = {b: replace(trainer.config, compute=ComputeConfig(backend=b)) for b in backends}  # type: ignore[arg-type]
+
     def ours(backend: str) -> Callable[[], Tensor]:
         def loss() -> Tensor:
-            trainer.config = trainer.objective.config = replace(trainer.config, compute=ComputeConfig(backend=backend))
+            trainer.config = trainer.objective.config = configs[backend]
             return trainer.loss(i.activations, 1)[0]
 
         return loss
 
     def whole(backend: str) -> Callable[[], Any]:
         def step() -> Tensor:
-            trainer.config = trainer.objective.config = replace(trainer.config, compute=ComputeConfig(backend=backend))
+            trainer.config = trainer.objective.config = configs[backend]
             return torch.tensor(trainer.train_step(i.activations)["loss"])
 
         return step
@@ -179,7 +184,6 @@ def step_comparison(mode: Mode, sizes: dict[str, int], device: str, strict: bool
     def cost(way: Way, mode: Mode) -> Cost:
         return training_step(way, mode, Widths(), **sizes)
 
-    backends = our_backends(device)[-1:] if scaling else our_backends(device)
     sparse, full = cost("sparse", mode), cost("dense", mode)
     truth = "dense" if dense else None
     entries = {f"ours: {b}": Contender(prepared(stepping(ours(b))), sparse, truth) for b in backends}

@@ -1,10 +1,12 @@
 """sparseclt: sparse kernels, and a trainer for sparsely-connected cross-layer transcoders.
 
-`sparseclt.ops` needs torch alone; what needs more is imported when it is first used.
+`sparseclt.ops` needs only torch. The names below need the extra `train` and are imported when first used.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
+
+from sparseclt.extras import missing_extra
 
 if TYPE_CHECKING:
     from sparseclt.config import (
@@ -23,7 +25,8 @@ if TYPE_CHECKING:
     from sparseclt.connections.policies import LearnedConnections, TopConnections
     from sparseclt.evaluation.metrics import evaluate
     from sparseclt.language_model.language_model import LanguageModel
-    from sparseclt.model.clt import Architecture, SparseCLT
+    from sparseclt.model.clt import SparseCLT
+    from sparseclt.model.shape import Architecture
     from sparseclt.training.trainer import Trainer
 
 __all__ = [
@@ -46,9 +49,9 @@ __all__ = [
     "Trainer",
     "evaluate",
 ]
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
-_HOME = {
+_MODULES = {
     "ActivationConfig": "config",
     "CLTConfig": "config",
     "CheckpointConfig": "config",
@@ -64,17 +67,21 @@ _HOME = {
     "TopConnections": "connections.policies",
     "evaluate": "evaluation.metrics",
     "LanguageModel": "language_model.language_model",
-    "Architecture": "model.clt",
+    "Architecture": "model.shape",
     "SparseCLT": "model.clt",
     "Trainer": "training.trainer",
 }
 
 
 def __getattr__(name: str) -> Any:
-    if name in _HOME:
-        return getattr(import_module(f"sparseclt.{_HOME[name]}"), name)
-    raise AttributeError(f"module 'sparseclt' has no attribute {name!r}")
+    if name not in _MODULES:
+        raise AttributeError(f"module 'sparseclt' has no attribute {name!r}")
+    try:
+        module = import_module(f"sparseclt.{_MODULES[name]}")
+    except ModuleNotFoundError as error:
+        raise missing_extra(f"sparseclt.{name}", error) from error
+    return getattr(module, name)
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_HOME})
+    return sorted({*globals(), *_MODULES})

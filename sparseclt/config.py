@@ -1,191 +1,232 @@
-"""The configuration of a training run: frozen dataclasses whose field comments are the command line's help."""
+"""The configuration of a training run: frozen dataclasses that refuse values which make no sense.
 
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
-from typing import Any, Literal, get_type_hints
+Every field is checked when a dataclass is built, whether in Python, by `dataclasses.replace`, from JSON or by the
+command, whose help shows the text below each field. Shares are fractions of the run's steps, from 0 to 1, unless the
+text says otherwise.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, field
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, Field
+
+from sparseclt.strict import from_json_values, strict
 
 Importance = Literal["coactivation", "mean", "rms"]
 
+LARGEST = 2**63 - 1  # the largest int64
+Natural = Annotated[int, Field(ge=0, le=LARGEST)]
+Positive = Annotated[int, Field(ge=1, le=LARGEST)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Weight = Annotated[float, Field(ge=0)]
+Beta = Annotated[float, Field(ge=0, lt=1)]
+Text = Annotated[str, Field(min_length=1)]
 
-@dataclass(frozen=True)
+
+def _device(name: str) -> str:
+    kind, colon, index = name.partition(":")
+    if not kind.isalpha() or colon and not (index.isascii() and index.isdigit()):
+        raise ValueError("'auto', or a device such as 'cpu', 'cuda' or 'cuda:1'")
+    return name
+
+
+def _no_repeats(names: tuple[str, ...]) -> tuple[str, ...]:
+    if len(set(names)) < len(names):
+        raise ValueError("each logger at most once")
+    return names
+
+
+@strict("model")
 class ModelConfig:
     """The language model whose MLPs are replaced."""
 
-    path: str = "embedded"
-    """'embedded' (the small model that is shipped), a local directory, a GGUF file, or a hub name."""
-    layers: int | None = None
-    """Cover the first so many layers only; None: all."""
+    path: Text = "embedded"
+    """'embedded' (the small model in the package), a local directory, a GGUF file, or a name on the hub."""
+    layers: Positive | None = None
+    """Cover only the first so many layers. None: all."""
 
 
-@dataclass(frozen=True)
+@strict("data")
 class DataConfig:
-    """The text that the CLT is trained and evaluated on."""
+    """The text for training and evaluation."""
 
-    source: str = "embedded"
-    """'embedded', a local .txt, .jsonl or directory of them, or hf:NAME[:CONFIG] for a `datasets` data set."""
-    text_field: str = "text"
-    """The field that holds the text in JSON lines or a data set."""
-    row_tokens: int = 128
-    """Tokens in a row."""
-    max_tokens: int | None = None
-    """Stop reading text after so many tokens."""
-    held_out_tokens: int = 65_536
+    source: Text = "embedded"
+    """'embedded', a .txt or .jsonl file, a directory of them, or hf:NAME[:CONFIG] for a Hugging Face data set."""
+    text_field: Text = "text"
+    """The field with the text, in JSON lines and data sets."""
+    row_tokens: Annotated[int, Field(ge=2, le=LARGEST)] = 128
+    """Tokens per row of text."""
+    max_tokens: Positive | None = None
+    """Stop reading the text after so many tokens. None: read it all."""
+    held_out_tokens: Positive = 65_536
     """Tokens for evaluation."""
-    held_out_share: float = 0.05
-    """Share of the rows held out where the source has no held-out split of its own."""
+    held_out_share: Annotated[float, Field(gt=0, lt=1)] = 0.05
+    """Share of the rows to hold out if the source has no held-out split of its own."""
+
+    def __post_init__(self) -> None:
+        if self.max_tokens is not None and self.max_tokens < self.row_tokens:
+            raise ValueError(
+                f"data.max_tokens: expected at least data.row_tokens = {self.row_tokens}, got {self.max_tokens}"
+            )
 
 
-@dataclass(frozen=True)
+@strict("clt")
 class CLTConfig:
     """The shape of the transcoder."""
 
-    latents: int = 512
-    """Latents in each module (F)."""
-    active: int = 16
-    """Active latents for each token and module (K)."""
+    latents: Positive = 512
+    """Latents per module (F)."""
+    active: Positive = 16
+    """Active latents per token and module (K)."""
     attention: Literal["frozen", "latents"] = "frozen"
-    """What stands for attention: the model's real attention outputs, or latents of their own."""
+    """frozen: the model's own attention outputs are taken as given. latents: attention gets latents of its own."""
     dtype: Literal["fp32", "bf16"] = "fp32"
-    """Of the weights. bf16: half the memory; updates are rounded stochastically."""
+    """Data type of the weights. bf16: half the memory; updates are rounded stochastically."""
+
+    def __post_init__(self) -> None:
+        if self.active > self.latents:
+            raise ValueError(f"clt.active: expected at most clt.latents = {self.latents}, got {self.active}")
+        if self.dtype != "fp32" and self.attention == "latents":
+            raise ValueError(f"clt.dtype: expected 'fp32' with clt.attention 'latents', got {self.dtype!r}")
 
 
-@dataclass(frozen=True)
+@strict("connections")
 class ConnectionConfig:
-    """Which upstream latents each latent may read in sparsely-connected mode."""
+    """The upstream latents that each latent may read in sparsely-connected mode; the first two fields matter most."""
 
     policy: Literal["top", "learned", "dense-learned", "none"] = "top"
-    """top: the C most important. learned: a logit for each of C candidates. dense-learned: a logit for every
-    pair (small models; the original experiment). none: vanilla mode only."""
-    per_latent: int = 32
-    """Connections kept for each latent (C); with policy learned, candidates."""
-    start_per_latent: int | None = None
-    """Connections at the start, from where C falls geometrically. None: per_latent, throughout."""
-    anneal_share: float = 0.5
-    """Share of the steps over which C falls."""
-    refresh_steps: int = 50
-    """Steps between two choices of connections, with policy top."""
-    candidates_after_steps: int = 50
-    """With policy learned, steps before the candidates are chosen."""
-    freeze_after_share: float = 1.0
-    """Share of the steps after which the connections stay as they are."""
+    """top: the C most important latents, chosen again and again. learned: a trained gate for each of C candidates.
+    dense-learned: a trained gate for every pair of latents (small models only). none: train vanilla mode only."""
+    per_latent: Positive = 32
+    """Connections per latent (C); with policy learned, candidates per latent."""
     importance: Importance = "coactivation"
-    """The s of an upstream latent in its importance |V| x s: its mean over the tokens on which the reading latent
-    fires, its mean over all tokens, or its root mean square."""
-    recent_tokens: int = 16_384
-    """Tokens over which co-activation is counted."""
-    pressure_weight: float = 1e-3
-    """Weight of the learned policies' pressure, for each connection that a latent is expected to keep open."""
+    """What makes an upstream latent important, besides the size of its virtual weight |V|.
+    coactivation: its mean while the reading latent fires. mean: over all tokens. rms: its root mean square."""
+    recent_tokens: Positive = 16_384
+    """The most recent tokens, over which co-activation is measured."""
+    start_per_latent: Positive | None = None
+    """With policy top, connections per latent at first: C falls from here geometrically. None: it does not fall."""
+    anneal_share: Share = 0.5
+    """With policy top, share of the steps over which C falls."""
+    refresh_steps: Positive = 50
+    """With policy top, steps from one choice of connections to the next."""
+    freeze_after_share: Share = 1.0
+    """With policy top, share of the steps after which the connections no longer change."""
+    candidates_after_steps: Natural = 50
+    """With policy learned, steps before the candidates are chosen."""
+    pressure_weight: Weight = 1e-3
+    """With the learned policies, the price of each connection that a latent is expected to keep open."""
+
+    def __post_init__(self) -> None:
+        if self.start_per_latent is not None and self.start_per_latent < self.per_latent:
+            raise ValueError(
+                f"connections.start_per_latent: expected at least connections.per_latent = {self.per_latent} or None, "
+                f"got {self.start_per_latent}"
+            )
 
 
-@dataclass(frozen=True)
+@strict("loss")
 class LossConfig:
-    """Weights of the loss terms."""
+    """For experts: the weights of the loss terms, and when sparsely-connected mode begins."""
 
-    sparse_start_share: float = 0.2
-    """Share of the steps in vanilla mode alone, before connections are first chosen."""
-    sparse_ramp_share: float = 0.2
-    """Share of the steps over which, from then on, the sparsely-connected terms grow to full weight."""
-    latent_agreement_weight: float = 0.2
-    """Weight of the FVU of sparsely-connected latents against vanilla ones."""
-    aux_weight: float = 1 / 32
-    """Weight of AuxK, for latents dead in either mode."""
-    aux_latents: int = 64
-    """Dead latents that AuxK lets speak for each token."""
-    dead_after_tokens: int = 3_000
-    """Tokens without firing after which a latent counts as dead."""
-    cross_entropy_weight: float = 0.0
-    """Weight of the next-token cross-entropy of the replaced model, in each mode."""
+    sparse_start_share: Share = 0.2
+    """Share of the steps that train vanilla mode only, before connections are first chosen."""
+    sparse_ramp_share: Share = 0.2
+    """Share of the steps, from then on, over which the terms of sparsely-connected mode grow to full weight."""
+    latent_agreement_weight: Weight = 0.2
+    """Weight of the FVU of the sparsely-connected latents against the vanilla ones."""
+    aux_weight: Weight = 1 / 32
+    """Weight of AuxK, which revives latents that are dead in either mode. 0: no AuxK."""
+    aux_latents: Positive = 64
+    """The most dead latents per token that AuxK activates."""
+    dead_after_tokens: Positive = 3_000
+    """A latent counts as dead after so many tokens on which it did not fire."""
+    cross_entropy_weight: Weight = 0.0
+    """Weight of the replaced model's next-token cross-entropy, in each mode. 0: not computed."""
 
 
-@dataclass(frozen=True)
+@strict("optimizer")
 class OptimizerConfig:
-    """Adam, with a linear warm-up and a linear decay to zero."""
+    """For experts: Adam, with a linear warm-up and a linear decay to zero."""
 
-    learning_rate: float = 2e-3
+    learning_rate: Weight = 2e-3
     """Peak learning rate."""
-    warmup_share: float = 0.02
-    """Share of the steps in which it rises."""
-    decay_share: float = 0.5
-    """Share of the steps, at the end, in which it falls to zero."""
-    betas: tuple[float, float] = (0.9, 0.999)
-    """Adam's betas."""
-    clip_norm: float | None = 1.0
-    """Largest norm of the gradient; None: not clipped."""
+    warmup_share: Share = 0.02
+    """Share of the steps, at the start, over which the learning rate rises."""
+    decay_share: Share = 0.5
+    """Share of the steps, at the end, over which it falls to zero."""
+    betas: tuple[Beta, Beta] = (0.9, 0.999)
+    """Decay rates of Adam's two running means."""
+    clip_norm: Annotated[float, Field(gt=0)] | None = 1.0
+    """Scale gradients down to this norm at most. None: never."""
     state: Literal["fp32", "8bit"] = "fp32"
-    """Adam's moments. fp32: 8 bytes a parameter. 8bit: 2 bytes a parameter of encoders and decoders, and a scale for
-    each of their vectors."""
+    """Precision of Adam's moments. fp32: 8 bytes per parameter. 8bit: 2 for encoders and decoders, and some scales."""
     rows: Literal["all", "touched"] = "all"
-    """Decoder rows that a step updates: all, or those alone that a latent or a connection touched; the others'
-    moments decay later, when they are touched."""
+    """Decoder rows that a step updates: all, or only those that a latent or a connection touched.
+    The moments of the others decay when they are next touched."""
 
 
-@dataclass(frozen=True)
+@strict("activations")
 class ActivationConfig:
-    """Where the activations come from, and in what order (docs/activations.md)."""
+    """For experts: the source and the order of the activations."""
 
-    shuffle_bytes: int = 0
-    """Bytes of a buffer of activations whose tokens are shuffled; 0: none, a batch is whole rows of text."""
-    cache: str | None = None
-    """Directory for the activations of all training rows: written first if absent, then read in place of running the
-    language model. None: the model runs in each step."""
+    shuffle_bytes: Natural = 0
+    """Size of a buffer that shuffles the tokens of many rows, in bytes. 0: a batch is whole rows of text."""
+    cache: Text | None = None
+    """Directory that holds the activations of all training rows; written first if absent.
+    None: run the language model in each step."""
     cache_dtype: Literal["bf16", "int8"] = "bf16"
-    """Of the cache on disk. int8: half the bytes, with one scale for each token and vector."""
+    """Data type of the cache on disk. int8: half the bytes, with one scale per token and vector."""
 
 
-@dataclass(frozen=True)
+@strict("compute")
 class ComputeConfig:
-    """How a step is computed; the gradient is the same."""
+    """For experts: how a step is computed; the result is the same up to rounding."""
 
-    micro_batch_rows: int | None = None
-    """Rows that go forward and backward at a time; None: all, which takes one forward pass less. The gradient is that
-    of the whole step either way."""
-    backend: str | None = None
-    """Backend of the ops by name; None: the best that is installed for the device (resumed runs need the same)."""
+    micro_batch_rows: Positive | None = None
+    """The most rows that go forward and backward at a time; the gradient is still that of the whole step.
+    None: all rows, which saves a forward pass."""
+    backend: Literal["reference", "torch", "numba", "triton"] | None = None
+    """Backend of the ops. None: the best one installed for the device (resumed runs need the same one)."""
 
 
-@dataclass(frozen=True)
+@strict("logging")
 class LoggingConfig:
-    """What is written and shown while a run trains."""
+    """For experts: what a run writes and shows while it trains."""
 
-    every_steps: int = 10
-    """Steps between two lines of metrics.jsonl."""
-    loggers: tuple[str, ...] = ()
-    """Besides metrics.jsonl: wandb, trackio, tensorboard."""
+    every_steps: Positive = 10
+    """Steps from one line of metrics.jsonl to the next."""
+    loggers: Annotated[tuple[Literal["wandb", "trackio", "tensorboard"], ...], AfterValidator(_no_repeats)] = ()
+    """Loggers to use besides metrics.jsonl."""
     progress: bool = True
     """Show a progress bar."""
 
 
-@dataclass(frozen=True)
+@strict("checkpoints")
 class CheckpointConfig:
-    """When a checkpoint is written, and how many stay."""
+    """For experts: how often a run is saved, and how many checkpoints stay."""
 
-    every_steps: int = 500
-    """Steps between two checkpoints; the last step always makes one."""
-    keep: int = 2
+    every_steps: Positive = 500
+    """Steps from one checkpoint to the next; the last step always writes one."""
+    keep: Positive = 2
     """How many of the newest checkpoints stay on disk."""
 
 
-@dataclass(frozen=True)
-class ModelShape:
-    """What a plan of memory has to know of the language model."""
-
-    layers: int = 0
-    """Layers that the CLT covers (L); 0: all this is read from the configuration of the model that is named."""
-    d_model: int = 0
-    """Width of the residual stream (D)."""
-    heads: int = 0
-    """Attention heads (H); needed for attention latents alone."""
-    parameters: int = 0
-    """Parameters of the language model."""
-    parallel: bool = False
-    """Whether attention and MLP of a block read the same residual stream."""
-
-
-@dataclass(frozen=True)
+@strict()
 class TrainConfig:
-    """A training run."""
+    """A training run: first the fields that every run sets, then groups, of which the later ones are for experts."""
 
-    out: str = "runs/default"
+    out: Text = "runs/default"
     """The run directory."""
+    steps: Positive = 850
+    """Training steps."""
+    batch_rows: Positive = 4
+    """Rows of text per step."""
+    device: Annotated[str, AfterValidator(_device)] = "auto"
+    """'cpu', 'cuda', 'cuda:1', ... auto: CUDA if there is one, else the CPU."""
+    seed: Natural = 0
+    """Seed of the initial weights and of the order of the data."""
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     clt: CLTConfig = field(default_factory=CLTConfig)
@@ -196,71 +237,40 @@ class TrainConfig:
     compute: ComputeConfig = field(default_factory=ComputeConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     checkpoints: CheckpointConfig = field(default_factory=CheckpointConfig)
-    steps: int = 850
-    """Training steps."""
-    batch_rows: int = 4
-    """Rows of text in a step."""
-    seed: int = 0
-    """Seed of the initial weights and of the order of the data."""
-    device: str = "auto"
-    """'cpu', 'cuda', ...; auto: CUDA where there is one."""
 
-    def __post_init__(self):
-        _at_least(self, 1, "steps", "batch_rows")
-        _at_least(self.logging, 1, "every_steps")
-        _at_least(self.checkpoints, 1, "every_steps", "keep")
-        if self.compute.micro_batch_rows is not None:
-            _at_least(self.compute, 1, "micro_batch_rows")
-        _at_least(self.data, 2, "row_tokens")
-        _at_least(self.clt, 1, "latents", "active")
-        _at_least(self.activations, 0, "shuffle_bytes")
-        _share(self.connections, "anneal_share", "freeze_after_share")
-        _share(self.loss, "sparse_start_share", "sparse_ramp_share")
-        _share(self.optimizer, "warmup_share", "decay_share")
-        if self.clt.dtype != "fp32" and self.clt.attention == "latents":
-            raise ValueError(f"clt.dtype: expected 'fp32' with attention latents, got {self.clt.dtype!r}")
-        if self.clt.active > self.clt.latents:
-            raise ValueError(f"clt.active: expected at most clt.latents = {self.clt.latents}, got {self.clt.active}")
-        a = self.activations
-        if a.cache_dtype not in ("bf16", "int8"):
-            raise ValueError(f"activations.cache_dtype: expected 'bf16' or 'int8', got {a.cache_dtype!r}")
+    def __post_init__(self) -> None:
+        if problems := list(self._contradictions()):
+            raise ValueError("\n".join(problems))
+
+    def _contradictions(self) -> Iterator[str]:
+        """Fields of different groups that do not go together."""
+        a, c = self.activations, self.connections
         if self.clt.attention == "latents" and (a.shuffle_bytes or a.cache is not None):
-            raise ValueError(
+            yield (
                 f"activations.shuffle_bytes, activations.cache: expected 0 and None with clt.attention 'latents', "
                 f"which needs the attention patterns of whole rows, got {a.shuffle_bytes} and {a.cache!r}"
             )
         if a.shuffle_bytes and self.loss.cross_entropy_weight:
-            raise ValueError(
+            yield (
                 f"activations.shuffle_bytes: expected 0 with loss.cross_entropy_weight > 0, for which the language "
                 f"model runs on whole rows, got {a.shuffle_bytes}"
             )
-
-
-def _at_least(config: Any, least: int, *names: str) -> None:
-    for name in names:
-        if getattr(config, name) < least:
-            raise ValueError(f"{name}: expected at least {least}, got {getattr(config, name)}")
-
-
-def _share(config: Any, *names: str) -> None:
-    for name in names:
-        if not 0 <= getattr(config, name) <= 1:
-            raise ValueError(f"{name}: expected a share between 0 and 1, got {getattr(config, name)}")
+        if c.policy == "learned" and c.candidates_after_steps >= self.steps:
+            yield (
+                f"connections.candidates_after_steps: expected less than steps = {self.steps} with connections.policy "
+                f"'learned', which otherwise never connects anything, got {c.candidates_after_steps}"
+            )
 
 
 def to_dict(config: TrainConfig) -> dict[str, Any]:
+    """The configuration as nested dicts, which JSON can hold."""
     return asdict(config)
 
 
-def from_dict(values: dict[str, Any], kind: type = TrainConfig, where: str = "") -> Any:
-    """The configuration that `to_dict` wrote (also through JSON); a ValueError names an unknown field."""
-    hints = get_type_hints(kind)
-    known = {f.name for f in fields(kind)}
-    if unknown := sorted(set(values) - known):
-        raise ValueError(f"config: unknown field {where}{unknown[0]}; expected one of {sorted(known)}")
-    arguments = {}
-    for name, value in values.items():
-        if is_dataclass(hints[name]):
-            value = from_dict(value, hints[name], f"{where}{name}.")
-        arguments[name] = tuple(value) if isinstance(value, list) else value
-    return kind(**arguments)
+def from_dict(values: Mapping[str, Any]) -> TrainConfig:
+    """The configuration that `to_dict` wrote, also after a round trip through JSON.
+
+    Fields that are absent take their defaults. Raises ConfigError, a ValueError, for unknown fields and for every
+    value that the constructors refuse, with one line per problem.
+    """
+    return from_json_values(TrainConfig, values)

@@ -6,8 +6,13 @@ import torch
 
 
 def resolve(name: str) -> torch.device:
-    """The device of a name; "auto": CUDA where there is one."""
-    return torch.device(name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
+    """The device of a name; "auto": CUDA if there is one, else the CPU. Raises ValueError for an unknown name."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"device: expected 'auto' or a device of torch, got {name!r}") from error
 
 
 class Budget(NamedTuple):

@@ -12,42 +12,45 @@ from sparseclt.config import TrainConfig
 from sparseclt.connections.policies import check_connections
 from sparseclt.data.text import load_rows
 from sparseclt.evaluation import plots, report
-from sparseclt.evaluation.metrics import evaluate, fvu_against_c
+from sparseclt.evaluation.metrics import Evaluation, evaluate
+from sparseclt.evaluation.pruning import fvu_against_c
 from sparseclt.language_model.language_model import LanguageModel
 from sparseclt.model.clt import SparseCLT
 from sparseclt.training.loggers import read_metrics
-from sparseclt.training.trainer import Trainer, read_config
+from sparseclt.training.run_directory import CLT, METRICS, read_config
+from sparseclt.training.trainer import Trainer
 
 PRUNING_TOKENS = 32_768  # held-out tokens for the curve of FVU against C
 
 
-def train(config: TrainConfig) -> dict[str, Any]:
+def train(config: TrainConfig) -> Evaluation:
     """Train, evaluate on held-out text, write tables and plots; returns the evaluation."""
     trainer = Trainer(config)
     clt, model = trainer.fit(), trainer.language_model
     return _measure(config, clt, model, held_out_rows(config, model))
 
 
-def evaluate_run(run: str | Path, language_model: LanguageModel | None = None) -> dict[str, Any]:
+def evaluate_run(run: str | Path, language_model: LanguageModel | None = None) -> Evaluation:
     """Evaluate the finished run in directory `run` on its held-out text; writes `evaluation.json`, `table.md` and the
     plots there and returns the evaluation."""
     config = replace(read_config(Path(run)), out=str(run))
     if language_model is None:
         language_model = LanguageModel.load(config.model.path, layers=config.model.layers)
-    clt = SparseCLT.from_pretrained(Path(run) / "clt")
+    clt = SparseCLT.from_pretrained(Path(run) / CLT)
     return _measure(config, clt, language_model, held_out_rows(config, language_model))
 
 
-def _measure(config: TrainConfig, clt: SparseCLT, language_model: LanguageModel, rows: Tensor) -> dict[str, Any]:
+def _measure(config: TrainConfig, clt: SparseCLT, language_model: LanguageModel, rows: Tensor) -> Evaluation:
     run = Path(config.out)
     result = evaluate(clt, language_model, rows, backend=config.compute.backend)
-    if clt.connected and any(module.upstream for module in clt) and len(rows) > 1:
-        result["fvu_against_C"] = _pruned(config, clt, language_model, rows, _ladder(clt))
+    if clt.connected and clt.reads_upstream and len(rows) > 1:
+        points = _pruned(config, clt, language_model, rows, _ladder(clt))
+        result = replace(result, fvu_against_C=points)
         title = "The trained CLT with its connections chosen anew for each C, not trained on"
-        plots.fvu_against_c(result["fvu_against_C"], run / "fvu_against_c.png", title=title)
-    (run / "evaluation.json").write_text(json.dumps(result, indent=2) + "\n")
-    (run / "table.md").write_text(report.evaluation_table(result) + "\n")
-    plots.loss_curves(read_metrics(run / "metrics.jsonl"), run / "loss.png")
+        plots.fvu_against_c(points, run / "fvu_against_c.png", title=title)
+    (run / "evaluation.json").write_text(json.dumps(result.to_dict(), indent=2) + "\n")
+    (run / "table.md").write_text(report.evaluation_table(result.to_dict()) + "\n")
+    plots.loss_curves(read_metrics(run / METRICS), run / "loss.png")
     return result
 
 
@@ -78,6 +81,9 @@ def sweep(config: TrainConfig, Cs: Sequence[int]) -> list[dict[str, Any]]:
     further training.
     """
     out = Path(config.out)
+    runs = {
+        C: replace(config, out=str(out / f"C_{C}"), connections=replace(config.connections, per_latent=C)) for C in Cs
+    }
     baseline = Trainer(
         replace(config, out=str(out / "baseline"), connections=replace(config.connections, policy="none"))
     )
@@ -86,22 +92,22 @@ def sweep(config: TrainConfig, Cs: Sequence[int]) -> list[dict[str, Any]]:
         check_connections(baseline.clt, C)
     baseline.fit()
     rows = held_out_rows(config, model)
-    base = _measure(baseline.config, baseline.clt, model, rows)["mean"]["fvu_vanilla"]
+    base = _measure(baseline.config, baseline.clt, model, rows).mean.fvu_vanilla
     pruned = {row["C"]: row["fvu_sparse"] for row in _pruned(config, baseline.clt, model, rows, Cs)}
     table = []
-    for C in Cs:
-        run = replace(config, out=str(out / f"C_{C}"), connections=replace(config.connections, per_latent=C))
-        clt = Trainer(run, language_model=model, rows=baseline.stream.rows).fit()
-        mean = _measure(run, clt, model, rows)["mean"]
+    for C, run in runs.items():
+        clt = Trainer(run, language_model=model, rows=baseline.batches.rows).fit()
+        mean = _measure(run, clt, model, rows).mean
+        assert mean.fvu_sparse is not None
         table.append(
             {
                 "C": C,
-                "fvu_vanilla": mean["fvu_vanilla"],
-                "fvu_sparse": mean["fvu_sparse"],
-                "excess_fvu": mean["excess_fvu"],
-                "excess_over_baseline": mean["fvu_sparse"] - base,
+                "fvu_vanilla": mean.fvu_vanilla,
+                "fvu_sparse": mean.fvu_sparse,
+                "excess_fvu": mean.excess_fvu,
+                "excess_over_baseline": mean.fvu_sparse - base,
                 "fvu_pruned": pruned[C],
-                "dead_sparse": mean["dead_sparse"],
+                "dead_sparse": mean.dead_sparse,
             }
         )
         (out / "sweep.json").write_text(json.dumps({"baseline_fvu": base, "rows": table}, indent=2) + "\n")

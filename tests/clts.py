@@ -4,7 +4,8 @@ import torch
 from tiny_models import LAYERS, WIDTH, hf_model, tokenizer, tokens
 
 from sparseclt.language_model.language_model import LanguageModel
-from sparseclt.model.clt import Architecture, SparseCLT
+from sparseclt.model.clt import SparseCLT
+from sparseclt.model.shape import Architecture
 
 F, K = 20, 5
 
@@ -17,12 +18,10 @@ def random_clt(
     model: LanguageModel, attention: str = "frozen", *, latents: int = F, active: int = K, seed: int = 0
 ) -> SparseCLT:
     """A CLT whose decoders and biases are random too, without connections."""
-    info = model.info
-    architecture = Architecture(
-        layers=info.n_layers, d_model=info.d_model, latents=latents, active=active, attention=attention,
-        parallel=info.parallel, centred=info.centred, model_name=info.name,
-    )  # fmt: skip
-    weights = [model.attention_weights(layer) for layer in range(info.n_layers)] if attention == "latents" else None
+    architecture = Architecture(model.shape, latents, active, attention)
+    weights = (
+        [model.attention_weights(layer) for layer in range(model.shape.layers)] if attention == "latents" else None
+    )
     torch.manual_seed(seed)
     clt = SparseCLT(architecture, weights).to(next(model.bridge.original_model.parameters()).dtype)
     with torch.no_grad():

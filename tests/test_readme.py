@@ -1,4 +1,4 @@
-"""The README's Python runs as it stands."""
+"""The Python of the README and of the tutorial runs as it stands."""
 
 import os
 import re
@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-BLOCKS = re.findall(r"```python\n(.*?)```", (Path(__file__).parents[1] / "README.md").read_text(), re.S)
+ROOT = Path(__file__).parents[1]
+BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
 
 
 def test_the_training_example_trains_and_measures(tmp_path, monkeypatch, capsys):
@@ -17,6 +18,17 @@ def test_the_training_example_trains_and_measures(tmp_path, monkeypatch, capsys)
     assert "steps=3" in quick and "held_out[:4]" in quick
     exec(compile(quick, "README.md", "exec"), {})
     assert os.path.exists("runs/first/clt/sparseclt.json") and "fvu_sparse" in capsys.readouterr().out
+
+
+def test_the_tutorial_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(ROOT / "tools")
+    from tutorial import PAGE, with_output
+
+    quick = PAGE.read_text().replace("steps=300,", "steps=8,").replace("held_out[:64]", "held_out[:4]")
+    assert "steps=8" in quick and "held_out[:4]" in quick
+    outputs = re.findall(r"```text\n(.*?)```", with_output(quick), re.S)
+    assert len(outputs) == quick.count("```text") and outputs[-1] == "True\n"
 
 
 def test_the_sae_example_learns():

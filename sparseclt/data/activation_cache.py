@@ -1,15 +1,15 @@
 """The activations of all training rows on disk, so that the language model runs over them once.
 
-A cache is a directory: `cache.json` says of what it is, each `shard_NNNNN` holds the activations of some rows, in the
-order of the rows, and `complete` stands there once the last shard does. All are directories of `checkpoint`: they
-appear whole or not at all, with the digests of their files.
+A cache is a directory: `cache.json` says what it holds, each `shard_NNNNN` has the activations of some rows, in the
+order of the rows, and `complete` appears once the last shard is there. All are directories of `storage.directories`:
+they appear whole or not at all, with the digests of their files.
 """
 
 import hashlib
 import json
 import shutil
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,8 @@ from sparseclt.config import TrainConfig
 from sparseclt.data.activation_stream import as_activations, vectors_of
 from sparseclt.language_model.language_model import LanguageModel
 from sparseclt.model.activations import Activations
-from sparseclt.storage import checkpoint
+from sparseclt.model.shape import ModelShape
+from sparseclt.storage.directories import CheckpointError, atomic_directory, verify
 from sparseclt.storage.safetensors_stream import save_file
 
 FORMAT_VERSION = 1
@@ -38,15 +39,15 @@ class CacheInfo:
     row_length: int  # S
     row_digest: str  # of the token ids, in the order of the rows
     model_digest: str  # of the language model's weights
-    layers: int  # L
-    d_model: int  # D
+    model: ModelShape  # without its name: the same model may be found under several
     dtype: str
 
     @property
     def row_bytes(self) -> int:
         """Bytes of one row on disk: token ids, vectors (int8: with a scale each), and the norms' scales."""
-        vector = self.d_model + 4 if self.dtype == "int8" else 2 * self.d_model
-        return self.row_length * (4 + (1 + 3 * self.layers) * vector + 4 * self.layers)
+        L, D = self.model.layers, self.model.d_model
+        vector = D + 4 if self.dtype == "int8" else 2 * D
+        return self.row_length * (4 + (1 + 3 * L) * vector + 4 * L)
 
     @property
     def shard_rows(self) -> int:
@@ -79,8 +80,7 @@ def cache_info(language_model: LanguageModel, rows: Tensor, dtype: str) -> Cache
         row_length=rows.shape[1],
         row_digest=_digest([rows.int()]),
         model_digest=_digest(language_model.bridge.original_model.parameters()),
-        layers=language_model.info.n_layers,
-        d_model=language_model.info.d_model,
+        model=replace(language_model.shape, name=""),
         dtype=dtype,
     )
 
@@ -106,9 +106,9 @@ class ActivationCache:
         """
         info, B = self.info, len(chosen)
         tokens = torch.empty(B, info.row_length, dtype=torch.int64)
-        vectors = torch.empty(1 + 3 * info.layers, B, info.row_length, info.d_model)
+        vectors = torch.empty(1 + 3 * info.model.layers, B, info.row_length, info.model.d_model)
         vector_scales = torch.ones(vectors.shape[:3])
-        scale = torch.empty(info.layers, B, info.row_length)
+        scale = torch.empty(info.model.layers, B, info.row_length)
         for place in chosen.argsort().tolist():  # shard after shard, and forwards in each
             number, row = divmod(int(chosen[place]), info.shard_rows)
             shard = self._shard(number)
@@ -118,7 +118,7 @@ class ActivationCache:
             if info.dtype == "int8":
                 vector_scales[:, place] = shard["vector_scales"][row]
         if not torch.equal(tokens, self.rows[chosen].long()):
-            raise checkpoint.CheckpointError(
+            raise CheckpointError(
                 f"activations.cache: expected the training rows in the order of {self.directory / INFO}, but its "
                 f"shards hold others; remove {self.directory} to capture them anew"
             )
@@ -141,9 +141,9 @@ def _name(shard: int) -> str:
 
 def _verify(path: Path, directory: Path) -> None:
     try:
-        checkpoint.verify(path)
-    except checkpoint.CheckpointError as error:
-        raise checkpoint.CheckpointError(
+        verify(path)
+    except CheckpointError as error:
+        raise CheckpointError(
             f"activations.cache: {error}; or remove {directory} to capture the activations anew"
         ) from error
 
@@ -158,13 +158,21 @@ def _check_info(directory: Path, info: CacheInfo) -> None:
             f"which has no {INFO}; choose another one"
         )
     _verify(directory, directory)
-    found, expected = json.loads((directory / INFO).read_text()), asdict(info)
+    found, expected = _flat(json.loads((directory / INFO).read_text())), _flat(asdict(info))
     for name in expected | found:
         if found.get(name) != expected.get(name):
             raise ValueError(
                 f"activations.cache: expected {name} {expected.get(name)}, but {directory} has {found.get(name)}: it "
                 f"is of other rows, another model or dtype; choose another directory"
             )
+
+
+def _flat(values: dict[str, Any]) -> dict[str, Any]:
+    """With the fields of `model` beside the others, as "model.layers" and so on."""
+    model = values.get("model") or {}
+    return {name: value for name, value in values.items() if name != "model"} | {
+        f"model.{name}": value for name, value in model.items()
+    }
 
 
 def _write(
@@ -178,7 +186,7 @@ def _write(
     to_do = sum(len(part) for part in missing.values())
     _check_space(directory, to_do * info.row_bytes)
     if not (directory / INFO).exists():
-        with checkpoint.atomic_directory(directory) as new:
+        with atomic_directory(directory) as new:
             (new / INFO).write_text(json.dumps(asdict(info), indent=2) + "\n")
     bar = tqdm(
         total=info.rows, initial=info.rows - to_do, desc="capturing", unit="row", disable=not config.logging.progress
@@ -190,19 +198,21 @@ def _write(
                 piece = part[start : start + config.batch_rows]
                 _put(tensors, start, capture(piece))
                 bar.update(len(piece))
-            with checkpoint.atomic_directory(directory / _name(number)) as new:
+            with atomic_directory(directory / _name(number)) as new:
                 save_file(tensors, new / SHARD)
-    with checkpoint.atomic_directory(directory / COMPLETE):
+    with atomic_directory(directory / COMPLETE):
         pass
 
 
 def _room(info: CacheInfo, rows: int) -> dict[str, Tensor]:
     """The tensors of a shard, unfilled: all that a row has lies together."""
-    parts = (rows, 1 + 3 * info.layers, info.row_length)
+    parts = (rows, 1 + 3 * info.model.layers, info.row_length)
     tensors = {
         "tokens": torch.empty(rows, info.row_length, dtype=torch.int32),
-        "vectors": torch.empty(*parts, info.d_model, dtype=torch.int8 if info.dtype == "int8" else torch.bfloat16),
-        "scale": torch.empty(rows, info.layers, info.row_length),
+        "vectors": torch.empty(
+            *parts, info.model.d_model, dtype=torch.int8 if info.dtype == "int8" else torch.bfloat16
+        ),
+        "scale": torch.empty(rows, info.model.layers, info.row_length),
     }
     return tensors | ({"vector_scales": torch.empty(parts)} if info.dtype == "int8" else {})
 

@@ -3,7 +3,6 @@
 Weights are those of the Hugging Face model, unprocessed: nothing is folded or centred.
 """
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,24 +13,10 @@ from sparseclt.language_model.files import EXPECTED, load_hf, locate
 from sparseclt.language_model.hooks import Hook, Replace, StopRun, recording_hooks
 from sparseclt.model.activations import Activations
 from sparseclt.model.attention import AttentionWeights, attention_write, centre
+from sparseclt.model.shape import ModelShape
 
 PROBE_TOKENS = 8
 PROBE_TOLERANCE = 1e-3  # of the largest entry: far above float32 rounding, far below a wrong formula
-
-
-@dataclass(frozen=True)
-class ModelInfo:
-    """What the CLT has to know of the model, of which it covers the first `n_layers` layers."""
-
-    name: str
-    n_layers: int
-    d_model: int
-    n_heads: int
-    d_head: int
-    parallel: bool  # attention and MLP of a block read the same residual stream
-    centred: bool  # the norm subtracts the mean over D (LayerNorm); False for RMSNorm
-    context: int | None
-    vocab: int
 
 
 class LanguageModel:
@@ -52,19 +37,19 @@ class LanguageModel:
         bridge.eval().requires_grad_(False)
         self.bridge, self.tokenizer = bridge, tokenizer
         self._class_name = type(bridge.original_model).__name__
-        self.info = ModelInfo(
-            name=name,
-            n_layers=layers or cfg.n_layers,
+        self.shape = ModelShape(
+            layers=layers or cfg.n_layers,
             d_model=cfg.d_model,
-            n_heads=cfg.n_heads,
-            d_head=cfg.d_head,
+            heads=cfg.n_heads,
+            parameters=sum(parameter.numel() for parameter in bridge.original_model.parameters()),
             parallel=bool(cfg.parallel_attn_mlp),
             centred=not cfg.uses_rms_norm,
             context=cfg.n_ctx,
             vocab=cfg.d_vocab,
+            name=name,
         )
         # Parallel blocks with a single norm (GPT-J, Phi): the MLP reads the one before attention.
-        one_norm = self.info.parallel and "blocks.0.ln2.hook_scale" not in bridge.hook_dict
+        one_norm = self.shape.parallel and "blocks.0.ln2.hook_scale" not in bridge.hook_dict
         self._mlp_norm = "ln1" if one_norm else "ln2"
         if dtype == torch.float64:
             _keep_float64(bridge)
@@ -120,7 +105,7 @@ class LanguageModel:
         live = Activations(tokens, torch.empty(0))
         hooks = self._hooks(live, attention)
         try:
-            self._run(tokens, [*hooks, (f"blocks.{self.info.n_layers - 1}.hook_resid_post", stop)])
+            self._run(tokens, [*hooks, (f"blocks.{self.shape.layers - 1}.hook_resid_post", stop)])
         except StopRun:
             pass
         return live
@@ -153,13 +138,13 @@ class LanguageModel:
         Raises ValueError if they do not give the model's own attention output (a norm behind attention,
         attention sinks and the like).
         """
-        if not 0 <= layer < self.info.n_layers:
-            raise ValueError(f"layer: expected a covered layer, 0 to {self.info.n_layers - 1}, got {layer}")
+        if not 0 <= layer < self.shape.layers:
+            raise ValueError(f"layer: expected a covered layer, 0 to {self.shape.layers - 1}, got {layer}")
         block = self.bridge.blocks[layer]
         attn, norm = block.attn, block.ln1
-        repeat = self.info.n_heads // len(attn.W_V)  # grouped-query attention: heads that share a value head
+        repeat = self.shape.heads // len(attn.W_V)  # grouped-query attention: heads that share a value head
         W_V, W_O = attn.W_V.repeat_interleave(repeat, 0), attn.W_O
-        bias = W_O.new_zeros(self.info.d_model) if attn.b_O is None else attn.b_O
+        bias = W_O.new_zeros(self.shape.d_model) if attn.b_O is None else attn.b_O
         if attn.b_V is not None:
             bias = bias + torch.einsum("he,hed->d", attn.b_V.repeat_interleave(repeat, 0), W_O)
         # RMSNorm bridges have no bias attribute of their own; the wrapped module decides.
@@ -167,7 +152,7 @@ class LanguageModel:
         if norm_bias is not None:
             bias = bias + torch.einsum("d,hde,hef->f", norm_bias, W_V, W_O)
         gain = norm.weight + 1 if norm.uses_weight_offset else norm.weight
-        weights = AttentionWeights(gain[:, None] * W_V, W_O.clone(), bias.clone(), self.info.centred)
+        weights = AttentionWeights(gain[:, None] * W_V, W_O.clone(), bias.clone(), self.shape.centred)
         self._check_attention(layer, weights)
         return weights
 
@@ -179,9 +164,9 @@ class LanguageModel:
             raise ValueError(
                 f"tokens: expected int32 or int64 of shape [B, S], got {tokens.dtype} of shape {tuple(tokens.shape)}"
             )
-        if self.info.context is not None and tokens.shape[1] > self.info.context:
+        if self.shape.context is not None and tokens.shape[1] > self.shape.context:
             raise ValueError(
-                f"tokens: expected rows of at most {self.info.context} tokens (the model's context), "
+                f"tokens: expected rows of at most {self.shape.context} tokens (the model's context), "
                 f"got {tokens.shape[1]}; use shorter rows"
             )
         return tokens.to(self.bridge.cfg.device, torch.int64)
@@ -193,7 +178,7 @@ class LanguageModel:
         on_mlp: Replace | None = None,
         on_attn: Replace | None = None,
     ) -> list[Hook]:
-        return recording_hooks(self.info.n_layers, self._mlp_norm, live, attention, on_mlp, on_attn)
+        return recording_hooks(self.shape.layers, self._mlp_norm, live, attention, on_mlp, on_attn)
 
     def _check_hooks(self) -> None:
         names = [name for name, _ in self._hooks(Activations(torch.empty(0), torch.empty(0)), attention=True)]
@@ -205,14 +190,14 @@ class LanguageModel:
             )
 
     def _probe(self, attention: bool) -> Activations:
-        length = min(PROBE_TOKENS, self.info.context or PROBE_TOKENS)
-        return self.capture(torch.arange(length)[None] % self.info.vocab, attention=attention)
+        length = min(PROBE_TOKENS, self.shape.context or PROBE_TOKENS)
+        return self.capture(torch.arange(length)[None] % self.shape.vocab, attention=attention)
 
     def _check_residual(self) -> None:
         probe = self._probe(attention=False)
-        for layer in range(self.info.n_layers):
-            residual = probe.residual(layer, after_attention=not self.info.parallel)
-            read = centre(residual) if self.info.centred else residual
+        for layer in range(self.shape.layers):
+            residual = probe.residual(layer, after_attention=not self.shape.parallel)
+            read = centre(residual) if self.shape.centred else residual
             if not _close(probe.x[layer] * probe.scale[layer][..., None], read):
                 raise ValueError(
                     f"model.path: expected an MLP that reads the plain sum of the embedding and all earlier "

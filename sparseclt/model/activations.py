@@ -1,14 +1,17 @@
 """The activations of a language model that a CLT reads and reconstructs."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
 
+from sparseclt.model.sites import Site
+
 
 @dataclass
 class Activations:
-    """One batch, of a real or a replaced run, in the model's dtype; a list holds one tensor a covered layer.
+    """One batch, of a real or a replaced run, in the model's dtype. Lists hold one tensor per covered layer.
 
     `attn_pattern` and `attn_scale` stay empty unless attention was asked for.
     """
@@ -22,12 +25,20 @@ class Activations:
     attn_pattern: list[Tensor] = field(default_factory=list)  # [B, H, S, S] query, key
     attn_scale: list[Tensor] = field(default_factory=list)  # [B, S] what the norm before attention divides by
 
+    def output(self, site: Site) -> Tensor:
+        """The model's own output of a site, [N, D]: tokens flattened to N = B S."""
+        return (self.mlp_out if site.kind == "mlp" else self.attn_out)[site.layer].flatten(0, 1)
+
+    def outputs(self, sites: Sequence[Site]) -> dict[Site, Tensor]:
+        """The model's own outputs of several sites, [N, D] each: what a CLT reconstructs."""
+        return {site: self.output(site) for site in sites}
+
     def residual(self, layer: int, after_attention: bool = False) -> Tensor:
         """The residual stream [B, S, D] before block `layer`, or after that block's attention."""
         return sum(self.mlp_out[:layer] + self.attn_out[: layer + after_attention], self.r_0)
 
     def split(self, rows: int) -> list["Activations"]:
-        """Views of `rows` rows each, of fewer at the end."""
+        """Views of `rows` rows each; the last may have fewer."""
         return [self._rows(slice(i, i + rows)) for i in range(0, len(self.tokens), rows)]
 
     def _rows(self, rows: slice) -> "Activations":

@@ -1,13 +1,13 @@
-"""Decoder gradients that are never all alive.
+"""Decoder gradients that are never all in memory.
 
-The decoders are most of a CLT. Their gradient is a sum of few sparse parts: what active latents wrote, and what
-virtual weights read. The backward pass only notes these parts, of the size of the activations; `chunks` spells out
-the gradient of one decoder some rows at a time, for an optimiser that updates them and lets them go.
+The decoders are most of a CLT. Their gradient is a sum of a few sparse parts: what active latents wrote, and what
+virtual weights read. The backward pass only notes these parts, which are no larger than the activations; `chunks` then
+computes the gradient of one decoder some rows at a time, for an optimiser that updates those rows and drops it.
 """
 
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,13 +15,11 @@ from torch import Tensor
 from sparseclt import ops
 from sparseclt.devices import Budget
 from sparseclt.model.attention import centre, head_rows
+from sparseclt.model.cross_layer import Reader, effective_decoders
+from sparseclt.model.modules import Latents
+from sparseclt.model.transcoders import Transcoders
 from sparseclt.ops._rows import Transpose, accumulation_dtype, chunks, section, transpose
 from sparseclt.ops.backend import Implementation, choose, implementation
-
-if TYPE_CHECKING:
-    from sparseclt.model.clt import SparseCLT
-    from sparseclt.model.cross_layer import Reader
-    from sparseclt.model.modules import Latents
 
 CHUNK_BYTES = Budget(cpu=8 << 20, gpu=64 << 20)  # of gradient alive at a time, with what is added up for it
 
@@ -51,7 +49,7 @@ class DecoderGradients:
     the weights must not change, except for the decoders that `chunks` is done with.
     """
 
-    def __init__(self, clt: "SparseCLT", backend: str | None = None, chunk_bytes: int | None = None):
+    def __init__(self, clt: Transcoders, backend: str | None = None, chunk_bytes: int | None = None):
         self.clt, self.backend = clt, backend
         self.chunk_bytes = chunk_bytes or CHUNK_BYTES.on(clt.transcoder(0).W_dec.device)
         self.readers = clt.readers()
@@ -59,13 +57,19 @@ class DecoderGradients:
         self.written: list[list[Written]] = [[] for _ in clt]
         self.read: dict[int, Tensor] = {}  # by reader: gradient of its virtual weights
 
-    def decode(self, index: int, latents: "Latents") -> tuple[Tensor, ...]:
+    def decode(self, index: int, latents: Latents) -> tuple[Tensor, ...]:
         """What the latents of module `index` write to each target, [N, D] each, without bias."""
         result: tuple[Tensor, ...] = _Decode.apply(*latents, self, index)
         return result
 
-    def virtual_weights(self, index: int, V: Tensor) -> Tensor:
-        """`V` of module `index`, computed without gradient, as a leaf whose gradient is noted here."""
+    def virtual_weights(self) -> list[Tensor | None]:
+        """As `Transcoders.virtual_weights`, except that the gradient stops here and is noted."""
+        with torch.no_grad():
+            weights = self.clt.unmasked_virtual_weights(self.backend)
+        return self.clt.masked([V if V is None else self._noted(i, V) for i, V in enumerate(weights)])
+
+    def _noted(self, index: int, V: Tensor) -> Tensor:
+        """`V` of module `index` as a leaf whose gradient is noted here."""
 
         def note(grad: Tensor) -> None:
             self.read[index] = self.read[index] + grad if index in self.read else grad
@@ -76,8 +80,6 @@ class DecoderGradients:
 
     def add_to_encoders(self) -> None:
         """Add to every encoder's `.grad` what it gets through virtual weights. Once, after the last backward pass."""
-        from sparseclt.model.cross_layer import effective_decoders
-
         decoders = [module.W_dec.detach() for module in self.clt]
         readers = [reader for reader in self.readers if reader.index in self.read]
         for reader, E in effective_decoders(readers, self.clt.sites, decoders):
@@ -103,12 +105,12 @@ class DecoderGradients:
             touched |= self._add_read(gradient, index, rows)
             yield Chunk(rows, gradient, touched)
 
-    def _heads(self, reader: "Reader") -> Iterator[tuple[Callable[[Tensor], Tensor], Tensor]]:
+    def _heads(self, reader: Reader) -> Iterator[tuple[Callable[[Tensor], Tensor], Tensor]]:
         """(what carries encoder rows [R, D] to where they meet a decoder row, dV [F, C]): one pair, or one a head of an
         attention reader."""
         dV, weights = self.read[reader.index], reader.attention
         if weights is None:
-            yield (centre if self.clt.architecture.centred else torch.clone), dV
+            yield (centre if self.clt.architecture.model.centred else torch.clone), dV
             return
         for head in range(len(weights.W_V)):
             yield partial(head_rows, weights=weights, head=head), dV[head]
@@ -141,7 +143,7 @@ class DecoderGradients:
             return touched
         behind = torch.zeros(len(gradient), D, dtype=gradient.dtype, device=gradient.device)
 
-        def take(layer_readers: "list[Reader]") -> None:
+        def take(layer_readers: list[Reader]) -> None:
             for reader in layer_readers:
                 assert reader.connections is not None
                 order = section(reader.connections.transposed, first + rows.start, first + rows.stop)
@@ -156,7 +158,7 @@ class DecoderGradients:
             take(readers)
             gradient[:, 0] += behind
             return touched
-        for layer in reversed(range(site.layer, self.clt.architecture.layers)):
+        for layer in reversed(range(site.layer, self.clt.architecture.model.layers)):
             take([reader for reader in readers if reader.site.layer == layer + 1])
             gradient[:, layer - site.layer] += behind
         return touched

@@ -1,55 +1,52 @@
 """One pass over a batch in one mode, a module at a time."""
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
 from sparseclt import ops
+from sparseclt.model.activations import Activations
 from sparseclt.model.attention import attention_encode, attention_write
+from sparseclt.model.decoder_gradients import DecoderGradients
 from sparseclt.model.modules import Latents
-from sparseclt.model.sites import MODES, Mode, Site, model_sites, upstream_modules
-
-if TYPE_CHECKING:
-    from sparseclt.model.activations import Activations
-    from sparseclt.model.clt import SparseCLT
-    from sparseclt.model.decoder_gradients import DecoderGradients
+from sparseclt.model.sites import MODES, Mode, Site
+from sparseclt.model.stream import UnmaskedStream
+from sparseclt.model.transcoders import Transcoders
+from sparseclt.model.upstream import UpstreamLatents
 
 
 class ForwardPass:
     """One mode's pass over a batch, a module at a time in model order.
 
-    Captured activations take all steps at once (`SparseCLT.forward`); in a replaced model each step is taken
+    With captured activations all steps are taken at once (`SparseCLT.forward`); in a replaced model each step is taken
     when the model arrives there, on that run's own activations.
     """
 
     def __init__(
         self,
-        clt: "SparseCLT",
+        clt: Transcoders,
         mode: Mode,
         backend: str | None = None,
         error_nodes: bool = False,
-        gradients: "DecoderGradients | None" = None,
+        gradients: DecoderGradients | None = None,
     ):
         if mode not in MODES:
             raise ValueError(f"mode: expected one of {MODES}, got {mode!r}")
-        self.clt, self.mode, self.backend, self.error_nodes = clt, mode, backend, error_nodes
-        self.architecture, self.gradients = clt.architecture, gradients
+        self.clt, self.mode, self.backend, self.gradients = clt, mode, backend, gradients
         self.latents: list[Latents] = []
-        self._side_by_side: Latents | None = None  # [N, M K]: all modules' latents, with ids in 0..U-1
-        self.virtual_weights = clt.virtual_weights(backend, gradients) if mode == "sparse" else []
+        self.virtual_weights: list[Tensor | None] = []
+        if mode == "sparse":
+            self.virtual_weights = clt.virtual_weights(backend) if gradients is None else gradients.virtual_weights()
+        self._stream = UnmaskedStream(clt, error_nodes)
+        self._upstream = UpstreamLatents(len(clt.sites), clt.architecture.latents)
         self._outputs: dict[Site, Tensor] = {}
-        self._order = model_sites(self.architecture.layers, attention=True)
-        self._passed = 0  # sites of `_order` whose writes are already in `_stream`
-        self._stream: Tensor | None = None  # [N, D]
-        self._readings: list[Tensor] = []  # [N, D] a module
+        self._readings: list[Tensor] = []  # [N, D] per module
 
     def output(self, site: Site) -> Tensor:
         """The reconstruction [N, D] of a site, complete once all modules up to it have run."""
         return self._outputs[site]
 
-    def advance(self, site: Site, activations: "Activations") -> Tensor:
+    def advance(self, site: Site, activations: Activations) -> Tensor:
         """Run the next module on `activations` (filled at least up to `site`): its site's output [B, S, D]."""
         index = len(self.latents)
         if site != self.clt.sites[index]:
@@ -59,7 +56,7 @@ class ForwardPass:
         latents = self.encode(index)
         self.latents.append(latents)
         if self.mode == "sparse":
-            self._put_beside(index, latents)
+            self._upstream.add(latents)
         self._write(index, latents)
         return self._outputs[site].view_as(activations.r_0)
 
@@ -80,34 +77,19 @@ class ForwardPass:
         self._outputs[module.site] = self._outputs[module.site] + module.b_dec
 
     def _read(self, site: Site) -> Tensor:
-        """What `site` reads unmasked, [N, D]. Vanilla: the model's own input of that site. Sparsely-connected: the
-        residual stream as far as no latent stands for it: the embedding, biases already written, frozen attention
-        outputs, error nodes."""
-        activations, layer = self.activations, site.layer
-        if self.mode == "vanilla":
-            return (activations.x if site.kind == "mlp" else activations.attn_out)[layer].flatten(0, 1)
-        if self._stream is None:
-            self._stream = activations.r_0.flatten(0, 1)
-        earlier = upstream_modules(self._order, self._order.index(site), self.architecture.parallel)
-        for writer in self._order[self._passed : earlier]:
-            outputs = activations.mlp_out if writer.kind == "mlp" else activations.attn_out
-            real = outputs[writer.layer].flatten(0, 1)
-            if writer not in self._outputs:
-                self._stream = self._stream + real
-                continue
-            self._stream = self._stream + self.clt.transcoder(self.clt.sites.index(writer)).b_dec
-            if self.error_nodes:
-                self._stream = self._stream + (real - self._outputs[writer]).detach()
-        self._passed = max(self._passed, earlier)
-        return self._stream
+        """What `site` reads without a mask, [N, D]. Vanilla mode: the model's own input of that site."""
+        if self.mode == "sparse":
+            return self._stream.before(site, self.activations, self._outputs)
+        inputs = self.activations.x if site.kind == "mlp" else self.activations.attn_out
+        return inputs[site.layer].flatten(0, 1)
 
     def encode(self, index: int, rows: Tensor | None = None, k: int | None = None) -> Latents:
-        """The k strongest latents of module `index`, or of its latents `rows` [R] alone (ids then in 0..R-1).
+        """The k strongest latents of module `index`, or of only its latents `rows` [R] (ids then in 0..R-1).
 
         Its reading must have been taken by `advance`.
         """
         module, reading = self.clt.transcoder(index), self._readings[index]
-        k = k or self.architecture.active
+        k = k or self.clt.architecture.active
         W_enc: Tensor = module.W_enc if self.mode == "vanilla" else self.clt.reading_rows(index)
         b_enc: Tensor = module.b_enc
         V, connections = None, module.connections
@@ -123,9 +105,21 @@ class ForwardPass:
         if V is None:
             return Latents(*ops.topk_encode(reading, W_enc, b_enc, k, backend=self.backend))
         assert connections is not None
-        z = self._upstream_latents(index)
-        if module.site.kind == "mlp":
-            scale = self.activations.scale[module.site.layer].flatten().to(V.dtype)
+        return self._connected_encode(index, reading, W_enc, b_enc, V, connections, k)
+
+    def _connected_encode(
+        self,
+        index: int,
+        reading: Tensor,
+        W_enc: Tensor,
+        b_enc: Tensor,
+        V: Tensor,
+        connections: ops.Connections,
+        k: int,
+    ) -> Latents:
+        site, z = self.clt.sites[index], self._upstream.of_first(self.clt.upstream[index])
+        if site.kind == "mlp":
+            scale = self.activations.scale[site.layer].flatten().to(V.dtype)
             return Latents(
                 *ops.connected_encode(reading, W_enc, b_enc, *z, V, connections, scale, k, backend=self.backend)
             )
@@ -133,7 +127,7 @@ class ForwardPass:
         values, indices = attention_encode(
             reading.unflatten(0, by_sequence), W_enc, b_enc,
             z.values.unflatten(0, by_sequence), z.indices.unflatten(0, by_sequence),
-            V, self._mix(module.site.layer).to(V.dtype), connections, k, backend=self.backend,
+            V, self._mix(site.layer).to(V.dtype), connections, k, backend=self.backend,
         )  # fmt: skip
         return Latents(values.flatten(0, 1), indices.flatten(0, 1))
 
@@ -150,35 +144,3 @@ class ForwardPass:
     def _mix(self, layer: int) -> Tensor:
         """Frozen pattern over the key's scale: [B, H, S, S]."""
         return self.activations.attn_pattern[layer] / self.activations.attn_scale[layer][:, None, None, :]
-
-    def _put_beside(self, index: int, latents: Latents) -> None:
-        """Put the latents of module `index` beside those before it: later modules read them all."""
-        N, K = latents.values.shape
-        if self._side_by_side is None:
-            self._side_by_side = Latents(*(tensor.new_empty(N, len(self.clt.sites) * K) for tensor in latents))
-        columns = slice(index * K, (index + 1) * K)
-        # By .data: autograd has saved columns to the left of these, and shall not take this for a change of them.
-        self._side_by_side.values.data[:, columns] = latents.values.detach()
-        self._side_by_side.indices.data[:, columns] = latents.indices + index * self.architecture.latents
-
-    def _upstream_latents(self, index: int) -> Latents:
-        """The latents of all modules before module `index`, side by side: ids in 0..U-1. Views of one buffer: copies
-        for each module would grow as the square of the number of layers."""
-        before = [z.values for z in self.latents[: self.clt.upstream[index]]]
-        assert self._side_by_side is not None
-        values, indices = (t.data[:, : len(before) * self.architecture.active] for t in self._side_by_side)
-        return Latents(_SideBySide.apply(values, *before), indices)
-
-
-class _SideBySide(torch.autograd.Function):
-    """`torch.cat(parts, 1)`, which stands in `joined` already."""
-
-    @staticmethod
-    def forward(ctx: Any, joined: Tensor, *parts: Tensor) -> Tensor:
-        ctx.parts = len(parts)
-        return joined.view_as(joined)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return None, *grad.chunk(ctx.parts, 1)

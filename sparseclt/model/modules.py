@@ -1,7 +1,7 @@
 """One module of a CLT: an encoder with its decoders, and the latents that it yields."""
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -11,13 +11,13 @@ from sparseclt.model.sites import Site
 
 
 class Latents(NamedTuple):
-    """The active latents of one module: `values` [N, K] (0 where a slot is empty) and their `indices` [N, K]."""
+    """The active latents of one module: `values` [N, K] (0 in an empty slot) and their `indices` [N, K]."""
 
     values: Tensor
     indices: Tensor
 
     def dense(self, latents: int) -> Tensor:
-        """[N, F]: for tests and small models only."""
+        """[N, F]: only for tests and small models."""
         dense = self.values.new_zeros(len(self.values), latents)
         return dense.scatter_add(1, self.indices.clamp_min(0), self.values)
 
@@ -29,9 +29,17 @@ class Transcoder(nn.Module):
     `b_dec` [D]: the bias of this site's own reconstruction. In sparsely-connected mode each latent reads the
     upstream latents named by `connections` ([F, C], ids in 0..U-1 over all earlier modules side by side, or
     None before any were chosen). With learned connections `logits` [F, C] decides which of them are open.
+
+    Connections are a buffer of the module, `connection_indices`: they move with `.to(device)`, are copied by
+    `copy.deepcopy`, and are part of `state_dict()`; `load_state_dict` takes those of any C.
     """
 
-    connections: ops.Connections | None
+    W_enc: nn.Parameter
+    b_enc: nn.Parameter
+    W_dec: nn.Parameter
+    b_dec: nn.Parameter
+    logits: nn.Parameter | None
+    connection_indices: Tensor | None
 
     def __init__(self, site: Site, d_model: int, latents: int, targets: int, upstream: int):
         super().__init__()
@@ -41,8 +49,23 @@ class Transcoder(nn.Module):
         self.b_enc = nn.Parameter(torch.zeros(latents))
         self.W_dec = nn.Parameter(torch.zeros(latents, targets, d_model))
         self.b_dec = nn.Parameter(torch.zeros(d_model))
-        self.logits: nn.Parameter | None = None
-        self.connections = None
+        self.register_parameter("logits", None)
+        self.register_buffer("connection_indices", None)
+        self._connections: ops.Connections | None = None
+
+    @property
+    def connections(self) -> ops.Connections | None:
+        """The buffer `connection_indices`, checked, with its order by upstream latent once that was needed."""
+        if self.connection_indices is None:
+            return None
+        if self._connections is None or self._connections.indices is not self.connection_indices:
+            self._connections = ops.Connections(self.connection_indices, self.upstream)
+        return self._connections
+
+    @connections.setter
+    def connections(self, connections: ops.Connections | None) -> None:
+        self._connections = connections
+        self.connection_indices = None if connections is None else connections.indices
 
     def connect(self, connections: Tensor) -> None:
         """Take `connections` [F, C] (ids 0..U-1, -1 for an empty slot)."""
@@ -61,11 +84,22 @@ class Transcoder(nn.Module):
 
     def open_connections(self) -> Tensor | None:
         """Boolean [F, C]: slots that are filled and, when learned, switched on."""
-        if self.connections is None:
+        if self.connection_indices is None:
             return None
-        filled = self.connections.indices >= 0
+        filled = self.connection_indices >= 0
         return filled if self.logits is None else filled & (self.logits > 0)
 
     def decode(self, latents: Latents, backend: str | None = None) -> Tensor:
         """What the latents write to each target, without bias: [N, T, D]."""
         return ops.sparse_decode(latents.values, latents.indices, self.W_dec, backend=backend)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        """Makes room for connections and logits, whose number C only the loaded state knows."""
+        device = self.W_enc.device
+        if (indices := state_dict.get(prefix + "connection_indices")) is not None:
+            self.connections = None
+            self.connection_indices = torch.empty_like(indices, device=device)
+        logits = state_dict.get(prefix + "logits")
+        if logits is not None and (self.logits is None or self.logits.shape != logits.shape):
+            self.logits = nn.Parameter(torch.empty_like(logits, device=device))
+        super()._load_from_state_dict(state_dict, prefix, *rest)

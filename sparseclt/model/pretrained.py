@@ -1,4 +1,4 @@
-"""A SparseCLT as named tensors on disk: what `SparseCLT.save_pretrained` writes and `from_pretrained` reads."""
+"""A CLT as named tensors on disk: what `SparseCLT.save_pretrained` writes and `from_pretrained` reads."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -7,16 +7,18 @@ import torch
 from torch import Tensor, nn
 
 from sparseclt.model.attention import AttentionWeights
-from sparseclt.model.clt import Architecture, SparseCLT
 from sparseclt.model.modules import Transcoder
-from sparseclt.storage import checkpoint
+from sparseclt.model.shape import Architecture
+from sparseclt.model.transcoders import Transcoders
+from sparseclt.storage import clt_files
+from sparseclt.storage.directories import atomic_directory
 
 
 def _prefix(module: Transcoder) -> str:
     return f"{module.site.kind}.{module.site.layer}."
 
 
-def clt_tensors(clt: SparseCLT) -> dict[str, Tensor]:
+def named_tensors(clt: Transcoders) -> dict[str, Tensor]:
     """Everything a CLT is, by name: "mlp.0.W_enc" and so on. Views of the parameters, nothing copied."""
     tensors: dict[str, Tensor] = {}
     for module in clt:
@@ -25,7 +27,7 @@ def clt_tensors(clt: SparseCLT) -> dict[str, Tensor]:
             "b_enc": module.b_enc,
             "W_dec": module.W_dec if module.site.kind == "mlp" else module.W_dec[:, 0],
             "b_dec": module.b_dec,
-            "connections": module.connections.indices.int() if module.connections else None,
+            "connections": None if module.connection_indices is None else module.connection_indices.int(),
             "logits": module.logits,
         }
         weights = clt.attention_of(module.site)
@@ -36,8 +38,8 @@ def clt_tensors(clt: SparseCLT) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def load_clt_tensors(clt: SparseCLT, tensors: Mapping[str, Tensor]) -> None:
-    """Take over the tensors of a CLT of the same architecture."""
+def load_tensors(clt: Transcoders, tensors: Mapping[str, Tensor]) -> None:
+    """Copy in the tensors of a CLT of the same architecture."""
     for module in clt:
         prefix = _prefix(module)
         for name in ("W_enc", "b_enc", "W_dec", "b_dec"):
@@ -54,31 +56,31 @@ def load_clt_tensors(clt: SparseCLT, tensors: Mapping[str, Tensor]) -> None:
                 module.logits.copy_(logits)
 
 
-def write_clt(directory: Path, clt: SparseCLT) -> None:
+def write(directory: Path, clt: Transcoders) -> None:
     """Write `clt` into `directory`, which the caller makes atomic."""
-    checkpoint.save_clt(directory, clt.describe(), clt_tensors(clt))
+    architecture = clt.architecture
+    config = {"model_name": architecture.model.name, **architecture.to_dict()}
+    clt_files.save_clt(directory, config, named_tensors(clt))
 
 
-def save_pretrained(clt: SparseCLT, path: Path) -> Path:
-    with checkpoint.atomic_directory(path) as directory:
-        write_clt(directory, clt)
+def save(clt: Transcoders, path: Path) -> Path:
+    """Write `clt` to directory `path`, whole or not at all."""
+    with atomic_directory(path) as directory:
+        write(directory, clt)
     return path
 
 
-def from_pretrained(path: Path) -> SparseCLT:
-    config, tensors = checkpoint.load_clt(path)
-    architecture = Architecture(**config)
-    attention = None
-    if architecture.attention == "latents":
-        attention = [
-            AttentionWeights(
-                tensors[f"attn.{layer}.W_V"],
-                tensors[f"attn.{layer}.W_O"],
-                tensors[f"attn.{layer}.bias"],
-                architecture.centred,
-            )
-            for layer in range(architecture.layers)
-        ]
-    clt = SparseCLT(architecture, attention)
-    load_clt_tensors(clt, tensors)
-    return clt
+def read(path: Path) -> tuple[Architecture, list[AttentionWeights] | None, Mapping[str, Tensor]]:
+    """The architecture, the OV circuits (for attention latents) and the tensors of the CLT in directory `path`."""
+    config, tensors = clt_files.load_clt(path)
+    architecture = Architecture.from_dict({name: value for name, value in config.items() if name != "model_name"})
+    if architecture.attention == "frozen":
+        return architecture, None, tensors
+    centred = architecture.model.centred
+    attention = [
+        AttentionWeights(
+            tensors[f"attn.{layer}.W_V"], tensors[f"attn.{layer}.W_O"], tensors[f"attn.{layer}.bias"], centred
+        )
+        for layer in range(architecture.model.layers)
+    ]
+    return architecture, attention, tensors

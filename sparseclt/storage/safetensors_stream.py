@@ -49,6 +49,11 @@ def save_file(tensors: Mapping[str, Tensor], path: Path) -> None:
                 file.write(own.numpy().data)
 
 
+def check_tensor(name: str, tensor: Tensor) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"tensors[{name!r}] must be a torch.Tensor, got {type(tensor).__name__}")
+
+
 def _pieces(tensor: Tensor) -> Iterator[Tensor]:
     """Parts of a tensor in the order of its elements, of at most PIECE_BYTES where its rows allow."""
     if tensor.ndim == 0 or tensor.numel() * tensor.element_size() <= PIECE_BYTES:

@@ -6,6 +6,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from sparseclt.config import LoggingConfig
+from sparseclt.model.sites import MODES
+
 PROJECT = "sparseclt"
 
 
@@ -68,6 +71,34 @@ class _TensorBoardLogger:
 
     def close(self) -> None:
         self._writer.close()
+
+
+class RunLog:
+    """The metrics of a run and its progress bar: every so many steps a line in `run_dir`/metrics.jsonl and in each
+    logger that is named in `config`. `settings` are shown beside the curves."""
+
+    def __init__(self, config: LoggingConfig, run_dir: Path, settings: dict[str, Any], steps: int, done: int):
+        from tqdm import tqdm
+
+        self.every, self.steps = config.every_steps, steps
+        named = make_loggers(config.loggers, run_dir, settings)
+        self._loggers: list[Logger] = [JsonLinesLogger(run_dir / "metrics.jsonl"), *named]
+        self._bar = tqdm(total=steps, initial=done, desc="training", unit="step", disable=not config.progress)
+
+    def step(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Take note of a finished step, counted from 1; the last one is always logged."""
+        self._bar.update()
+        if step == self.steps or step % self.every == 0:
+            for logger in self._loggers:
+                logger.log(step, metrics)
+            shown = {name: metrics[f"fvu_{name}"] for name in MODES if f"fvu_{name}" in metrics}
+            self._bar.set_postfix({f"FVU {name}": f"{value:.3f}" for name, value in shown.items()})
+
+    def close(self) -> None:
+        """Finish writing."""
+        self._bar.close()
+        for logger in self._loggers:
+            logger.close()
 
 
 def make_loggers(names: Sequence[str], run_dir: str | Path, config: dict[str, Any]) -> list[Logger]:

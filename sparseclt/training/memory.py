@@ -9,8 +9,9 @@ from pathlib import Path
 
 import torch
 
-from sparseclt.config import ModelShape, TrainConfig
+from sparseclt.config import TrainConfig
 from sparseclt.data.activation_stream import least_bytes
+from sparseclt.model.shape import ModelShape
 from sparseclt.training.memory_plan import GiB, Plan, dense_plan, make_plan, table
 
 __all__ = [
@@ -124,6 +125,9 @@ def shape_of(path: str, layers: int | None = None) -> ModelShape:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     return ModelShape(
-        layers or config.num_hidden_layers, config.hidden_size, config.num_attention_heads,
-        sum(p.numel() for p in model.parameters()), bool(getattr(config, "use_parallel_residual", False)),
-    )  # fmt: skip
+        layers=layers or config.num_hidden_layers,
+        d_model=config.hidden_size,
+        heads=config.num_attention_heads,
+        parameters=sum(p.numel() for p in model.parameters()),
+        parallel=bool(getattr(config, "use_parallel_residual", False)),
+    )

@@ -10,8 +10,8 @@ from torch.optim.adam import adam
 
 from sparseclt.config import OptimizerConfig
 from sparseclt.devices import Budget
-from sparseclt.model.clt import SparseCLT
 from sparseclt.model.decoder_gradients import Chunk, DecoderGradients
+from sparseclt.model.transcoders import Transcoders
 from sparseclt.ops._rows import chunks
 from sparseclt.training import eight_bit
 
@@ -41,7 +41,7 @@ class RowAdam:
     spacing of bf16 still add up. The random bits follow from `seed`, the step, the parameter and the row.
     """
 
-    def __init__(self, clt: SparseCLT, config: OptimizerConfig, seed: int = 0):
+    def __init__(self, clt: Transcoders, config: OptimizerConfig, seed: int = 0):
         self.config, self.seed = config, seed
         self.parameters = dict(clt.named_parameters())
         self.step = 0
@@ -144,8 +144,8 @@ def _square_sum(tensor: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def apply(
-    clt: SparseCLT, gradients: DecoderGradients, optimizer: RowAdam, learning_rate: float, clip: float | None
+def clip_and_step(
+    clt: Transcoders, gradients: DecoderGradients, optimizer: RowAdam, learning_rate: float, clip: float | None
 ) -> tuple[Tensor, str | None]:
     """One optimiser step from the gathered gradients: their norm, and the name of the first parameter whose gradient
     is not finite (then nothing was updated).

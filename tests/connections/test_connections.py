@@ -4,9 +4,10 @@ import pytest
 import torch
 from clts import language_model, random_clt, tokens
 
-from sparseclt.connections import policies as connections
+from sparseclt.connections import selection
 from sparseclt.connections.activity import RARE, Activity, RecentLatents
-from sparseclt.connections.policies import LearnedConnections, TopConnections, select_top_connections
+from sparseclt.connections.policies import LearnedConnections, TopConnections
+from sparseclt.connections.selection import select_top_connections
 from sparseclt.model.attention import head_rows
 from sparseclt.model.modules import Latents
 
@@ -62,7 +63,7 @@ def test_top_connections_are_those_of_largest_importance(model, attention, stati
 def test_coactivation_is_selected_in_tiles(model, monkeypatch):
     clt = random_clt(model)
     whole = select_top_connections(clt, active(clt, model), 4)
-    monkeypatch.setattr(connections, "SELECTION_BYTES", 3 * 40 * 8)
+    monkeypatch.setattr(selection, "SELECTION_BYTES", 3 * 40 * 8)
     tiled = select_top_connections(clt, active(clt, model), 4)
     assert all(torch.equal(a, b) for a, b in zip(whole[1:], tiled[1:], strict=True))
 

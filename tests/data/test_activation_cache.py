@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,8 +18,8 @@ from sparseclt.data import activation_cache
 from sparseclt.data.activation_cache import ActivationCache, cache_info, open_cache, quantise
 from sparseclt.data.activation_stream import token_bytes, vectors_of
 from sparseclt.language_model.language_model import LanguageModel
-from sparseclt.storage.checkpoint import CheckpointError
-from sparseclt.training.trainer import NonFiniteError
+from sparseclt.storage.directories import CheckpointError
+from sparseclt.training.finite import NonFiniteError
 
 DTYPES = ("bf16", "int8")
 SHARD_ROWS = 7  # of 30: four whole shards and one of two rows
@@ -65,7 +66,7 @@ class Idle:
     """A language model that may be looked at but not run."""
 
     def __init__(self, model):
-        self.info, self.bridge = model.info, model.bridge
+        self.shape, self.bridge = model.shape, model.bridge
 
     def capture(self, *arguments, **keywords):
         raise AssertionError("the language model ran")
@@ -198,12 +199,12 @@ def others(model):
         hf = hf_model("gpt2", dtype=torch.float32, **keywords)
         return LanguageModel.from_hf(hf, tokenizer(), name="gpt2")
 
-    fewer = SimpleNamespace(info=SimpleNamespace(n_layers=1, d_model=WIDTH), bridge=model.bridge)
+    fewer = SimpleNamespace(shape=replace(model.shape, layers=1), bridge=model.bridge)
     return {
         "row_digest": {"model": model, "rows": ROWS.flip(0)},
         "rows": {"model": model, "rows": ROWS[:20]},
         "model_digest": {"model": wrapped(seed=7)},
-        "layers": {"model": fewer},
+        "model.layers": {"model": fewer},
         "dtype": {"model": model, "dtype": "int8"},
         None: {"model": wrapped()},  # the same model, built anew
     }
@@ -237,4 +238,9 @@ def test_a_full_disk_is_refused_before_anything_is_captured(tmp_path, model, mon
 
 def test_a_cache_says_what_it_holds(written):
     info = json.loads((written / "cache.json").read_text())
-    assert (info["rows"], info["row_length"], info["layers"], info["d_model"]) == (30, 12, LAYERS, WIDTH)
+    assert (info["rows"], info["row_length"], info["model"]["layers"], info["model"]["d_model"]) == (
+        30,
+        12,
+        LAYERS,
+        WIDTH,
+    )

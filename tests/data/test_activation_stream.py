@@ -8,7 +8,7 @@ from clts import language_model
 from test_trainer import trainer, whole_state
 from tiny_models import LAYERS, WIDTH
 
-from sparseclt.config import ActivationConfig, CLTConfig, LossConfig, TrainConfig
+from sparseclt.config import ActivationConfig
 from sparseclt.data import activation_stream
 from sparseclt.data.activation_stream import block_batches, buffer_bytes, shuffled, token_bytes
 from sparseclt.data.text import RowStream
@@ -149,24 +149,6 @@ def test_a_buffer_that_is_too_small_says_what_it_takes():
         block_batches(least - 1, B * S, 2, 2)
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"activations": ActivationConfig(shuffle_bytes=-1)}, "shuffle_bytes: expected at least 0, got -1"),
-        ({"activations": ActivationConfig(cache_dtype="fp8")}, "activations.cache_dtype: expected 'bf16' or 'int8'"),  # type: ignore[arg-type]
-        ({"activations": ActivationConfig(shuffle_bytes=9), "clt": CLTConfig(attention="latents")},
-         "activations.shuffle_bytes, activations.cache: expected 0 and None with clt.attention 'latents'"),
-        ({"activations": ActivationConfig(cache="x"), "clt": CLTConfig(attention="latents")},
-         "activations.shuffle_bytes, activations.cache: expected 0 and None with clt.attention 'latents'"),
-        ({"activations": ActivationConfig(shuffle_bytes=9), "loss": LossConfig(cross_entropy_weight=0.1)},
-         "activations.shuffle_bytes: expected 0 with loss.cross_entropy_weight > 0"),
-    ],
-)  # fmt: skip
-def test_what_cannot_be_shuffled_or_cached_is_refused(changes, message):
-    with pytest.raises(ValueError, match=message):
-        TrainConfig(**changes)
-
-
 @pytest.fixture(scope="module")
 def model():
     return language_model("gpt2", torch.float32)
@@ -207,9 +189,9 @@ def test_a_run_cut_off_within_a_block_goes_on_to_the_bit(tmp_path, model):
 
 def test_without_shuffling_a_batch_is_the_captured_rows_to_the_bit(tmp_path, model):
     t = trainer(tmp_path, model)
-    rows = RowStream(t.stream.rows, 2, t.config.seed)
+    rows = RowStream(t.batches.rows, 2, t.config.seed)
     captured = [model.capture(next(rows)) for _ in range(t.config.steps)]  # now: no two threads may run the model
-    for batch, expected in zip(t._batches(), captured, strict=True):
+    for batch, expected in zip(t.batches.from_step(t.step), captured, strict=True):
         assert batch.tokens.equal(expected.tokens) and all_of(batch).equal(all_of(expected))
 
 
@@ -224,8 +206,8 @@ def test_the_trainer_finds_its_next_batch_ready(tmp_path, model, monkeypatch, ac
             activation_stream.Block, "take", lambda self, chosen: (take(self, chosen), next(count).set())[0]
         )
     else:
-        capture, count = t.capture, iter(made)
-        monkeypatch.setattr(t, "capture", lambda tokens: (capture(tokens), next(count).set())[0])
+        capture, count = t.batches.capture, iter(made)
+        monkeypatch.setattr(t.batches, "capture", lambda tokens: (capture(tokens), next(count).set())[0])
     original = t.train_step
 
     def waits(batch):

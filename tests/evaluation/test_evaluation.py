@@ -4,8 +4,11 @@ import pytest
 import torch
 from clts import connect_random, language_model, open_all, random_clt, tokens
 
-from sparseclt.evaluation.metrics import evaluate, fvu_against_c, replacement, splitting
-from sparseclt.training.losses import fvu, targets
+from sparseclt.evaluation.metrics import evaluate
+from sparseclt.evaluation.pruning import fvu_against_c
+from sparseclt.evaluation.structure import splitting
+from sparseclt.model.replacement import replacement
+from sparseclt.training.losses import fvu
 
 ROWS = tokens(rows=6, length=12)
 
@@ -23,10 +26,10 @@ def clt(model):
 
 
 def test_figures_do_not_depend_on_the_batches_and_equal_the_formulas(clt, model):
-    result = evaluate(clt, model, ROWS, batch_rows=4)
-    again = evaluate(clt, model, ROWS, batch_rows=1)
+    result = evaluate(clt, model, ROWS, batch_rows=4).to_dict()
+    again = evaluate(clt, model, ROWS, batch_rows=1).to_dict()
     activations = model.capture(ROWS)
-    real = targets(clt, activations)
+    real = activations.outputs(clt.sites)
     for mode in ("vanilla", "sparse"):
         forward = clt(activations, mode)
         for m, site in enumerate(clt.sites):
@@ -43,9 +46,9 @@ def test_figures_do_not_depend_on_the_batches_and_equal_the_formulas(clt, model)
 
 
 def test_the_mean_excess_leaves_the_first_module_out(clt, model):
-    result = evaluate(clt, model, ROWS, cross_entropy=False)
+    result = evaluate(clt, model, ROWS, cross_entropy=False).to_dict()
     rows = result["modules"]
-    if model.info.parallel:
+    if model.shape.parallel:
         assert rows[1]["upstream"] == 20
     assert rows[0]["excess_fvu"] == pytest.approx(0, abs=1e-10)
     assert result["mean"]["excess_fvu"] == pytest.approx((rows[1]["excess_fvu"] + rows[2]["excess_fvu"]) / 2)
@@ -55,10 +58,10 @@ def test_the_mean_excess_leaves_the_first_module_out(clt, model):
 def test_connections_in_effect_counts_strong_open_connections_of_live_latents(clt, model):
     with torch.no_grad():
         clt.transcoder(0).W_dec.zero_()  # everything that module 1 reads is now worth nothing
-    rows = evaluate(clt, model, ROWS, cross_entropy=False)["modules"]
+    rows = evaluate(clt, model, ROWS, cross_entropy=False).to_dict()["modules"]
     assert rows[1]["connections_in_effect"] == 0
     assert 0 < rows[2]["connections_in_effect"] <= 6
-    assert "connections_in_effect" not in rows[0]
+    assert rows[0]["connections_in_effect"] is None
 
 
 @pytest.mark.parametrize("mode", ["vanilla", "sparse"])
@@ -115,11 +118,11 @@ def test_more_of_the_same_connections_bring_the_modes_together(model):
     rows = fvu_against_c(clt, model, ROWS, [1, 40])
     assert [m.connections for m in clt] == own
     open_all(clt)
-    mean = evaluate(clt, model, ROWS[1::2], cross_entropy=False)["mean"]  # chosen on the other rows
+    mean = evaluate(clt, model, ROWS[1::2], cross_entropy=False).to_dict()["mean"]  # chosen on the other rows
     assert [row["C"] for row in rows] == [1, 40]
     assert rows[1]["fvu_sparse"] == pytest.approx(mean["fvu_sparse"])
 
 
 def test_without_connections_only_vanilla_mode_is_measured(model):
-    result = evaluate(random_clt(model), model, ROWS)
-    assert "fvu_sparse" not in result["mean"] and "sparse" not in result["cross_entropy"]
+    result = evaluate(random_clt(model), model, ROWS).to_dict()
+    assert result["mean"]["fvu_sparse"] is None and result["cross_entropy"]["sparse"] is None

@@ -36,7 +36,7 @@ def tokens() -> Tensor:
 
 
 def centred_if(model: LanguageModel, residual: Tensor) -> Tensor:
-    return residual - residual.mean(-1, keepdim=True) if model.info.centred else residual
+    return residual - residual.mean(-1, keepdim=True) if model.shape.centred else residual
 
 
 def real_mlp(model: LanguageModel, layer: int, x: Tensor) -> Tensor:
@@ -46,18 +46,19 @@ def real_mlp(model: LanguageModel, layer: int, x: Tensor) -> Tensor:
     return block.mlp.original_component(x * norm.weight + getattr(norm, "bias", 0.0))
 
 
-def test_info_describes_the_model(model, family):
-    info = model.info
-    assert (info.name, info.n_layers, info.d_model, info.n_heads, info.d_head) == (family, 3, 32, 4, 8)
-    assert (info.context, info.vocab) == (tiny_models.CONTEXT, tiny_models.VOCAB)
-    assert (info.parallel, info.centred) == (family == "pythia", family != "llama")
+def test_shape_describes_the_model(model, family):
+    shape = model.shape
+    assert (shape.name, shape.layers, shape.d_model, shape.heads) == (family, 3, 32, 4)
+    assert shape.parameters == sum(p.numel() for p in model.bridge.original_model.parameters()) > 0
+    assert (shape.context, shape.vocab) == (tiny_models.CONTEXT, tiny_models.VOCAB)
+    assert (shape.parallel, shape.centred) == (family == "pythia", family != "llama")
 
 
 def test_pythia_like_blocks_without_parallel_residual_are_sequential(tokenizer, tokens):
     config = tiny_models.config("pythia")
     config.use_parallel_residual = False
     model = LanguageModel.from_hf(tiny_models.hf_model(config), tokenizer)
-    assert not model.info.parallel
+    assert not model.shape.parallel
     live = model.capture(tokens)
     read = centred_if(model, live.residual(1, after_attention=True))
     torch.testing.assert_close(live.x[1] * live.scale[1][..., None], read, **EXACT)
@@ -102,7 +103,7 @@ def test_attention_is_captured_only_when_asked_for(model, tokens):
 def test_x_is_the_centred_residual_over_the_scale(model, tokens):
     live = model.capture(tokens)
     for layer in range(3):
-        residual = centred_if(model, live.residual(layer, after_attention=not model.info.parallel))
+        residual = centred_if(model, live.residual(layer, after_attention=not model.shape.parallel))
         torch.testing.assert_close(live.x[layer], residual / live.scale[layer][..., None], **EXACT)
 
 
@@ -179,7 +180,7 @@ def test_attention_weights_reproduce_the_attention_output_of_every_layer(model, 
         torch.testing.assert_close(written, live.attn_out[layer], **EXACT)
         torch.testing.assert_close(attention_write(live.residual(layer), mix, weights), written, **EXACT)
         assert weights.W_V.shape == (4, 32, 8) and weights.W_O.shape == (4, 8, 32) and weights.bias.shape == (32,)
-        assert weights.centred == model.info.centred
+        assert weights.centred == model.shape.centred
 
 
 def test_attention_weights_are_copies(model):
@@ -226,7 +227,7 @@ def test_live_holds_the_replaced_run_as_far_as_it_has_come(model, tokens):
     assert torch.equal(live.x[0], real.x[0]) and not torch.allclose(live.x[1], real.x[1])
     assert [out.unique().tolist() for out in live.mlp_out] == [[1.0], [2.0], [3.0]]
     for layer in range(3):
-        residual = centred_if(model, live.residual(layer, after_attention=not model.info.parallel))
+        residual = centred_if(model, live.residual(layer, after_attention=not model.shape.parallel))
         torch.testing.assert_close(live.x[layer] * live.scale[layer][..., None], residual, **EXACT)
 
 
@@ -325,7 +326,7 @@ def test_parallel_blocks_with_a_single_norm_read_the_norm_before_attention(token
     )
     model = LanguageModel.from_hf(tiny_models.hf_model(config), tokenizer)
     live = model.capture(tokens, attention=True)
-    assert model.info.parallel
+    assert model.shape.parallel
     residual = centred_if(model, live.residual(1))
     torch.testing.assert_close(live.x[1], residual / live.scale[1][..., None], **EXACT)
     model.attention_weights(1)
@@ -378,7 +379,7 @@ def test_load_reads_a_saved_directory_in_float32(tmp_path, tokenizer, tokens):
     hf.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     model = LanguageModel.load(tmp_path, layers=1)
-    assert model.info.n_layers == 1 and model.info.name == str(tmp_path)
+    assert model.shape.layers == 1 and model.shape.name == str(tmp_path)
     assert model.tokenizer("w3 w4")["input_ids"] == [3, 4]
     with torch.no_grad():
         torch.testing.assert_close(model.replaced_logits(tokens), hf.float()(tokens).logits, atol=2e-5, rtol=1e-5)

@@ -34,7 +34,7 @@ def trainer(tmp_path, kind="gpt2", attention="frozen", policy="top", **more) -> 
 
 def warmed_up(t: Trainer):
     """Weights and connections after some steps, and a batch."""
-    activations = t.capture(next(t.stream))
+    activations = t.batches.capture(next(t.batches.stream_at(t.step)))
     for _ in range(4):
         t.train_step(activations)
     return activations

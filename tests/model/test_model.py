@@ -6,7 +6,8 @@ from clts import LAYERS, connect_random, language_model, open_all, random_clt, t
 from tiny_models import FAMILIES
 
 from sparseclt.model.attention import attention_write, centre, head_rows
-from sparseclt.model.clt import Architecture, SparseCLT
+from sparseclt.model.clt import SparseCLT
+from sparseclt.model.shape import Architecture, ModelShape
 from sparseclt.model.sites import Site, is_earlier
 
 both_kinds = pytest.mark.parametrize("attention", ["frozen", "latents"])
@@ -56,14 +57,14 @@ def dense_sparse_mode(clt, model, activations):
     a = clt.architecture
     B, S = activations.tokens.shape
     outputs, dense, values = {}, [], []
-    bias = torch.zeros(a.d_model, dtype=torch.float64)
+    bias = torch.zeros(a.model.d_model, dtype=torch.float64)
     for i, module in enumerate(clt):
         site = module.site
-        earlier = [u for u, other in enumerate(clt.sites) if is_earlier(other, site, a.parallel)]
+        earlier = [u for u, other in enumerate(clt.sites) if is_earlier(other, site, a.model.parallel)]
         bias = sum((clt.transcoder(u).b_dec for u in earlier), torch.zeros_like(bias))
         base = activations.r_0 + bias
         if a.attention == "frozen":
-            layers = range(site.layer if a.parallel else site.layer + 1)
+            layers = range(site.layer if a.model.parallel else site.layer + 1)
             base = base + sum((activations.attn_out[t] for t in layers), torch.zeros_like(base))
         E = [clt.transcoder(u).W_dec[:, : site.layer - clt.sites[u].layer].sum(1) if clt.sites[u].kind == "mlp"
              else clt.transcoder(u).W_dec[:, 0] for u in earlier]  # fmt: skip
@@ -75,7 +76,7 @@ def dense_sparse_mode(clt, model, activations):
             mask = mask[:, :-1]
             z = torch.cat([dense[u] for u in earlier], 1)
         if site.kind == "mlp":
-            W = centre(module.W_enc) if a.centred else module.W_enc
+            W = centre(module.W_enc) if a.model.centred else module.W_enc
             pre = base.flatten(0, 1) @ W.T
             if earlier:
                 pre = pre + z @ ((W @ E.T) * mask).T
@@ -108,7 +109,7 @@ def test_sparse_mode_and_all_its_gradients_follow_the_dense_formulas(model, atte
     parameters = dict(clt.named_parameters())
 
     def gradients(values, outputs):
-        weights = torch.linspace(-1, 1, model.info.d_model, dtype=torch.float64)
+        weights = torch.linspace(-1, 1, model.shape.d_model, dtype=torch.float64)
         loss = sum((outputs[site] * weights).square().mean() for site in clt.sites)
         loss = loss + sum((v * v).mean() for v in values)
         return torch.autograd.grad(loss, list(parameters.values()))
@@ -155,14 +156,15 @@ def test_unknown_mode_is_named():
     [
         ({"active": 9}, "active: expected at most latents = 8, got 9"),
         ({"latents": 0}, "latents: expected at least 1, got 0"),
+        ({"model": ModelShape(layers=2)}, "d_model: expected at least 1, got 0"),
         ({"attention": "real"}, "attention: expected 'frozen' or 'latents', got 'real'"),
     ],
 )
 def test_impossible_architecture(change, message):
     with pytest.raises(ValueError, match=message):
-        Architecture(**{"layers": 2, "d_model": 4, "latents": 8, "active": 2, **change})
+        Architecture(**{"model": ModelShape(layers=2, d_model=4), "latents": 8, "active": 2, **change})
 
 
 def test_attention_latents_need_the_attention_weights():
     with pytest.raises(ValueError, match="attention_weights: attention='latents' needs"):
-        SparseCLT(Architecture(layers=2, d_model=4, latents=8, active=2, attention="latents"))
+        SparseCLT(Architecture(ModelShape(layers=2, d_model=4), 8, 2, "latents"))

@@ -11,17 +11,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from sparseclt.storage import checkpoint
-from sparseclt.storage.checkpoint import (
-    CheckpointError,
-    atomic_directory,
-    latest,
-    load_clt,
-    load_state,
-    save_clt,
-    save_state,
-    verify,
-)
+from sparseclt.storage import checkpoint, clt_files, directories
+from sparseclt.storage.checkpoint import latest, load_state, save_state
+from sparseclt.storage.clt_files import load_clt, save_clt
+from sparseclt.storage.directories import FORMAT_VERSION, CheckpointError, atomic_directory, verify
 
 L, F, C, D = 3, 7, 2, 5
 CONFIG = {"model_name": "gpt2", "k": 4, "sites": ["mlp", "attn"], "lr": 0.1 + 0.2}
@@ -53,7 +46,6 @@ def clt_tensors() -> dict[str, torch.Tensor]:
                 f"{site}.{layer}.W_dec": torch.randn(decoder),
                 f"{site}.{layer}.b_dec": torch.randn(D),
                 f"{site}.{layer}.connections": torch.randint(-1, F, (F, C), dtype=torch.int32),
-                f"{site}.{layer}.V": torch.randn(F, C),
                 f"{site}.{layer}.logits": torch.randn(F, C),
             }
         tensors |= {
@@ -138,7 +130,7 @@ def test_files_follow_the_circuit_tracer_layout(saved: Path) -> None:
     assert load_file(saved / "W_enc_1.safetensors").keys() == {"W_enc_1", "b_enc_1", "b_dec_1"}
     assert load_file(saved / "W_dec_1.safetensors").keys() == {"W_dec_1"}
     connections = load_file(saved / "connections_1.safetensors")
-    assert connections.keys() == {"connections_1", "V_1", "logits_1"}
+    assert connections.keys() == {"connections_1", "logits_1"}
     assert torch.equal(connections["connections_1"], tensors["mlp.1.connections"])
     attention = load_file(saved / "attn_1.safetensors")
     assert attention.keys() == {"W_enc_attn_1", "b_enc_attn_1", "W_dec_attn_1", "b_dec_attn_1"}
@@ -152,12 +144,14 @@ def test_files_follow_the_circuit_tracer_layout(saved: Path) -> None:
         "feature_output_hook": '"hook_mlp_out"',
     }
     assert "ReLU" in yaml and "threshold" in yaml
-    assert json.loads((saved / "sparseclt.json").read_text()) == {"format_version": 1, **CONFIG}
+    assert json.loads((saved / "sparseclt.json").read_text()) == {"format_version": FORMAT_VERSION, **CONFIG}
 
 
 def test_no_file_holds_a_pickle(saved: Path) -> None:
     assert {file.suffix for file in saved.iterdir()} == {".safetensors", ".json", ".yaml"}
-    assert not re.search(r"pickle|torch\.(load|save)\b", Path(checkpoint.__file__).read_text().split('"""', 2)[2])
+    for module in (checkpoint, clt_files, directories):
+        code = Path(str(module.__file__)).read_text().split('"""', 2)[2]
+        assert not re.search(r"pickle|torch\.(load|save)\b", code)
 
 
 @pytest.mark.parametrize("name", CLT_FILES)
@@ -217,12 +211,13 @@ def test_a_path_that_is_no_checkpoint_is_refused(saved: Path, tmp_path: Path) ->
         pass
 
 
-def test_a_newer_format_names_both_versions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_format_names_both_versions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as future:
-        future.setattr(checkpoint, "FORMAT_VERSION", 7)
+        for module in (checkpoint, clt_files):
+            future.setattr(module, "FORMAT_VERSION", 7)
         write(tmp_path / "c")
     for load in (load_clt, load_state):
-        with pytest.raises(CheckpointError, match="version 7.* up to 1: upgrade sparseclt"):
+        with pytest.raises(CheckpointError, match="version 7, expected 2: read it with"):
             load(tmp_path / "c")
 
 
@@ -254,8 +249,8 @@ def kill_before_call(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
 
         return call
 
-    monkeypatch.setattr(checkpoint.os, "rename", mortal(os.rename))
-    monkeypatch.setattr(checkpoint.shutil, "rmtree", mortal(shutil.rmtree))
+    monkeypatch.setattr(directories.os, "rename", mortal(os.rename))
+    monkeypatch.setattr(directories.shutil, "rmtree", mortal(shutil.rmtree))
 
 
 # In order: removal of a stale .tmp, rename old aside, rename new in, removal of old.
@@ -302,7 +297,7 @@ def test_a_failing_rename_puts_the_old_checkpoint_back(saved: Path, monkeypatch:
             raise OSError("no permission")
         rename(source, target)
 
-    monkeypatch.setattr(checkpoint.os, "rename", refuse_new)
+    monkeypatch.setattr(directories.os, "rename", refuse_new)
     with pytest.raises(OSError, match="no permission"):
         write(saved)
     assert [path.name for path in saved.parent.iterdir()] == [saved.name]
@@ -311,14 +306,14 @@ def test_a_failing_rename_puts_the_old_checkpoint_back(saved: Path, monkeypatch:
 
 def test_everything_is_on_disk_before_the_rename(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     synced: list[str] = []
-    monkeypatch.setattr(checkpoint, "_fsync", lambda path: synced.append(path.name))
+    monkeypatch.setattr(directories, "_fsync", lambda path: synced.append(path.name))
     rename = os.rename
 
     def recorded_rename(source: Path, target: Path) -> None:
         synced.append("rename")
         rename(source, target)
 
-    monkeypatch.setattr(checkpoint.os, "rename", recorded_rename)
+    monkeypatch.setattr(directories.os, "rename", recorded_rename)
     with atomic_directory(tmp_path / "c") as directory:
         (directory / "sub").mkdir()
         (directory / "sub" / "x").write_text("x")

@@ -41,6 +41,7 @@ SCRIPT = """
 import resource, sys, torch
 from pathlib import Path
 from sparseclt.storage import checkpoint
+from sparseclt.storage.directories import atomic_directory
 def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 folder, what = Path(sys.argv[1]), sys.argv[2]
 tensors = {f"t{i}": torch.full((1 << 18, 48), float(i)).T for i in range(6)}  # views: the library takes none
@@ -49,7 +50,7 @@ if what == "save":
     before = peak()
     checkpoint.save_state(folder, tensors, {})
 else:
-    with checkpoint.atomic_directory(folder / "c") as directory:
+    with atomic_directory(folder / "c") as directory:
         checkpoint.save_state(directory, tensors, {})
     before = peak()
     stored, _ = checkpoint.load_state(folder / "c")

@@ -5,7 +5,7 @@ import torch
 from clts import connect_random, language_model, random_clt, tokens
 
 from sparseclt.model.modules import Latents
-from sparseclt.training.losses import aux_k, fvu, latent_fvu, targets, written_by_dead
+from sparseclt.training.losses import aux_k, dead_reconstruction, fvu, latent_fvu
 
 
 def test_fvu_of_the_mean_is_one_and_of_the_truth_zero():
@@ -55,12 +55,12 @@ def setting():
 def test_aux_k_moves_dead_latents_only_and_reaches_their_encoder_and_decoder(setting, mode):
     clt, activations = setting
     forward = clt(activations, mode)
-    real = targets(clt, activations)
+    real = activations.outputs(clt.sites)
     dead = torch.zeros(3, 20, dtype=torch.bool)
     dead[1, [3, 7]] = True
     outputs = {site: forward.output(site) for site in clt.sites}
     tokens = activations.tokens.numel()
-    loss = sum(s.value(tokens) for s in aux_k(written_by_dead(forward, dead, k=2), outputs, real))
+    loss = sum(s.value(tokens) for s in aux_k(dead_reconstruction(forward, dead, k=2), outputs, real))
     module = clt.transcoder(1)
     W_enc, W_dec = torch.autograd.grad(loss, [module.W_enc, module.W_dec])
     others = [i for i in range(20) if i not in (3, 7)]
@@ -73,7 +73,7 @@ def test_aux_k_of_vanilla_mode_encodes_the_input_not_the_target(setting):
     """Fault 4: the dead latents' codes come from the module's input."""
     clt, activations = setting
     forward = clt(activations, "vanilla")
-    real = targets(clt, activations)
+    real = activations.outputs(clt.sites)
     dead = torch.zeros(3, 20, dtype=torch.bool)
     rows = torch.tensor([3, 7])
     dead[2, rows] = True
@@ -81,10 +81,10 @@ def test_aux_k_of_vanilla_mode_encodes_the_input_not_the_target(setting):
     module, site = clt.transcoder(2), clt.sites[2]
     codes = torch.relu(activations.x[2].flatten(0, 1) @ module.W_enc[rows].T + module.b_enc[rows])
     expected = fvu(real[site] - outputs[site], codes @ module.W_dec[rows, 0])
-    (sums,) = aux_k(written_by_dead(forward, dead, k=2), outputs, real)
+    (sums,) = aux_k(dead_reconstruction(forward, dead, k=2), outputs, real)
     torch.testing.assert_close(sums.value(activations.tokens.numel()), expected)
 
 
 def test_nothing_is_written_without_dead_latents(setting):
     clt, activations = setting
-    assert not written_by_dead(clt(activations, "vanilla"), torch.zeros(3, 20, dtype=torch.bool), k=2)
+    assert not dead_reconstruction(clt(activations, "vanilla"), torch.zeros(3, 20, dtype=torch.bool), k=2)

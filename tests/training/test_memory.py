@@ -50,7 +50,7 @@ def trainer(tmp_path, backend=None, rows: int = 40) -> Trainer:
 
 def run_steps(t: Trainer, steps: int) -> None:
     for _ in range(steps):
-        t.train_step(t.capture(next(t.stream)))
+        t.train_step(t.batches.capture(next(t.batches.stream_at(t.step))))
 
 
 def largest_of_a_step(t: Trainer, step: int) -> LargestAllocation:

@@ -15,7 +15,8 @@ from test_decoder_gradients import trainer, warmed_up
 from test_trainer import ROWS, whole_state
 from test_trainer import trainer as small_trainer
 
-from sparseclt.config import CheckpointConfig, ComputeConfig, LossConfig, ModelShape, TrainConfig
+from sparseclt.config import CheckpointConfig, ComputeConfig, LossConfig, TrainConfig
+from sparseclt.model.shape import ModelShape
 from sparseclt.storage.checkpoint import latest, load_state
 from sparseclt.training import memory
 from sparseclt.training import optimizer as optim
@@ -68,14 +69,14 @@ def memory_for(monkeypatch):
     """Lets passes over more than so many rows run out of memory."""
 
     def limit(rows: int) -> None:
-        outcomes = Objective.outcomes
+        passes = Objective.passes
 
         def limited(self, activations, gradients=None):
             if len(activations.tokens) > rows:
                 raise torch.OutOfMemoryError("CUDA out of memory.")
-            return outcomes(self, activations, gradients)
+            return passes(self, activations, gradients)
 
-        monkeypatch.setattr(Objective, "outcomes", limited)
+        monkeypatch.setattr(Objective, "passes", limited)
 
     return limit
 
@@ -135,7 +136,7 @@ def test_running_out_of_memory_in_the_update_fails_with_plan_and_advice(tmp_path
 
 def test_other_errors_of_a_step_are_passed_on(tmp_path, model, monkeypatch):
     t = small_trainer(tmp_path, model)
-    monkeypatch.setattr(Objective, "outcomes", lambda *a: (_ for _ in ()).throw(RuntimeError("shapes")))
+    monkeypatch.setattr(Objective, "passes", lambda *a: (_ for _ in ()).throw(RuntimeError("shapes")))
     with pytest.raises(RuntimeError, match="^shapes$"):
         t.fit()
 
@@ -156,13 +157,14 @@ def test_a_step_that_really_runs_out_of_memory_goes_on_in_micro_batches():
         import torch
         from types import SimpleNamespace
         import test_plan
+        from sparseclt.model.shape import ModelShape
         from sparseclt.training.trainer import Trainer
         L, D, rows = 8, 16, 96
-        info = SimpleNamespace(n_layers=L, d_model=D, n_heads=1, parallel=False, centred=True, name="", context=None)
+        shape = ModelShape(layers=L, d_model=D, heads=1)
         batch = test_plan.activations(L, D, rows)
         def trainer(micro):
             config = test_plan.configured(F=256, K=32, rows=rows, micro=micro)
-            return Trainer(config, language_model=SimpleNamespace(info=info), rows=torch.zeros(rows, test_plan.S))
+            return Trainer(config, language_model=SimpleNamespace(shape=shape), rows=torch.zeros(rows, test_plan.S))
         def peak(micro):
             t = trainer(micro)
             t.train_step(batch)

@@ -11,8 +11,9 @@ from sparseclt.config import CheckpointConfig, CLTConfig, LoggingConfig, Optimiz
 from sparseclt.model.decoder_gradients import DecoderGradients
 from sparseclt.training import eight_bit
 from sparseclt.training import optimizer as optim
+from sparseclt.training.finite import NonFiniteError
 from sparseclt.training.optimizer import RowAdam, round_stochastically
-from sparseclt.training.trainer import NonFiniteError
+from sparseclt.training.schedule import learning_rate
 
 
 def weights(t) -> dict[str, torch.Tensor]:
@@ -24,7 +25,7 @@ def plain_steps(t, activations, steps: int) -> dict[str, torch.Tensor]:
     adam = torch.optim.Adam(t.clt.parameters(), betas=t.config.optimizer.betas)
     for _ in range(steps):
         t.policy.update(t.clt, t.activity["vanilla"], t.step)
-        adam.param_groups[0]["lr"] = t.learning_rate(t.step)
+        adam.param_groups[0]["lr"] = learning_rate(t.config, t.step)
         adam.zero_grad()
         total, _, passes = t.loss(activations, t.step)
         total.backward()
@@ -180,7 +181,7 @@ def test_a_lean_run_continues_bit_exactly_and_learns(tmp_path, dtype):
     whole.fit()
     first = Trainer(replace(config, out=str(tmp_path / "half")), language_model=model, rows=rows)
     for _ in range(6):
-        first.train_step(first.capture(next(first.stream)))
+        first.train_step(first.batches.capture(next(first.batches.stream_at(first.step))))
     first.out.mkdir()
     first.save()
     (first.out / "config.json").write_text((tmp_path / "whole" / "config.json").read_text())

@@ -20,12 +20,12 @@ from sparseclt.config import (
     DataConfig,
     LoggingConfig,
     LossConfig,
-    ModelShape,
     OptimizerConfig,
     TrainConfig,
 )
 from sparseclt.model.activations import Activations
 from sparseclt.model.decoder_gradients import DecoderGradients
+from sparseclt.model.shape import ModelShape
 from sparseclt.training import memory
 from sparseclt.training.memory_plan import captured_bytes
 from sparseclt.training.trainer import Trainer
@@ -58,7 +58,7 @@ def configured(
 ) -> TrainConfig:
     return TrainConfig(
         activations=ActivationConfig(shuffle_bytes),
-        out="", batch_rows=rows, compute=ComputeConfig(micro_batch_rows=micro), device="cpu",
+        out="unused", batch_rows=rows, compute=ComputeConfig(micro_batch_rows=micro), device="cpu",
         logging=LoggingConfig(progress=False),
         clt=CLTConfig(latents=F, active=K, dtype=dtype), data=DataConfig(row_tokens=S),
         loss=LossConfig(sparse_start_share=0.0, aux_weight=aux, dead_after_tokens=dead_after),
@@ -69,11 +69,9 @@ def configured(
 
 def make_trainer(config: TrainConfig, L: int, D: int) -> tuple[Trainer, Activations]:
     """A trainer without a language model, and a batch for it."""
-    info = SimpleNamespace(
-        n_layers=L, d_model=D, n_heads=1, parallel=False, centred=True, name="", context=None
-    )  # fmt: skip
+    shape = ModelShape(layers=L, d_model=D, heads=1)
     rows = torch.zeros(config.batch_rows, S, dtype=torch.int64)
-    trainer = Trainer(config, language_model=SimpleNamespace(info=info), rows=rows)  # type: ignore[arg-type]
+    trainer = Trainer(config, language_model=SimpleNamespace(shape=shape), rows=rows)  # type: ignore[arg-type]
     return trainer, activations(L, D, config.batch_rows)
 
 
@@ -149,13 +147,13 @@ def test_the_planned_shuffle_buffer_is_what_is_held_and_stays_within_its_bytes(m
             item, following = following, next(items, None)
             yield item
 
-    monkeypatch.setattr("sparseclt.training.trainer.one_ahead", ahead)
+    monkeypatch.setattr("sparseclt.training.batches.one_ahead", ahead)
     monkeypatch.setattr("sparseclt.data.activation_stream.one_ahead", ahead)
-    info = SimpleNamespace(n_layers=L, d_model=D, n_heads=1, parallel=False, centred=True, name="", context=None)
-    model = SimpleNamespace(info=info, capture=lambda tokens, **keywords: activations(L, D, len(tokens)))
+    shape = ModelShape(layers=L, d_model=D, heads=1)
+    model = SimpleNamespace(shape=shape, capture=lambda tokens, **keywords: activations(L, D, len(tokens)))
     before = held()
     trainer = Trainer(config, language_model=model, rows=torch.zeros(config.batch_rows, S, dtype=torch.int64))  # type: ignore[arg-type]
-    start, batches = held() - before, trainer._batches()
+    start, batches = held() - before, trainer.batches.from_step(trainer.step)
     batch = next(batches)
     buffer = held() - before - start
     (term,) = (t for t in memory.make_plan(config, ModelShape(L, D)).terms if t.name == "shuffle buffer")
@@ -187,8 +185,8 @@ def test_what_a_pass_keeps_for_backward_grows_linearly_in_layers():
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            outcomes = trainer.objective.outcomes(batch, DecoderGradients(trainer.clt))
-        assert set(outcomes) == {"vanilla", "sparse"}
+            passes = trainer.objective.passes(batch, DecoderGradients(trainer.clt))
+        assert set(passes) == {"vanilla", "sparse"}
         return sum(storage.nbytes() for storage in storages.values())
 
     few, some, many = (kept(L) for L in (4, 8, 16))
@@ -204,10 +202,10 @@ def test_a_full_size_clt_is_planned_and_its_dense_baseline_is_not():
 
 def test_a_run_that_does_not_fit_is_refused_before_it_allocates(monkeypatch):
     monkeypatch.setattr("sparseclt.training.memory.available_bytes", lambda device: 100 << 20)
-    info = SimpleNamespace(n_layers=4, d_model=64, n_heads=1, parallel=False, context=None)
+    shape = ModelShape(layers=4, d_model=64, heads=1)
     expected = r"memory: .* GiB are available; each change .*least harmful first: .*--optimizer.state 8bit"
     with pytest.raises(ValueError, match=expected):
-        Trainer(configured(F=8192), language_model=SimpleNamespace(info=info), rows=torch.zeros(4, S))  # type: ignore[arg-type]
+        Trainer(configured(F=8192), language_model=SimpleNamespace(shape=shape), rows=torch.zeros(4, S))  # type: ignore[arg-type]
 
 
 def test_advice_ends_with_what_fits():

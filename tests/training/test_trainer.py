@@ -24,9 +24,12 @@ from sparseclt.config import (
 )
 from sparseclt.model.clt import SparseCLT
 from sparseclt.model.sites import MODES
-from sparseclt.storage.checkpoint import CheckpointError, latest, load_clt, load_state
+from sparseclt.storage.checkpoint import latest, load_state
+from sparseclt.storage.clt_files import load_clt
+from sparseclt.storage.directories import CheckpointError
+from sparseclt.training.finite import NonFiniteError
 from sparseclt.training.loggers import read_metrics
-from sparseclt.training.trainer import NonFiniteError, Trainer
+from sparseclt.training.trainer import Trainer
 
 ROWS = tokens(rows=30, length=12)
 
@@ -152,7 +155,7 @@ def test_cross_entropy_through_the_replaced_model_reaches_every_parameter(tmp_pa
         tmp_path, model, loss=LossConfig(cross_entropy_weight=1.0, sparse_start_share=0.0, sparse_ramp_share=0.0)
     )
     for _ in range(2):
-        metrics = t.train_step(t.capture(next(t.stream)))
+        metrics = t.train_step(t.batches.capture(next(t.batches.stream_at(t.step))))
     assert metrics["cross_entropy_sparse"] > 0
     activations = model.capture(ROWS[:2])
     total, terms, _ = t.loss(activations, 5)
@@ -194,13 +197,13 @@ def test_non_finite_activations_stop_training_and_name_layer_and_step(tmp_path, 
 
 def test_a_non_finite_loss_stops_before_the_optimiser_step(tmp_path, model):
     t = trainer(tmp_path, model)
-    t.train_step(t.capture(next(t.stream)))
+    t.train_step(t.batches.capture(next(t.batches.stream_at(t.step))))
     with torch.no_grad():
         t.clt.transcoder(2).W_dec[0, 0, 0] = float("nan")
         t.clt.transcoder(2).b_enc[0] = 100.0
     before = [p.clone() for p in t.clt.parameters()]
     with pytest.raises(NonFiniteError, match="step 1: fvu_vanilla/mlp_2 is nan"):
-        t.train_step(t.capture(next(t.stream)))
+        t.train_step(t.batches.capture(next(t.batches.stream_at(t.step))))
     assert all(torch.equal(a.nan_to_num(7), b.nan_to_num(7)) for a, b in zip(before, t.clt.parameters(), strict=True))
 
 

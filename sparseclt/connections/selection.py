@@ -1,0 +1,44 @@
+"""The upstream latents that matter most to each latent, found by streaming tiles."""
+
+import torch
+from torch import Tensor
+
+from sparseclt import ops
+from sparseclt.config import Importance
+from sparseclt.connections.activity import Activity
+from sparseclt.model.attention import head_rows
+from sparseclt.model.cross_layer import effective_decoders
+from sparseclt.model.transcoders import Transcoders
+from sparseclt.ops._rows import chunks
+
+SELECTION_BYTES = 32 << 20  # importances in memory at a time
+
+
+def select_top_connections(
+    clt: Transcoders, activity: Activity, C: int, importance: Importance = "coactivation", backend: str | None = None
+) -> list[Tensor | None]:
+    """For every module the C upstream latents [F, C] that matter most to each of its latents.
+
+    Importance of (i, j) is |V[i, j]| x s, over heads the root of the sum of squares for an attention reader. s is
+    the running "mean" or "rms" of z_j, or with "coactivation" the mean of z_j over the tokens on which latent i
+    fires; an attention reader, whose upstream latents lie on other tokens, then takes the plain mean.
+    A module with fewer than C upstream latents keeps all of them; None without any. Streams tiles: nothing of size
+    F x U is allocated.
+    """
+    chosen: list[Tensor | None] = [None] * len(clt.sites)
+    decoders = [m.W_dec.detach() for m in clt]
+    for reader, E in effective_decoders(clt.readers(), clt.sites, decoders):
+        rows, keep = clt.reading_rows(reader.index).detach(), min(C, len(E))
+        if importance == "coactivation" and reader.attention is None:
+            parts = []
+            for part in chunks(len(rows), len(E) * rows.element_size(), SELECTION_BYTES):
+                s = activity.coactivation(reader.index, part, reader.upstream_modules).to(E.dtype)
+                parts.append(ops.select_connections(rows[part], E, s, keep, backend=backend))
+            chosen[reader.index] = torch.cat(parts)
+            continue
+        if reader.attention is not None:
+            rows = torch.stack([head_rows(rows, reader.attention, h) for h in range(len(reader.attention.W_V))])
+        magnitude = activity.magnitude("rms" if importance == "rms" else "mean")
+        s = magnitude[: reader.upstream_modules].flatten().to(E.dtype)
+        chosen[reader.index] = ops.select_connections(rows, E, s, keep, backend=backend)
+    return chosen

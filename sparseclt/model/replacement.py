@@ -1,0 +1,25 @@
+"""A language model's run with the CLT in place of its MLPs."""
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from sparseclt.model.decoder_gradients import DecoderGradients
+from sparseclt.model.forward import ForwardPass
+from sparseclt.model.sites import Mode, Site
+from sparseclt.model.transcoders import Transcoders
+
+
+def replacement(
+    clt: Transcoders, mode: Mode, backend: str | None = None, *, gradients: DecoderGradients | None = None
+) -> dict[str, Callable[..., Tensor]]:
+    """Hooks for `LanguageModel.replaced_logits` and `cross_entropy`: every module's site gets its reconstruction.
+
+    The modules read the replaced run itself, layer by layer; nothing of the real run is left. In
+    sparsely-connected mode the frozen parts (norm scales, attention) are that run's own.
+    """
+    forward = ForwardPass(clt, mode, backend, gradients=gradients)
+    hooks: dict[str, Callable[..., Tensor]] = {"on_mlp": lambda layer, live: forward.advance(Site("mlp", layer), live)}
+    if clt.architecture.attention == "latents":
+        hooks["on_attn"] = lambda layer, live: forward.advance(Site("attn", layer), live)
+    return hooks

@@ -1,0 +1,61 @@
+"""The shapes of the language model and of the CLT on top of it: stated once, read by everything else."""
+
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """The facts about a language model on which a CLT, its memory plan and a cache of activations depend."""
+
+    layers: int = 0
+    """Layers that the CLT covers (L); 0: read the whole shape from the configuration of the model that is named."""
+    d_model: int = 0
+    """Width of the residual stream (D)."""
+    heads: int = 0
+    """Attention heads (H); only attention latents need them."""
+    parameters: int = 0
+    """Parameters of the language model."""
+    parallel: bool = False
+    """Whether attention and MLP of a block read the same residual stream."""
+    centred: bool = True
+    """Whether the norms subtract the mean over D (LayerNorm does, RMSNorm does not)."""
+    context: int | None = None
+    """Longest row of tokens that the model takes; None: no limit."""
+    vocab: int = 0
+    """Tokens in the vocabulary."""
+    name: str = ""
+    """The model's name or path, as it was given."""
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """The shape of a CLT: that of its language model, F latents per module, K of them active per token.
+
+    `attention`: what stands for attention in sparsely-connected mode. "frozen": the model's real attention outputs;
+    "latents": modules of their own. Raises ValueError for sizes below 1 and for K above F.
+    """
+
+    model: ModelShape
+    latents: int
+    active: int
+    attention: Literal["frozen", "latents"] = "frozen"
+
+    def __post_init__(self) -> None:
+        sizes = {"layers": self.model.layers, "d_model": self.model.d_model}
+        for name, size in (sizes | {"latents": self.latents, "active": self.active}).items():
+            if size < 1:
+                raise ValueError(f"{name}: expected at least 1, got {size}")
+        if self.active > self.latents:
+            raise ValueError(f"active: expected at most latents = {self.latents}, got {self.active}")
+        if self.attention not in ("frozen", "latents"):
+            raise ValueError(f"attention: expected 'frozen' or 'latents', got {self.attention!r}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, as they are written beside the weights."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "Architecture":
+        """The reverse of `to_dict`."""
+        return cls(**{**values, "model": ModelShape(**values["model"])})

@@ -1,0 +1,38 @@
+"""The part of the residual stream that a reader takes as it is, because no latent stands for it."""
+
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from sparseclt.model.activations import Activations
+from sparseclt.model.sites import Site, model_sites, upstream_modules
+from sparseclt.model.transcoders import Transcoders
+
+
+class UnmaskedStream:
+    """In sparsely-connected mode: the embedding, biases already written, frozen attention outputs, error nodes.
+
+    Sites ask in model order; the sum grows from one to the next and is never built anew.
+    """
+
+    def __init__(self, clt: Transcoders, error_nodes: bool):
+        self.clt, self.error_nodes = clt, error_nodes
+        self._order = model_sites(clt.architecture.model.layers, attention=True)
+        self._passed = 0  # sites of `_order` whose writes are already in `_stream`
+        self._stream: Tensor | None = None  # [N, D]
+
+    def before(self, site: Site, activations: Activations, outputs: Mapping[Site, Tensor]) -> Tensor:
+        """What `site` reads, [N, D]. `outputs`: the reconstructions [N, D] of earlier modules."""
+        if self._stream is None:
+            self._stream = activations.r_0.flatten(0, 1)
+        earlier = upstream_modules(self._order, self._order.index(site), self.clt.architecture.model.parallel)
+        for writer in self._order[self._passed : earlier]:
+            real = activations.output(writer)
+            if writer not in outputs:
+                self._stream = self._stream + real
+                continue
+            self._stream = self._stream + self.clt.transcoder(self.clt.sites.index(writer)).b_dec
+            if self.error_nodes:
+                self._stream = self._stream + (real - outputs[writer]).detach()
+        self._passed = max(self._passed, earlier)
+        return self._stream

@@ -1,0 +1,128 @@
+"""The files of a CLT: the circuit-tracer directory layout for cross-layer transcoders, plus sidecars of ours.
+
+Other loaders ignore the sidecars. circuit-tracer runs a model without thresholds as plain ReLU, not as TopK: a TopK CLT
+needs a calibrated threshold before its results there mean anything.
+"""
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparseclt.storage.directories import FORMAT_VERSION, CheckpointError, read_versioned, verified, write_json
+from sparseclt.storage.safetensors_stream import TensorFiles, check_tensor, save_file, stored_names
+
+# (site, name in memory) -> (file, name in the file): "mlp.3.b_enc" is b_enc_3 in W_enc_3.safetensors.
+_LAYOUT = {
+    ("mlp", "W_enc"): ("W_enc", "W_enc"),
+    ("mlp", "b_enc"): ("W_enc", "b_enc"),
+    ("mlp", "b_dec"): ("W_enc", "b_dec"),
+    ("mlp", "W_dec"): ("W_dec", "W_dec"),
+    ("mlp", "connections"): ("connections", "connections"),
+    ("mlp", "logits"): ("connections", "logits"),
+    ("attn", "W_enc"): ("attn", "W_enc_attn"),
+    ("attn", "b_enc"): ("attn", "b_enc_attn"),
+    ("attn", "W_dec"): ("attn", "W_dec_attn"),
+    ("attn", "b_dec"): ("attn", "b_dec_attn"),
+    ("attn", "connections"): ("attn_connections", "connections_attn"),
+    ("attn", "logits"): ("attn_connections", "logits_attn"),
+    ("attn", "W_V"): ("attn_model", "W_V"),
+    ("attn", "W_O"): ("attn_model", "W_O"),
+    ("attn", "bias"): ("attn_model", "bias"),
+}
+_IN_MEMORY = {on_disk: in_memory for in_memory, on_disk in _LAYOUT.items()}
+_REQUIRED = ("W_enc", "b_enc", "W_dec", "b_dec")
+_KEY = re.compile(r"(mlp|attn)\.(0|[1-9]\d*)\.(\w+)")
+_ON_DISK = re.compile(r"(\w+)_(0|[1-9]\d*)")
+
+
+def save_clt(directory: str | Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """Write a CLT's weights and configuration into `directory`, which is best one from `atomic_directory`.
+
+    tensors: flat, with keys "mlp.{l}.NAME" and "attn.{l}.NAME". NAME is W_enc [F, D], b_enc [F], b_dec [D],
+        W_dec ([F, L-l, D] for mlp, [F, D] for attn), and optionally connections [F, C] int32 and
+        logits [F, C]; for attn also the model's own W_V, W_O and bias. mlp layers must be 0..L-1.
+        Written a piece at a time: never a copy of a whole tensor.
+    config: JSON values, with a "model_name"; tuples come back as lists.
+
+    The files are circuit-tracer's (`config.yaml`, `W_enc_{l}`, `W_dec_{l}`) and our sidecars (`attn_{l}`,
+    `connections_{l}`, `attn_connections_{l}`, `attn_model_{l}`, `sparseclt.json`). circuit-tracer reads a CLT
+    without thresholds as plain ReLU: a TopK CLT needs a calibrated threshold there.
+    Raises ValueError or TypeError for tensors or a config other than these.
+    """
+    if not isinstance(config.get("model_name"), str):
+        raise ValueError(f'config["model_name"] must be the model\'s name, got {config.get("model_name")!r}')
+    if "format_version" in config:
+        raise ValueError('config must not have the key "format_version", save_clt writes its own: remove it')
+    directory = Path(directory)
+    files = _group_by_file(tensors)
+    write_json(directory / "sparseclt.json", {"format_version": FORMAT_VERSION, **config}, "config")
+    (directory / "config.yaml").write_text(
+        "# Without threshold tensors circuit-tracer runs this model as plain ReLU.\n"
+        "# If it was trained with TopK, add a calibrated threshold first.\n"
+        "model_kind: cross_layer_transcoder\n"
+        f"model_name: {json.dumps(config['model_name'])}\n"
+        'feature_input_hook: "ln2.hook_normalized"\n'
+        'feature_output_hook: "hook_mlp_out"\n',
+        encoding="utf-8",
+    )
+    for file, named_tensors in files.items():
+        save_file(named_tensors, directory / file)
+
+
+def load_clt(path: str | Path) -> tuple[dict[str, Any], Mapping[str, Tensor]]:
+    """Verify a CLT directory and read back (config, tensors) as given to `save_clt`, each tensor read, onto the CPU,
+    when it is asked for.
+
+    Raises CheckpointError for a missing or damaged file, a newer format version, or an unknown tensor.
+    """
+    path, files = verified(path)
+    config = read_versioned(path, files, "sparseclt.json")
+    places = {}
+    for file in files:
+        match = _ON_DISK.fullmatch(file.removesuffix(".safetensors"))
+        if not match or match[1] not in {stem for stem, _ in _IN_MEMORY}:
+            continue
+        stem, layer = match.groups()
+        for stored in stored_names(path / file):
+            in_memory = _IN_MEMORY.get((stem, stored.removesuffix(f"_{layer}")))
+            if in_memory is None or not stored.endswith(f"_{layer}"):
+                raise CheckpointError(f"{path / file}: unknown tensor {stored!r} for layer {layer}")
+            places[f"{in_memory[0]}.{layer}.{in_memory[1]}"] = path / file, stored
+    return config, TensorFiles(places)
+
+
+def _group_by_file(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """Check the tensors of a CLT and sort them into {file name: {name in the file: tensor}}."""
+    files: dict[str, dict[str, Tensor]] = {}
+    modules: dict[tuple[str, int], set[str]] = {}
+    for key, tensor in tensors.items():
+        match = _KEY.fullmatch(key)
+        if not match or (match[1], match[3]) not in _LAYOUT:
+            known = ", ".join(f"{site}.{{l}}.{name}" for site, name in _LAYOUT)
+            raise ValueError(f"tensors has the unknown key {key!r}, expected one of {known}")
+        check_tensor(key, tensor)
+        site, layer, name = match.groups()
+        if name == "connections" and tensor.dtype != torch.int32:
+            raise ValueError(f"tensors[{key!r}] must be torch.int32, got {tensor.dtype}: use .int()")
+        stem, stored = _LAYOUT[site, name]
+        files.setdefault(f"{stem}_{layer}.safetensors", {})[f"{stored}_{layer}"] = tensor
+        modules.setdefault((site, int(layer)), set()).add(name)
+    for (site, layer), names in modules.items():
+        for name in _REQUIRED:
+            if name not in names:
+                expected = ", ".join(_REQUIRED)
+                raise ValueError(f"tensors lacks {site}.{layer}.{name}: every module needs {expected}")
+    layers = sorted(layer for site, layer in modules if site == "mlp")
+    if layers != list(range(len(layers))):
+        raise ValueError(f"tensors must hold the mlp layers 0..L-1 without gaps, got {layers}")
+    for layer in layers:
+        shape = tuple(tensors[f"mlp.{layer}.W_dec"].shape)
+        if len(shape) != 3 or shape[1] != len(layers) - layer:
+            expected = f"[F, {len(layers) - layer}, D]"
+            raise ValueError(f"tensors['mlp.{layer}.W_dec'] must be {expected} (L - l targets), got {shape}")
+    return files

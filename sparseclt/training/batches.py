@@ -1,0 +1,55 @@
+"""The batches of a run: captured from the language model, shuffled, or read from a cache."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from sparseclt.config import TrainConfig
+from sparseclt.data.activation_cache import open_cache
+from sparseclt.data.activation_stream import block_batches, shuffled
+from sparseclt.data.prefetch import one_ahead
+from sparseclt.data.text import RowStream
+from sparseclt.language_model.language_model import LanguageModel
+from sparseclt.model.activations import Activations
+
+
+class Batches:
+    """Activations of the training rows [R, S], in an order that depends on the seed and the step only."""
+
+    def __init__(self, config: TrainConfig, language_model: LanguageModel, rows: Tensor, device: torch.device):
+        self.config, self.language_model, self.rows, self.device = config, language_model, rows, device
+        self.stream_at(0)  # raises for rows that cannot be batched, before anything is written
+        self.cache = open_cache(config, language_model, rows) if config.activations.cache is not None else None
+
+    @property
+    def tokens(self) -> int:
+        """Tokens in one batch."""
+        return self.config.batch_rows * self.rows.shape[1]
+
+    def capture(self, tokens: Tensor) -> Activations:
+        """The model's activations on `tokens` [B, S]: the one run of the model that both modes share."""
+        return self.language_model.capture(tokens.to(self.device), attention=self.config.clt.attention == "latents")
+
+    def from_step(self, step: int) -> Iterator[Activations]:
+        """One batch for each step from `step` on, prepared one ahead unless the loss and the capture would both run the
+        model."""
+        steps, shuffle_bytes = range(step, self.config.steps), self.config.activations.shuffle_bytes
+        stream = self.stream_at(step)
+        if shuffle_bytes:
+            shape = self.language_model.shape
+            size = block_batches(shuffle_bytes, self.tokens, shape.layers, shape.d_model)
+            batches = shuffled(self._read, stream, steps, size)
+        else:
+            batches = (self._read(stream.take()) for _ in steps)
+        return batches if self.config.loss.cross_entropy_weight and not self.cache else one_ahead(batches)
+
+    def stream_at(self, step: int) -> RowStream:
+        """The rows of `step` and of the steps behind it."""
+        return RowStream(self.rows, self.config.batch_rows, self.config.seed, position=step * self.config.batch_rows)
+
+    def _read(self, chosen: Tensor) -> Activations:
+        """The activations of rows `chosen` [B] of the text: from the cache, or captured where there is none."""
+        if self.cache:
+            return self.cache.read(chosen, self.device)
+        return self.capture(self.rows[chosen])
