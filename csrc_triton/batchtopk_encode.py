@@ -65,8 +65,8 @@ def _batch_bound(sources: list[Tensor], wanted: int) -> tuple[int, int]:
     """
     bound = 0
     for shift in (24, 16, 8, 0):
-        counts = sum(_histogram(source, bound >> (shift + 8), shift) for source in sources if len(source) > 0)
-        digits = counts.tolist()
+        counts = [_histogram(source, bound >> (shift + 8), shift) for source in sources if len(source) > 0]
+        digits = torch.stack(counts).sum(0).tolist()
         if shift == 24 and sum(digits) <= wanted:
             return 0, 0
         digit = 255

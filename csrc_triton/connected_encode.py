@@ -262,7 +262,7 @@ def _d_virtual(
     (N, K), C, S = slots.shape, connections.shape[1], z_values.shape[1]
     size = min(N, max(1, scratch_bytes // (4 * K * C)))
     scratch = torch.empty(size * K * C, dtype=torch.float32, device=grad.device)
-    dV = None
+    dV: Tensor | None = None
     for tokens in spans(N, size):
         part, z, ids = slots[tokens], z_values[tokens], z_indices[tokens]
         read = scratch[: len(part) * K * C]
@@ -274,4 +274,5 @@ def _d_virtual(
         by_latent = transpose(part, F)
         sums = transposed_gather_sum(grad[tokens].reshape(-1, 1), *by_latent, read.view(-1, C))
         dV = sums if dV is None else dV.add_(sums)
+    assert dV is not None, "called without tokens"
     return dV

@@ -22,14 +22,18 @@ def transposed_gather_sum(weights: Tensor, transposed: Transpose, bags: Tensor) 
     return rows.transposed_gather_sum(weights, *transposed, bags)
 
 
+def _arguments(upstream: Upstream) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, int]:
+    return *upstream[:4], *upstream.csc, upstream.size
+
+
 def virtual_matmul(upstream: Upstream, scratch_bytes: int) -> Tensor:
-    return _matmul.forward(*upstream, scratch_bytes)
+    return _matmul.forward(*_arguments(upstream), scratch_bytes)
 
 
 def virtual_matmul_backward(
     grad: Tensor, upstream: Upstream, scratch_bytes: int, needed: list[bool]
 ) -> tuple[Tensor | None, Tensor | None]:
-    return _matmul.backward(grad, *upstream, scratch_bytes, needed)
+    return _matmul.backward(grad, *_arguments(upstream), scratch_bytes, needed)
 
 
 def connected_encode(
@@ -41,7 +45,7 @@ def connected_encode(
     k: int,
     scratch_bytes: int,
 ) -> tuple[Tensor, Tensor]:
-    return _connected.forward(r0, W_enc, b_enc, *upstream, scale, k, scratch_bytes)
+    return _connected.forward(r0, W_enc, b_enc, *_arguments(upstream), scale, k, scratch_bytes)
 
 
 def connected_encode_backward(
@@ -55,7 +59,9 @@ def connected_encode_backward(
     scratch_bytes: int,
     needed: list[bool],
 ) -> tuple[Tensor | None, ...]:
-    return _connected.backward(grad_values, values, indices, r0, W_enc, *upstream, scale, scratch_bytes, needed)
+    return _connected.backward(
+        grad_values, values, indices, r0, W_enc, *_arguments(upstream), scale, scratch_bytes, needed
+    )
 
 
 register("topk_encode", "triton", topk_encode.forward, topk_encode.backward)
