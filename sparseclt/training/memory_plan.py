@@ -3,11 +3,11 @@
 from dataclasses import dataclass
 
 from sparseclt.config import TrainConfig
-from sparseclt.model.shape import ModelShape
 from sparseclt.costs import FLOAT, ID, POSITION, CLTSize, adam_state_bytes, dense_training_bytes
 from sparseclt.data.activation_stream import buffer_bytes
 from sparseclt.devices import resolve
 from sparseclt.model.decoder_gradients import CHUNK_BYTES
+from sparseclt.model.shape import ModelShape
 from sparseclt.model.sites import model_sites, upstream_modules
 from sparseclt.ops._rows import SCRATCH_BYTES
 from sparseclt.training.optimizer import KEPT_BYTES, PIECE_BYTES
