@@ -90,14 +90,14 @@ def measure_nvidia(row: Row, assembly: dict) -> None:
             ).stdout
             for option in ("-res-usage", "-sass")
         )
-    row.registers = int(re.search(r"REG:(\d+)", usage)[1])
+    row.registers = int(re.findall(r"REG:(\d+)", usage)[0])
     row.spills = len(re.findall(r"\b(?:STL|LDL)\b", code))
     count_instructions(row, code)
 
 
 def measure_amd(row: Row, assembly: dict) -> None:
     code = assembly["amdgcn"]
-    row.registers = int(re.search(r"\.vgpr_count:\s*(\d+)", code)[1])
+    row.registers = int(re.findall(r"\.vgpr_count:\s*(\d+)", code)[0])
     row.spills = sum(int(n) for n in re.findall(r"\.[sv]gpr_spill_count:\s*(\d+)", code))
     count_instructions(row, code)
 

@@ -151,14 +151,16 @@ def step_comparison(mode: Mode, sizes: dict[str, int], device: str, strict: bool
 
     def ours(backend: str) -> Callable[[], Tensor]:
         def loss() -> Tensor:
-            trainer.config = trainer.objective.config = replace(trainer.config, compute=ComputeConfig(backend=backend))
+            compute = ComputeConfig(backend=backend)  # type: ignore[arg-type]
+            trainer.config = trainer.objective.config = replace(trainer.config, compute=compute)
             return trainer.loss(i.activations, 1)[0]
 
         return loss
 
     def whole(backend: str) -> Callable[[], Any]:
         def step() -> Tensor:
-            trainer.config = trainer.objective.config = replace(trainer.config, compute=ComputeConfig(backend=backend))
+            compute = ComputeConfig(backend=backend)  # type: ignore[arg-type]
+            trainer.config = trainer.objective.config = replace(trainer.config, compute=compute)
             return torch.tensor(trainer.train_step(i.activations)["loss"])
 
         return step
