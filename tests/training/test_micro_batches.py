@@ -101,7 +101,7 @@ def test_a_resumed_run_keeps_the_micro_batches_it_went_on_in(tmp_path, model, me
     again.load(tmp_path)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        again.train_step(again.capture(ROWS[:4]))
+        again.train_step(again.batches.capture(ROWS[:4]))
 
 
 def test_a_step_that_runs_out_of_memory_twice_fails_with_plan_and_advice(tmp_path, model, monkeypatch, memory_for):
