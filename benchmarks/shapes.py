@@ -3,7 +3,7 @@
 from baseline_costs import Mode
 from measure import Effort
 
-EFFORT = {"tiny": Effort(0.0, 2, 2, 0.0), "quick": Effort(1.5, 3, 15), "full": Effort(20.0, 5, 25)}
+EFFORT = {"tiny": Effort(0.0, 2, 2, 0.0), "quick": Effort(1.25, 3, 15), "full": Effort(20.0, 5, 25)}
 
 _tiny = {"N": 24, "D": 16, "F": 64, "K": 4}
 _decode = {"N": 1024, "D": 512, "F": 16384, "K": 32}
