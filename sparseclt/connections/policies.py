@@ -12,9 +12,8 @@ from sparseclt.connections.activity import Activity
 from sparseclt.model.attention import head_rows
 from sparseclt.model.clt import SparseCLT
 from sparseclt.model.cross_layer import effective_decoders
-from sparseclt.ops._rows import chunks
-
-SELECTION_BYTES = 32 << 20  # importances alive at a time
+from sparseclt.ops.rows import chunks
+from sparseclt.ops.scratch import SELECTION_BYTES
 
 
 def select_top_connections(

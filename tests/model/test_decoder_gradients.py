@@ -6,11 +6,11 @@ import weakref
 import pytest
 import torch
 from clts import language_model
+from sparseclt.ops._rows import section, transpose
 from tiny_models import tokens
 
 from sparseclt.config import CLTConfig, ConnectionConfig, DataConfig, LossConfig, TrainConfig
 from sparseclt.model.decoder_gradients import DecoderGradients
-from sparseclt.ops._rows import section, transpose
 from sparseclt.training.optimizer import RowAdam
 from sparseclt.training.trainer import Trainer
 
