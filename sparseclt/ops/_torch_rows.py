@@ -126,7 +126,7 @@ TORCH = RowSums()
 
 
 def add_at_(total: Tensor, places: Tensor, values: Tensor) -> Tensor:
-    """`total.scatter_add_(0, places, values)` in a fixed order, also on a GPU, where `scatter_add_` adds in any order."""
+    """`total.scatter_add_(0, places, values)`, also on a GPU in a fixed order."""
     if total.is_cuda:
         return total.index_put_((places,), values, accumulate=True)
     return total.scatter_add_(0, places, values)

@@ -72,7 +72,7 @@ class Operator:
         if backward is not None:
             self._prepare_backward(inputs, outputs, backward)
         self._call = _define(
-            schema, self._run, lambda *args: fake(*args[:-1]), backward and self._differentiate, self._save
+            schema, self._run, lambda *args: fake(*args[:-1]), self._differentiate if backward else None, self._save
         )
 
     def __call__(self, *args: Any) -> Any:

@@ -10,7 +10,7 @@ from sparseclt.data.activation_stream import buffer_bytes, least_bytes
 from sparseclt.devices import resolve
 from sparseclt.model.decoder_gradients import CHUNK_BYTES
 from sparseclt.model.sites import model_sites, upstream_modules
-from sparseclt.ops.scratch import SCRATCH_BYTES
+from sparseclt.ops.scratch import default_scratch
 from sparseclt.training.optimizer import KEPT_BYTES, PIECE_BYTES
 
 GiB = 1 << 30
@@ -111,7 +111,8 @@ def _terms(config: TrainConfig, shape: ModelShape) -> list[Term]:
         Term("what one module writes", FLOAT * n * D * max(targets), FORWARD, "4 n D L"),
         Term("their gradients, side by side", passes * FLOAT * N * D * max(targets), ("update",),
              "modes x 4 N D L; AuxK: twice"),
-        Term("working memory of an op", min(SCRATCH_BYTES["torch"], FLOAT * n * F), ("forward",), "at most 4 MiB on a CPU"),
+        Term("working memory of an op", min(default_scratch("topk_encode", "torch"), FLOAT * n * F), ("forward",),
+             "at most 4 MiB on a CPU"),
         Term("one encoder's gradient", 2 * w * F * D, ("backward",), "2 w F D"),
         Term("decoder gradients", kept + max(summed, 5 * widened * piece), ("update",),
              "4 P_dec, or 64 MiB (CPU: 8); and what is summed up, or 5 pieces widened"),
