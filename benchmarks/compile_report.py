@@ -9,10 +9,8 @@ compiled (~/.triton/cache).
 
 import argparse
 import concurrent.futures
-import importlib
 import json
 import os
-import pkgutil
 import re
 import subprocess
 import sys
@@ -28,8 +26,7 @@ import triton  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-import csrc_triton  # noqa: E402
-from csrc_triton.launch import AheadOfTime  # noqa: E402
+from csrc_triton.ahead_of_time import AheadOfTime, cases  # noqa: E402
 
 KIB = 1024
 # Target and shared memory that one block (workgroup) may use there.
@@ -57,15 +54,6 @@ class Row:
     wide_loads: int = -1  # 16-byte loads, instructions
     tensor_core: int = -1  # instructions
     fault: str = ""
-
-
-def cases() -> list[AheadOfTime]:
-    """What every module of csrc_triton with an `ahead_of_time()` gives, once where modules share a kernel."""
-    found: list[AheadOfTime] = []
-    for module in pkgutil.iter_modules(csrc_triton.__path__):
-        ahead_of_time = getattr(importlib.import_module(f"csrc_triton.{module.name}"), "ahead_of_time", None)
-        found += [case for case in (ahead_of_time() if ahead_of_time else []) if case not in found]
-    return found
 
 
 def compile_one(case: AheadOfTime, target: str) -> Row:

@@ -31,6 +31,7 @@ from torch import Tensor  # noqa: E402
 from triton.runtime.interpreter import InterpreterBuilder  # noqa: E402
 
 from csrc_triton import (  # noqa: E402
+    SCRATCH_BYTES,
     connected_encode,
     select_connections,
     sparse_decode,
@@ -245,21 +246,20 @@ def _virtual_matmul_ratios(dtype: torch.dtype, e: int) -> dict[str, float]:
     V, connections = torch.randn(x.F, x.C, dtype=dtype), torch.randint(0, x.U, (x.F, x.C))
     csc, grad = transpose(connections, x.U), torch.randn(x.N, x.F, dtype=dtype)
     walks = float(torch.bincount(connections.flatten(), minlength=x.U)[z_indices].sum())
-    z = z_values, z_indices, V
+    arguments = z_values, z_indices, V, connections, *csc, x.U, SCRATCH_BYTES
     few = Sizes(N=16, F=64, U=64, C=8, S=8, e=e)  # dV walks tokens, all latents would take minutes
     few_z = torch.rand(few.N, few.S, dtype=dtype), ids(few.U, few.N, few.S), V[: few.F, : few.C]
     few_connections = ids(few.U, few.F, few.C)
-    few_csc, few_walks = transpose(few_connections, few.U), torch.bincount(few_connections.flatten(), minlength=few.U)
+    few_arguments = *few_z, few_connections, *transpose(few_connections, few.U), few.U, SCRATCH_BYTES
+    few_walks = torch.bincount(few_connections.flatten(), minlength=few.U)
     return {
-        "virtual_matmul forward": asked("virtual_matmul forward", lambda: virtual_matmul.forward(*z, *csc), x, walks),
+        "virtual_matmul forward": asked("virtual_matmul forward", lambda: virtual_matmul.forward(*arguments), x, walks),
         "virtual_matmul dz": asked(
-            "virtual_matmul dz", lambda: virtual_matmul.backward(grad, *z, connections, *csc, (True, False)), x, walks
+            "virtual_matmul dz", lambda: virtual_matmul.backward(grad, *arguments, (True, False)), x, walks
         ),
         "virtual_matmul dV": asked(
             "virtual_matmul dV",
-            lambda: virtual_matmul.backward(
-                grad[:1, : few.F].expand(few.N, -1), *few_z, few_connections, *few_csc, (False, True)
-            ),
+            lambda: virtual_matmul.backward(grad[:1, : few.F].expand(few.N, -1), *few_arguments, (False, True)),
             few,
             float(few_walks[few_z[1]].sum()),
         ),
@@ -275,11 +275,13 @@ def encode_ratios(dtype: torch.dtype = torch.bfloat16) -> dict[str, float]:
     V, connections = torch.randn(x.F, x.C, dtype=dtype), ids(x.U, x.F, x.C)
     csc, E = transpose(connections, x.U), torch.randn(x.U, x.D, dtype=dtype)
     runs = {
-        "topk_encode forward": lambda: topk_encode.forward(r0, W, b, x.K),
+        "topk_encode forward": lambda: topk_encode.forward(r0, W, b, x.K, "topk", SCRATCH_BYTES),
         "connected_encode forward": lambda: connected_encode.forward(
-            r0, W, b, *z, V, connections, *csc, torch.ones(x.N, dtype=dtype), x.K
+            r0, W, b, *z, V, connections, *csc, x.U, torch.ones(x.N, dtype=dtype), x.K, SCRATCH_BYTES
         ),
-        "select_connections": lambda: select_connections.forward(W[None], E, torch.ones(x.U, dtype=dtype), x.C),
+        "select_connections": lambda: select_connections.forward(
+            W[None], E, torch.ones(x.U, dtype=dtype), x.C, SCRATCH_BYTES
+        ),
     }
     return {name: asked(name, run, x) for name, run in runs.items()}
 

@@ -1,12 +1,14 @@
-"""Triton kernels and their launchers, one file an op.
+"""Triton kernels and their launchers, one file per op.
 
-Needs torch and triton alone, and imports only itself: the folder can be copied into another codebase as it stands.
-Each module of an op has `forward`, and `backward` where the op has a gradient; `rows` and `transpose` are what most
-of them are made of.
+Needs only torch and triton and imports nothing else, so the folder can be copied into another codebase as it is.
+Each op's module has `forward`, and `backward` if the op has a gradient of its own; most are built from the products
+in `rows` and the sort in `transpose`. Where a launcher takes `scratch_bytes`, `SCRATCH_BYTES` is a good value.
 """
 
 from . import (
+    batchtopk_encode,
     connected_encode,
+    jumprelu_encode,
     rows,
     select_connections,
     sparse_decode,
@@ -15,9 +17,13 @@ from . import (
     virtual_matmul,
     virtual_weights,
 )
+from .launch import SCRATCH_BYTES
 
 __all__ = [
+    "SCRATCH_BYTES",
+    "batchtopk_encode",
     "connected_encode",
+    "jumprelu_encode",
     "rows",
     "select_connections",
     "sparse_decode",

@@ -1,27 +1,32 @@
-"""What every launcher shares: launch configurations, checks of its tensors, small arithmetic."""
+"""Shared by all launchers: launch configurations, the scratch bound, checks of tensors, small arithmetic."""
 
 import contextlib
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import ParamSpec, TypeVar
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+SCRATCH_BYTES = 64 << 20  # a good `scratch_bytes` on a GPU, and the bound on partial sums of hot rows
+
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 INTEGERS = (torch.int32, torch.int64)
 
-# Kernels are interpreted if the variable was set when triton was imported: its own tl.sum tells.
+# TRITON_INTERPRET counts when triton is imported; triton's own functions tell how it was set then.
 INTERPRETED = not isinstance(tl.sum, triton.JITFunction)
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 @dataclass(frozen=True)
 class LaunchConfig:
-    """How a kernel is compiled and launched: few and fixed, since autotuning fails in the interpreter."""
+    """How a kernel is compiled and launched. Configurations are few and fixed: the interpreter cannot autotune."""
 
     num_warps: int = 4
     num_stages: int = 3
@@ -31,52 +36,30 @@ class LaunchConfig:
         return {"num_warps": self.num_warps, "num_stages": self.num_stages}
 
 
-class AheadOfTime(NamedTuple):
-    """A kernel with everything that fixes its machine code, to be compiled without a GPU.
-
-    `signature` gives every argument a type: "*fp32", "i64", ..., with ":16" behind it where the launcher usually
-    passes a multiple of 16 (pointers and strides: wide loads need it), "constexpr" for those in `constexprs`.
-    """
-
-    name: str
-    kernel: Any
-    signature: dict[str, str]
-    constexprs: dict[str, Any]
-    options: dict[str, int]
-
-
-def ahead_of_time_case(
-    name: str, kernel: Any, types: list[str] | dict[str, str], constexprs: dict[str, Any], options: dict[str, int]
-) -> AheadOfTime:
-    """`types` are those of the arguments that are not in `constexprs`: all, in the kernel's own order, or by name,
-    where strides of rows are else multiples of 16, and the rest i32."""
-    left = [arg for arg in kernel.arg_names if arg not in constexprs]
-    if isinstance(types, list):
-        types = dict(zip(left, types, strict=True))
-    signature = dict.fromkeys(kernel.arg_names, "constexpr")
-    signature |= {arg: types.get(arg, "i32:16" if arg.endswith("_row") else "i32") for arg in left}
-    return AheadOfTime(name, kernel, signature, constexprs, options)
-
-
 def cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
 
 def pow2(n: int, at_least: int = 1, at_most: int = 1 << 20) -> int:
-    """The least power of two >= n, kept within bounds that are powers of two themselves."""
+    """The smallest power of two >= n, clamped to bounds that are powers of two themselves."""
     return min(max(1 << max(n - 1, 0).bit_length(), at_least), at_most)
 
 
-def launcher(run: Callable[..., Any]) -> Callable[..., Any]:
-    """Checks the device and dtype of every tensor argument of `run`, which then runs on their device.
+def spans(total: int, size: int) -> Iterator[slice]:
+    """0..total in slices of `size`, the last one shorter."""
+    return (slice(start, min(start + size, total)) for start in range(0, total, size))
 
-    Raises RuntimeError (no device that Triton can run on), TypeError (float64 or another dtype without a kernel),
-    ValueError (tensors on several devices).
+
+def launcher(run: Callable[P, R]) -> Callable[P, R]:
+    """Checks the device and dtype of every tensor argument of `run`, then calls it with their device current.
+
+    Raises RuntimeError (Triton cannot run on the device), TypeError (no kernel for the dtype, such as float64),
+    ValueError (tensors on different devices).
     """
     signature = inspect.signature(run)
 
     @functools.wraps(run)
-    def checked(*args: Any, **kwargs: Any) -> Any:
+    def checked(*args: P.args, **kwargs: P.kwargs) -> R:
         bound = signature.bind(*args, **kwargs).arguments
         tensors = {name: value for name, value in bound.items() if isinstance(value, Tensor)}
         device = _check(tensors)
@@ -96,7 +79,7 @@ def _check(tensors: dict[str, Tensor]) -> torch.device:
         )
     for name, other in others:
         if other.device != device:
-            raise ValueError(f"{name}: expected on {device}, where {first} is, got {other.device}; move one")
+            raise ValueError(f"{name}: expected on {device}, where {first} is, got {other.device}; move one of them")
     for name, other in tensors.items():
         if other.dtype not in FLOATS + INTEGERS:
             raise TypeError(
@@ -107,7 +90,7 @@ def _check(tensors: dict[str, Tensor]) -> torch.device:
 
 
 def check_range(name: str, indices: Tensor, rows: int) -> None:
-    """Ids must lie in -1..rows-1. Read on the CPU only: on a GPU that would wait for the device."""
+    """Raises ValueError unless all ids lie in -1..rows-1. CPU tensors only: on a GPU it would wait for the device."""
     if indices.device.type != "cpu" or indices.numel() == 0:
         return
     low, high = (int(x) for x in torch.aminmax(indices))

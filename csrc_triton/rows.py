@@ -1,11 +1,10 @@
-"""Three products with gathered rows, of which the ops and their gradients are made.
+"""Three products with gathered rows, the building blocks of most ops and gradients.
 
 A bag is a token with its active latents, or a latent with its connections: `weights` and `indices` [N, K] name K of
-the `rows` [R, D]. An index of -1 is an empty slot, worth zero. Every output is summed by one program in a fixed
-order, in float32: no atomics, so that runs agree to the last bit.
+the `rows` [R, D]. An index of -1 is an empty slot, worth zero. One program sums each output in float32 and in a fixed
+order, without atomics, so runs agree to the last bit.
 """
 
-import itertools
 from dataclasses import dataclass
 
 import torch
@@ -13,18 +12,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import AheadOfTime, LaunchConfig, ahead_of_time_case, cdiv, check_range, launcher
+from .launch import SCRATCH_BYTES, LaunchConfig, cdiv, check_range, launcher
 
-PART = 256  # slots of a list that one program adds up; longer lists (hot latents) are cut into such parts
-SCRATCH_BYTES = 64 << 20  # bound on the sums of parts
+PART = 256  # slots of a list that one program sums; longer lists (hot latents) are cut into such parts
 
 
 @dataclass(frozen=True)
 class Tile(LaunchConfig):
-    """A tile of gathered rows: all its loads are in flight together, 16 bytes a thread where rows allow it."""
+    """A tile of gathered rows: all its loads are in flight together, 16 bytes per thread where the rows allow it."""
 
     slots: int = 8
     columns: int = 512
+
+    @property
+    def constexprs(self) -> dict[str, int]:
+        return {"SLOTS": self.slots, "COLUMNS": self.columns}
 
 
 WIDE = Tile(num_warps=4, slots=8, columns=512)
@@ -34,7 +36,7 @@ TILES = {"wide": WIDE, "middle": MIDDLE, "narrow": NARROW}
 
 
 def tile_for(D: int) -> Tile:
-    """Wide tiles, unless their last one would lie mostly outside the row."""
+    """Wide tiles, unless the last one would lie mostly outside the row."""
     if D <= 64:
         return NARROW
     return WIDE if -D % WIDE.columns <= D // 8 else MIDDLE
@@ -46,20 +48,12 @@ def gather_sum_kernel(
     weights,  # [N, K]
     indices,  # [N, K] int32 or int64
     rows,  # [R, D]
-    K,
-    D,
-    out_n,
-    out_d,
-    weights_n,
-    weights_k,
-    indices_n,
-    indices_k,
-    rows_r,
-    rows_d,
+    K, D,
+    out_n, out_d, weights_n, weights_k, indices_n, indices_k, rows_r, rows_d,
     SLOTS: tl.constexpr,
     COLUMNS: tl.constexpr,
-):
-    """A bag and a block of columns. Blocks are the slow grid axis: one slice of all rows at a time stays in L2."""
+):  # fmt: skip
+    """One bag and one block of columns. Blocks are the slow grid axis: one slice of all rows at a time stays in L2."""
     n = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
     inside = columns < D
@@ -78,7 +72,10 @@ def gather_sum_kernel(
 
 @launcher
 def gather_sum(weights: Tensor, indices: Tensor, rows: Tensor) -> Tensor:
-    """[N, D]: each bag's weighted sum of the rows that it names, in the dtype of `rows`."""
+    """[N, D]: each bag's weighted sum of the rows that it names, in the dtype of `rows`.
+
+    Equivalent to `(weights[:, :, None] * rows[indices]).sum(1)`, with zeros for empty slots.
+    """
     (N, K), (R, D) = indices.shape, rows.shape
     check_range("indices", indices, R)
     if 0 in (N, K, R, D):
@@ -86,20 +83,10 @@ def gather_sum(weights: Tensor, indices: Tensor, rows: Tensor) -> Tensor:
     out = rows.new_empty(N, D)
     tile = tile_for(D)
     gather_sum_kernel[N, cdiv(D, tile.columns)](
-        out,
-        weights,
-        indices,
-        rows,
-        K,
-        D,
-        *out.stride(),
-        *weights.stride(),
-        *indices.stride(),
-        *rows.stride(),
-        SLOTS=tile.slots,
-        COLUMNS=tile.columns,
-        **tile.options,
-    )
+        out, weights, indices, rows, K, D,
+        *out.stride(), *weights.stride(), *indices.stride(), *rows.stride(),
+        **tile.constexprs, **tile.options,
+    )  # fmt: skip
     return out
 
 
@@ -109,20 +96,12 @@ def row_dots_kernel(
     bags,  # [N, D]
     indices,  # [N, K] int32 or int64
     rows,  # [R, D]
-    K,
-    D,
-    out_n,
-    out_k,
-    bags_n,
-    bags_d,
-    indices_n,
-    indices_k,
-    rows_r,
-    rows_d,
+    K, D,
+    out_n, out_k, bags_n, bags_d, indices_n, indices_k, rows_r, rows_d,
     SLOTS: tl.constexpr,
     COLUMNS: tl.constexpr,
-):
-    """A bag and a block of its slots."""
+):  # fmt: skip
+    """One bag and one block of its slots."""
     n = tl.program_id(0).to(tl.int64)
     k = tl.program_id(1).to(tl.int64) * SLOTS + tl.arange(0, SLOTS)
     index = tl.load(indices + n * indices_n + k * indices_k, mask=k < K, other=-1).to(tl.int64)
@@ -136,14 +115,17 @@ def row_dots_kernel(
             rows + index[:, None] * rows_r + columns[None, :] * rows_d, mask=used[:, None] & inside[None, :], other=0
         )
         sums += bag[None, :] * row.to(tl.float32)
-    # An empty slot is worth 0 whatever its bag holds: 0 * NaN is not.
+    # An empty slot is worth 0 whatever its bag holds; without this, NaN x 0 would be NaN.
     dots = tl.where(used, tl.sum(sums, 1), 0.0)
     tl.store(out + n * out_n + k * out_k, dots, mask=k < K)
 
 
 @launcher
 def row_dots(bags: Tensor, indices: Tensor, rows: Tensor) -> Tensor:
-    """[N, K]: the dot product of each bag's own vector (`bags` [N, D]) with each row that it names."""
+    """[N, K]: the dot product of each bag's own vector (`bags` [N, D]) with each row that it names.
+
+    Equivalent to `(bags @ rows.T).gather(1, indices)`, with zeros for empty slots.
+    """
     (N, K), (R, D) = indices.shape, rows.shape
     check_range("indices", indices, R)
     if 0 in (N, K, R, D):
@@ -151,40 +133,20 @@ def row_dots(bags: Tensor, indices: Tensor, rows: Tensor) -> Tensor:
     out = rows.new_empty(N, K)
     tile = NARROW if D <= NARROW.columns else MIDDLE
     row_dots_kernel[N, cdiv(K, tile.slots)](
-        out,
-        bags,
-        indices,
-        rows,
-        K,
-        D,
-        *out.stride(),
-        *bags.stride(),
-        *indices.stride(),
-        *rows.stride(),
-        SLOTS=tile.slots,
-        COLUMNS=tile.columns,
-        **tile.options,
-    )
+        out, bags, indices, rows, K, D,
+        *out.stride(), *bags.stride(), *indices.stride(), *rows.stride(),
+        **tile.constexprs, **tile.options,
+    )  # fmt: skip
     return out
 
 
 @triton.jit
 def _list_sum(
-    weights,
-    order,
-    bags,
-    low,
-    high,
-    columns,
-    K,
-    D,
-    weights_n,
-    weights_k,
-    bags_n,
-    bags_d,
+    weights, order, bags, low, high, columns, K, D,
+    weights_n, weights_k, bags_n, bags_d,
     SLOTS: tl.constexpr,
     COLUMNS: tl.constexpr,
-):
+):  # fmt: skip
     """Sum over the slots `low` to `high` of `order`."""
     inside = columns < D
     sums = tl.zeros([SLOTS, COLUMNS], tl.float32)
@@ -210,18 +172,12 @@ def list_parts_kernel(
     order,  # [N*K]
     starts,  # [R+1]
     bags,  # [N, D]
-    total,
-    R,
-    K,
-    D,
-    weights_n,
-    weights_k,
-    bags_n,
-    bags_d,
+    total, R, K, D,
+    weights_n, weights_k, bags_n, bags_d,
     PART: tl.constexpr,
     SLOTS: tl.constexpr,
     COLUMNS: tl.constexpr,
-):
+):  # fmt: skip
     """A block of PART slots meets at most two lists longer than itself: one holds its first slot, one its last."""
     block = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
@@ -249,42 +205,22 @@ def transposed_gather_sum_kernel(
     order,  # [N*K]
     starts,  # [R+1]
     bags,  # [N, D]
-    total,
-    R,
-    K,
-    D,
-    out_r,
-    out_d,
-    weights_n,
-    weights_k,
-    bags_n,
-    bags_d,
+    total, R, K, D,
+    out_r, out_d, weights_n, weights_k, bags_n, bags_d,
     PART: tl.constexpr,
     SLOTS: tl.constexpr,
     COLUMNS: tl.constexpr,
-):
-    """A row and a block of its columns: written once, also where no bag names the row."""
+):  # fmt: skip
+    """One row and one block of its columns: written exactly once, even if no bag names the row."""
     r = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
     inside = columns < D
     low = tl.load(starts + r + 1).to(tl.int64)
     high = tl.load(starts + r + 2, mask=r + 1 < R, other=total).to(tl.int64)
     hot = high - low > PART
+    short = tl.where(hot, low, high)  # the parts of a hot row are already summed
     sums = _list_sum(
-        weights,
-        order,
-        bags,
-        low,
-        tl.where(hot, low, high),
-        columns,
-        K,
-        D,
-        weights_n,
-        weights_k,
-        bags_n,
-        bags_d,
-        SLOTS,
-        COLUMNS,
+        weights, order, bags, low, short, columns, K, D, weights_n, weights_k, bags_n, bags_d, SLOTS, COLUMNS
     )
     if hot:
         first = low // PART
@@ -303,28 +239,29 @@ def transposed_gather_sum_kernel(
 
 
 @launcher
-def transposed_gather_sum(weights: Tensor, order: Tensor, starts: Tensor, bags: Tensor, part: int = PART) -> Tensor:
+def transposed_gather_sum(weights: Tensor, order: Tensor, starts: Tensor, bags: Tensor) -> Tensor:
     """[R, D]: for each row, the weighted sum of the vectors `bags` [N, D] of the bags that name it.
 
-    `order` and `starts` come from `transpose(indices, R)`. Lists of more than `part` slots are summed in parts.
+    Equivalent to `dense.T @ bags`, where `dense` [N, R] has the `weights` [N, K] scattered to the rows they name.
+    `order` and `starts` come from `transpose(indices, R)`. Lists of more than PART slots are summed in parts.
     """
     R, D, total = len(starts) - 1, bags.shape[1], len(order)
     if 0 in (total, R, D):
         return bags.new_zeros(R, D)
     out = bags.new_empty(R, D)
-    tile, blocks = tile_for(D), cdiv(total, part)
+    tile, blocks = tile_for(D), cdiv(total, PART)
     if blocks == 1:
         no_parts = torch.empty(0, dtype=torch.float32, device=bags.device)
-        _sum_lists(out, no_parts, None, weights, order, starts, bags, part, tile)
+        _sum_lists(out, no_parts, None, weights, order, starts, bags, tile)
         return out
-    firsts = torch.arange(blocks, dtype=starts.dtype, device=starts.device) * part
-    edges = torch.stack([firsts, (firsts + (part - 1)).clamp_max(total - 1)])
+    firsts = torch.arange(blocks, dtype=starts.dtype, device=starts.device) * PART
+    edges = torch.stack([firsts, (firsts + (PART - 1)).clamp_max(total - 1)])
     entries = torch.searchsorted(starts, edges, right=True) - 1
     width = min(D, max(tile.columns, SCRATCH_BYTES // (blocks * 8) // tile.columns * tile.columns))
     parts = torch.empty(blocks * 2 * width, dtype=torch.float32, device=bags.device)
     for column in range(0, D, width):
         columns = slice(column, column + width)
-        _sum_lists(out[:, columns], parts, entries, weights, order, starts, bags[:, columns], part, tile)
+        _sum_lists(out[:, columns], parts, entries, weights, order, starts, bags[:, columns], tile)
     return out
 
 
@@ -336,50 +273,18 @@ def _sum_lists(
     order: Tensor,
     starts: Tensor,
     bags: Tensor,
-    part: int,
     tile: Tile,
 ) -> None:
+    """`transposed_gather_sum` of one slice of columns; `entries` is None where no list can be longer than PART."""
     R, D = out.shape
     sizes = len(order), R, weights.shape[1], D
     strides = *weights.stride(), *bags.stride()
-    shape = {"PART": part, "SLOTS": tile.slots, "COLUMNS": tile.columns}
+    shape = {"PART": PART, **tile.constexprs}
     column_blocks = cdiv(D, tile.columns)
     if entries is not None:
         list_parts_kernel[entries.shape[1], column_blocks, 2](
             parts, entries, weights, order, starts, bags, *sizes, *strides, **shape, **tile.options
         )
     transposed_gather_sum_kernel[R, column_blocks](
-        out,
-        parts,
-        weights,
-        order,
-        starts,
-        bags,
-        *sizes,
-        *out.stride(),
-        *strides,
-        **shape,
-        **tile.options,
+        out, parts, weights, order, starts, bags, *sizes, *out.stride(), *strides, **shape, **tile.options
     )
-
-
-def ahead_of_time() -> list[AheadOfTime]:
-    """Every kernel with every tile, for contiguous rows of float32 and bfloat16."""
-    cases = []
-    for dtype, (label, tile) in itertools.product(("fp32", "bf16"), TILES.items()):
-        data, ids, size = f"*{dtype}:16", "*i32:16", "i32:16"
-        shape = {"SLOTS": tile.slots, "COLUMNS": tile.columns}
-        unit = {"weights_k": 1, "indices_k": 1, "rows_d": 1}
-        lists = {"weights_k": 1, "bags_d": 1, "PART": PART}
-        kernels = [
-            ("gather_sum", gather_sum_kernel, [data, data, ids, data] + [size] * 6, unit | {"out_d": 1}),
-            ("list_parts", list_parts_kernel, ["*fp32:16", "*i64:16", data, ids, ids, data] + [size] * 6, lists),
-        ]
-        if tile is not WIDE:
-            dots = {"out_k": 1, "bags_d": 1, "indices_k": 1, "rows_d": 1}
-            kernels.append(("row_dots", row_dots_kernel, [data, data, ids, data] + [size] * 6, dots))
-        types = [data, "*fp32:16", data, ids, ids, data] + [size] * 7
-        kernels.append(("transposed_gather_sum", transposed_gather_sum_kernel, types, lists | {"out_d": 1}))
-        for name, kernel, types, constexprs in kernels:
-            cases.append(ahead_of_time_case(f"{name} {dtype} {label}", kernel, types, constexprs | shape, tile.options))
-    return cases

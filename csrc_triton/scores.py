@@ -1,34 +1,31 @@
 """Scores of all columns for a block of rows, and the maximum of each group of neighbouring columns.
 
 A score is what a top-k ranks: the pre-activation of a latent, or the importance of a connection. Scores go to a
-scratch buffer of bounded size in fp32, whatever the input dtype, so that selection sees what was accumulated.
-The group maxima bound the k-th largest score from below (see select.py) and cost nothing here: the tile is
-still in registers.
+scratch buffer of bounded size in fp32, whatever the input dtype, so that selection sees the accumulated sums.
+The group maxima bound the k-th largest score from below (see select.py). They are nearly free here, while the
+tile is still in registers.
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import INTERPRETED, AheadOfTime, ahead_of_time_case, cdiv
+from .launch import INTERPRETED, LaunchConfig, cdiv
 
-LOWEST = tl.constexpr(-(2**31))  # the key of nothing: below that of every float, -inf included
+LOWEST = tl.constexpr(-(2**31))  # the key of no score at all: below that of every float, -inf included
 
 
 @dataclass(frozen=True)
-class TileConfig:
-    """Tile of the product: rows x columns, `depth` of D at a time."""
+class TileConfig(LaunchConfig):
+    """Tile of a matrix product: `rows` x `columns`, `depth` of D at a time."""
 
-    rows: int
-    columns: int
-    depth: int
-    warps: int
-    stages: int
-    precision: str
+    rows: int = 128
+    columns: int = 128
+    depth: int = 64
+    precision: str = "tf32"  # of fp32 products; halves ignore it
 
     @property
     def constexprs(self) -> dict[str, int | str | bool]:
@@ -40,22 +37,22 @@ class TileConfig:
             "UPCAST": INTERPRETED,
         }
 
-    @property
-    def options(self) -> dict[str, int]:
-        return {"num_warps": self.warps, "num_stages": self.stages}
+
+# TF32 tensor cores (10 bits of mantissa) would miss the error bound of fp32 products, so those run on the CUDA cores:
+# 67 TFLOP/s on an H100 against about 990 for bf16. Encoding fp32 inputs is bound by this product. Three TF32 products
+# ("tf32x3") would be nearly as exact and several times faster. They compile for NVIDIA (170 registers, no spill) but
+# not for gfx942, and their error cannot be measured without a GPU, so they are not used yet.
+FLOAT32 = TileConfig(num_warps=8, rows=64, columns=128, depth=16, precision="ieee")
+HALF = TileConfig(num_warps=8, rows=128, columns=128, depth=64)
 
 
-# fp32 products on TF32 tensor cores miss the error bound (10 bits of mantissa), so they run on the CUDA cores: 67
-# TFLOP/s on an H100 against about 990 of bf16, so that encoding fp32 inputs is bound by this product. Three TF32
-# products ("tf32x3") would be nearly fp32 and several times faster: they compile for NVIDIA (170 registers, no spill)
-# but not for gfx942, and their error cannot be measured without a GPU, hence not here yet.
-FLOAT32 = TileConfig(rows=64, columns=128, depth=16, warps=8, stages=3, precision="ieee")
-HALF = TileConfig(rows=128, columns=128, depth=64, warps=8, stages=3, precision="tf32")  # precision: fp32 only
+def tile_config(dtype: torch.dtype) -> TileConfig:
+    return FLOAT32 if dtype == torch.float32 else HALF
 
 
 @triton.jit
 def float_key(value, ABSOLUTE: tl.constexpr):
-    """int32 that orders as the fp32 `value` does; -0 equals +0; NaN, of any sign, is the largest."""
+    """An int32 that orders as the fp32 `value` does; -0 equals +0, and NaN of either sign is the largest."""
     value = tl.abs(value) if ABSOLUTE else value
     bits = tl.where(value == 0.0, 0, value.to(tl.int32, bitcast=True))
     key = bits ^ ((bits >> 31) & 0x7FFFFFFF)
@@ -63,23 +60,16 @@ def float_key(value, ABSOLUTE: tl.constexpr):
 
 
 @triton.jit
-def _dot_tile(
+def dot_tile(
     a,  # [n, D]
     b,  # [F, D]
-    rows,
-    columns,
-    n,
-    F,
-    D,
-    a_row,
-    a_col,
-    b_row,
-    b_col,
+    rows, columns, n, F, D,
+    a_row, a_col, b_row, b_col,
     DEPTH: tl.constexpr,
     PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
-):
-    """fp32 tile of a @ b.T. Rows and columns past the end repeat the last one, and are dropped by the store."""
+):  # fmt: skip
+    """fp32 tile of a @ b.T. Rows and columns past the end repeat the last one; `store_tile` drops them."""
     depth = tl.arange(0, DEPTH)
     a_tile = a + tl.minimum(rows, n - 1).to(tl.int64)[:, None] * a_row + depth.to(tl.int64)[None, :] * a_col
     b_tile = b + tl.minimum(columns, F - 1).to(tl.int64)[None, :] * b_row + depth.to(tl.int64)[:, None] * b_col
@@ -100,19 +90,16 @@ def _dot_tile(
 
 
 @triton.jit
-def _store_tile(
+def store_tile(
     tile,
     scores,  # [n, F] fp32
     maxima,  # [n, ceil(F / GROUP)] int32 keys
-    rows,
-    columns,
-    n,
-    F,
-    scores_row,
-    maxima_row,
+    rows, columns, n, F,
+    scores_row, maxima_row,
     ABSOLUTE: tl.constexpr,
     GROUP: tl.constexpr,
-):
+):  # fmt: skip
+    """Writes a tile of scores, and the key of the largest of each GROUP of its columns (GROUP 1: no maxima)."""
     row_offsets = rows.to(tl.int64)[:, None]
     valid = (rows < n)[:, None] & (columns < F)[None, :]
     tl.store(scores + row_offsets * scores_row + columns[None, :], tile, mask=valid)
@@ -133,17 +120,8 @@ def encoder_scores_kernel(
     scale,  # [n]
     scores,  # [n, F] fp32
     maxima,  # [n, ceil(F / GROUP)] int32 keys
-    n,
-    F,
-    D,
-    x_row,
-    x_col,
-    W_row,
-    W_col,
-    b_step,
-    scale_step,
-    scores_row,
-    maxima_row,
+    n, F, D,
+    x_row, x_col, W_row, W_col, b_step, scale_step, scores_row, maxima_row,
     HAS_BIAS: tl.constexpr,
     HAS_SCALE: tl.constexpr,
     ABSOLUTE: tl.constexpr,
@@ -153,117 +131,19 @@ def encoder_scores_kernel(
     DEPTH: tl.constexpr,
     PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
-):
+):  # fmt: skip
+    """One tile of pre-activations: x @ W_enc.T / scale + b_enc."""
     # Rows vary fastest: programs that run together share a tile of W_enc, and all rows of x stay in L2.
     tile = tl.program_id(0)
     row_tiles = tl.cdiv(n, ROWS)
     rows = (tile % row_tiles) * ROWS + tl.arange(0, ROWS)
     columns = (tile // row_tiles) * COLUMNS + tl.arange(0, COLUMNS)
-    total = _dot_tile(x, W_enc, rows, columns, n, F, D, x_row, x_col, W_row, W_col, DEPTH, PRECISION, UPCAST)
+    total = dot_tile(x, W_enc, rows, columns, n, F, D, x_row, x_col, W_row, W_col, DEPTH, PRECISION, UPCAST)
     if HAS_SCALE:
         total /= tl.load(scale + rows * scale_step, mask=rows < n, other=1.0).to(tl.float32)[:, None]
     if HAS_BIAS:
         total += tl.load(b_enc + columns.to(tl.int64) * b_step, mask=columns < F, other=0.0).to(tl.float32)[None, :]
-    _store_tile(total, scores, maxima, rows, columns, n, F, scores_row, maxima_row, ABSOLUTE, GROUP)
-
-
-@triton.jit
-def connection_scores_kernel(
-    W_enc,  # [H, n, D] downstream encoder rows
-    E,  # [U, D] effective decoders upstream
-    importance,  # [n, U]
-    scores,  # [n, U] fp32
-    maxima,  # [n, ceil(U / GROUP)] int32 keys
-    H,
-    n,
-    U,
-    D,
-    W_head,
-    W_row,
-    W_col,
-    E_row,
-    E_col,
-    importance_row,
-    importance_col,
-    scores_row,
-    maxima_row,
-    GROUP: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    DEPTH: tl.constexpr,
-    PRECISION: tl.constexpr,
-    UPCAST: tl.constexpr,
-    MANY_HEADS: tl.constexpr,
-):
-    tile = tl.program_id(0)
-    row_tiles = tl.cdiv(n, ROWS)
-    rows = (tile % row_tiles) * ROWS + tl.arange(0, ROWS)
-    columns = (tile // row_tiles) * COLUMNS + tl.arange(0, COLUMNS)
-    if MANY_HEADS:
-        squares = tl.zeros((ROWS, COLUMNS), tl.float32)
-        for _ in range(H):
-            part = _dot_tile(W_enc, E, rows, columns, n, U, D, W_row, W_col, E_row, E_col, DEPTH, PRECISION, UPCAST)
-            squares += part * part
-            W_enc += W_head
-        size = tl.sqrt_rn(squares)
-    else:
-        size = tl.abs(_dot_tile(W_enc, E, rows, columns, n, U, D, W_row, W_col, E_row, E_col, DEPTH, PRECISION, UPCAST))
-    weight = tl.load(
-        importance + rows.to(tl.int64)[:, None] * importance_row + columns.to(tl.int64)[None, :] * importance_col,
-        mask=(rows < n)[:, None] & (columns < U)[None, :],
-        other=0.0,
-    )
-    _store_tile(
-        size * weight.to(tl.float32),
-        scores,
-        maxima,
-        rows,
-        columns,
-        n,
-        U,
-        scores_row,
-        maxima_row,
-        False,
-        GROUP,
-    )
-
-
-MAXIMA_ROWS, MAXIMA_COLUMNS = 16, 512
-
-
-@triton.jit
-def maxima_kernel(
-    scores,  # [n, F] fp32
-    maxima,  # [n, ceil(F / GROUP)] int32 keys, out
-    n,
-    F,
-    scores_row,
-    maxima_row,
-    GROUP: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-):
-    rows = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
-    columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
-    valid = (rows < n) & (columns < F)
-    key = float_key(tl.load(scores + rows * scores_row + columns, mask=valid, other=0.0), False)
-    key = tl.where(valid, key, LOWEST)
-    largest = tl.max(tl.reshape(key, (ROWS, COLUMNS // GROUP, GROUP)), axis=2)
-    groups = tl.program_id(1) * (COLUMNS // GROUP) + tl.arange(0, COLUMNS // GROUP)[None, :]
-    tl.store(maxima + rows * maxima_row + groups, largest, mask=(rows < n) & (groups < tl.cdiv(F, GROUP)))
-
-
-def group_maxima(scores: Tensor, maxima: Tensor, group: int) -> None:
-    """Group maxima of scores [n, F] that were changed after `encoder_scores` wrote them."""
-    n, F = scores.shape
-    maxima_kernel[cdiv(n, MAXIMA_ROWS), cdiv(F, MAXIMA_COLUMNS)](
-        scores, maxima, n, F, scores.stride(0), maxima.stride(0),
-        GROUP=group, ROWS=MAXIMA_ROWS, COLUMNS=MAXIMA_COLUMNS, num_warps=8,
-    )  # fmt: skip
-
-
-def tile_config(dtype: torch.dtype) -> TileConfig:
-    return FLOAT32 if dtype == torch.float32 else HALF
+    store_tile(total, scores, maxima, rows, columns, n, F, scores_row, maxima_row, ABSOLUTE, GROUP)
 
 
 def encoder_scores(
@@ -277,7 +157,11 @@ def encoder_scores(
     *,
     absolute: bool = False,
 ) -> None:
-    """`x @ W_enc.T / scale + b_enc` into `scores` [n, F] fp32, group maxima as keys into `maxima`."""
+    """Writes `x @ W_enc.T / scale + b_enc` to `scores` [n, F] fp32 and, if given, the keys of the maxima of each
+    `group` of columns to `maxima` [n, ceil(F / group)] int32; keys of magnitudes if `absolute`.
+
+    `x` [n, D], `W_enc` [F, D], `b_enc` [F], `scale` [n].
+    """
     (n, D), F = x.shape, len(W_enc)
     config = tile_config(x.dtype)
     tops = scores if maxima is None else maxima
@@ -289,71 +173,3 @@ def encoder_scores(
         HAS_BIAS=b_enc is not None, HAS_SCALE=scale is not None, ABSOLUTE=absolute,
         GROUP=1 if maxima is None else group, **config.constexprs, **config.options,
     )  # fmt: skip
-
-
-def connection_scores(
-    W_enc: Tensor, E: Tensor, importance: Tensor, scores: Tensor, maxima: Tensor | None, group: int
-) -> None:
-    """`importance * (W_enc @ E.T).norm(dim=0)` into `scores` [n, U] fp32, for W_enc [H, n, D]."""
-    (H, n, D), U = W_enc.shape, len(E)
-    config = tile_config(W_enc.dtype)
-    tops = scores if maxima is None else maxima
-    connection_scores_kernel[(cdiv(n, config.rows) * cdiv(U, config.columns),)](
-        W_enc, E, importance, scores, tops, H, n, U, D,
-        *W_enc.stride(), *E.stride(), *importance.stride(), scores.stride(0), tops.stride(0),
-        MANY_HEADS=H > 1, GROUP=1 if maxima is None else group, **config.constexprs, **config.options,
-    )  # fmt: skip
-
-
-ELEMENTS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-
-
-def ahead_of_time_encoder(elements: tuple[str, ...] = tuple(ELEMENTS), **constexprs: object) -> list[AheadOfTime]:
-    """The configurations of `encoder_scores`: one a dtype."""
-    flags = {"HAS_BIAS": True, "HAS_SCALE": False, "ABSOLUTE": False, "GROUP": 16} | constexprs
-    pointers = {"x": "", "W_enc": "", "b_enc": "", "scale": "fp32", "scores": "fp32", "maxima": "i32"}
-    sizes = {"n": "i32", "F": "i32", "D": "i32:16"}
-    strides = {"x_row": "i32:16", "W_row": "i32:16", "scores_row": "i32:16", "maxima_row": "i32:16"}
-    return [
-        _ahead(encoder_scores_kernel, e, tile_config(ELEMENTS[e]), pointers, sizes | strides, flags) for e in elements
-    ]
-
-
-def ahead_of_time_connections() -> list[AheadOfTime]:
-    """The configurations of `connection_scores`: one a dtype, with one head and with several."""
-    pointers = {"W_enc": "", "E": "", "importance": "", "scores": "fp32", "maxima": "i32"}
-    sizes = {"H": "i32", "n": "i32", "U": "i32", "D": "i32:16", "W_head": "i32:16"}
-    strides = {
-        "W_row": "i32:16",
-        "E_row": "i32:16",
-        "importance_row": "i32",
-        "scores_row": "i32:16",
-        "maxima_row": "i32:16",
-    }
-    return [
-        _ahead(connection_scores_kernel, e, tile_config(d), pointers, sizes | strides, {"GROUP": 16, "MANY_HEADS": m})
-        for e, d in ELEMENTS.items()
-        for m in (False, True)
-    ]
-
-
-def _ahead(
-    kernel: Any,
-    element: str,
-    config: TileConfig,
-    pointers: dict[str, str],
-    integers: dict[str, str],
-    flags: dict[str, object],
-) -> AheadOfTime:
-    constexprs = {**flags, **config.constexprs, "UPCAST": False}
-    known = {name: f"*{kind or element}:16" for name, kind in pointers.items()} | integers
-    constexprs |= {name: 1 for name in kernel.arg_names if name not in known and name not in constexprs}
-    name = kernel.__name__.removesuffix("_kernel")
-    which = "".join(f" {f.lower()}" for f, on in flags.items() if on is True)
-    return ahead_of_time_case(f"{name} {element}{which}", kernel, known, constexprs, config.options)
-
-
-def ahead_of_time_maxima() -> list[AheadOfTime]:
-    flags = {"GROUP": 16, "ROWS": MAXIMA_ROWS, "COLUMNS": MAXIMA_COLUMNS}
-    types = {"scores": "*fp32:16", "maxima": "*i32:16"}
-    return [ahead_of_time_case("maxima", maxima_kernel, types, flags, {"num_warps": 8, "num_stages": 3})]

@@ -1,13 +1,13 @@
 """Exact top-k of every row of a scratch of scores, in three launches at most.
 
-1. k groups of neighbours that each hold a score >= t prove that the k-th largest score is >= t. So the k groups with
-   the largest maxima (ties: the lowest groups) hold the answer, and the other groups are never read.
-2. The k largest of their k x GROUP scores, found by a binary search for the k-th largest key, bit by bit (32
-   counts of numbers that sit in registers), and compacted in the order of their columns. Ties at the k-th key go to
-   the lowest columns: those are met first.
-3. Descending order: each of the k survivors counts those ahead of it.
+1. If k groups of neighbours each hold a score >= t, the k-th largest score is >= t. So the k groups with the largest
+   maxima (ties: the lowest groups) hold the answer, and the other groups are never read.
+2. Of their k x GROUP scores, a binary search finds the k-th largest key bit by bit (32 counts of numbers held in
+   registers), and the k largest are compacted in the order of their columns. Ties at the k-th key go to the lowest
+   columns, which come first.
+3. To put them in descending order, each of the k survivors counts those ahead of it.
 
-Keys are integers that order as floats do (float_key): the result does not depend on any schedule, and NaN is the
+Keys are integers that order as floats do (float_key), so the result does not depend on scheduling, and NaN is the
 largest. There is no sort, and nothing to autotune.
 """
 
@@ -18,33 +18,74 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import AheadOfTime, ahead_of_time_case
+from .launch import LaunchConfig, cdiv, pow2
 from .scores import LOWEST, float_key
 
-MAX_BLOCK = 2048  # keys of a row held in registers at a time; longer rows are read again at each bit
-MIN_TILE = 2048  # short rows share a program
-LONG = 1024  # slots from which on torch.sort puts them in order: counting takes k x k comparisons
-PLACE_TILE = 4096  # comparisons at a time when the survivors are put in order
+MAX_BLOCK = 2048  # keys of a row held in registers at a time; longer rows are read again for every bit
+MIN_TILE = 2048  # keys per program: short rows share one
+LONG = 1024  # above this k, torch.sort orders the survivors: counting takes k x k comparisons
+PLACE_TILE = 4096  # comparisons at a time when the survivors are ordered
+
+
+@dataclass(frozen=True)
+class SelectConfig(LaunchConfig):
+    """Rows per program, and how many candidates of each it holds at a time."""
+
+    num_warps: int = 8
+    num_stages: int = 1
+    rows: int = 1
+    block: int = MAX_BLOCK
+    one_block: bool = False  # all candidates fit
+
+    @property
+    def constexprs(self) -> dict[str, int | bool]:
+        return {"ROWS": self.rows, "BLOCK": self.block, "ONE_BLOCK": self.one_block}
+
+
+def select_config(candidates: int) -> SelectConfig:
+    block = pow2(candidates, 16, MAX_BLOCK)
+    warps = 16 if block == MAX_BLOCK else 8  # 8 keys per thread
+    return SelectConfig(warps, rows=max(1, MIN_TILE // block), block=block, one_block=candidates <= block)
+
+
+@dataclass(frozen=True)
+class PlaceConfig(LaunchConfig):
+    """Rows per program, and how many survivors are compared at a time with as many others."""
+
+    num_warps: int = 8
+    num_stages: int = 1
+    rows: int = 1
+    block: int = 64
+
+    @property
+    def constexprs(self) -> dict[str, int]:
+        return {"ROWS": self.rows, "BLOCK": self.block}
+
+
+def place_config(k: int) -> PlaceConfig:
+    block = pow2(k, 8, 64)
+    return PlaceConfig(rows=PLACE_TILE // block**2, block=block)
+
+
+def group_size(columns: int, k: int) -> int:
+    """Columns per group that keep the number of maxima and scores read, columns / G + k x G, small; 1: no groups."""
+    if columns < 16 * k:
+        return 1  # groups would have more than half of the scores read a second time
+    size = triton.next_power_of_2(int((columns / k) ** 0.5))
+    return min(size, 64)
 
 
 @triton.jit
 def _load_keys(
-    source,
-    parents,
-    rows,
-    start,
-    n,
-    columns,
-    candidates,
-    source_row,
-    parents_row,
+    source, parents, rows, start, n, columns, candidates,
+    source_row, parents_row,
     GROUP: tl.constexpr,
     HAS_PARENTS: tl.constexpr,
     IS_KEY: tl.constexpr,
     ABSOLUTE: tl.constexpr,
     BLOCK: tl.constexpr,
-):
-    """Columns and keys [ROWS, BLOCK] of candidates start.. of each row; keys past the end are LOWEST."""
+):  # fmt: skip
+    """Columns and keys [ROWS, BLOCK] of each row's candidates from `start` on; keys past the end are LOWEST."""
     place = start + tl.arange(0, BLOCK)
     valid = (rows < n)[:, None] & (place < candidates)[None, :]
     offset = rows.to(tl.int64)[:, None]
@@ -66,18 +107,11 @@ def _load_keys(
 def select_kernel(
     source,  # [n, columns] fp32 scores, or int32 keys
     parents,  # [n, k] int32 groups of GROUP columns to look into (HAS_PARENTS), ascending
-    labels,  # [n, columns] int32 what to write instead of the column (HAS_LABELS)
+    labels,  # [n, columns] int32 ids to write instead of the columns (HAS_LABELS)
     ids,  # [n, >= k] int32 out: columns of the k largest, ascending
     values,  # [n, >= k] fp32 out: their scores (not IS_KEY)
-    n,
-    columns,
-    candidates,
-    k,
-    first_id,
-    source_row,
-    parents_row,
-    labels_row,
-    out_row,
+    n, columns, candidates, k, first_id,
+    source_row, parents_row, labels_row, out_row,
     GROUP: tl.constexpr,
     HAS_PARENTS: tl.constexpr,
     HAS_LABELS: tl.constexpr,
@@ -86,7 +120,8 @@ def select_kernel(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
     ONE_BLOCK: tl.constexpr,
-):
+):  # fmt: skip
+    """The k largest of each row's candidates, in the order of their columns."""
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column, key = _load_keys(
         source, parents, rows, 0, n, columns, candidates, source_row, parents_row,
@@ -151,18 +186,15 @@ def place_kernel(
     ids,  # [n, k] int32, ascending; -1 for an empty slot, which goes last
     out_values,  # [n, k] out, any floating dtype (HAS_VALUES)
     out_ids,  # [n, k] int64 out
-    n,
-    k,
-    in_row,
-    out_values_row,
-    out_ids_row,
+    n, k,
+    in_row, out_values_row, out_ids_row,
     HAS_VALUES: tl.constexpr,
     RELU: tl.constexpr,
     ABSOLUTE: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
-):
-    """Descending order by rank: how many slots of the row are larger, or equal and before."""
+):  # fmt: skip
+    """Descending order by rank: the number of slots in the row that are larger, or equal and earlier."""
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     slots = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     offset = rows.to(tl.int64)[:, None]
@@ -188,44 +220,6 @@ def place_kernel(
     tl.store(out_ids + offset * out_ids_row + rank, label.to(tl.int64), mask=valid)
 
 
-@dataclass(frozen=True)
-class SelectConfig:
-    """Rows of a program and candidates it holds at a time."""
-
-    rows: int
-    block: int
-    one_block: bool
-    warps: int
-
-
-def select_config(candidates: int) -> SelectConfig:
-    block = min(max(16, triton.next_power_of_2(candidates)), MAX_BLOCK)
-    rows = max(1, MIN_TILE // block)
-    return SelectConfig(rows, block, candidates <= block, 16 if block == MAX_BLOCK else 8)  # 8 keys a thread
-
-
-@dataclass(frozen=True)
-class PlaceConfig:
-    """Rows of a program and survivors that are compared at a time, with as many others."""
-
-    rows: int
-    block: int
-    warps: int = 8
-
-
-def place_config(k: int) -> PlaceConfig:
-    block = min(max(8, triton.next_power_of_2(k)), 64)
-    return PlaceConfig(PLACE_TILE // block**2, block)
-
-
-def group_size(columns: int, k: int) -> int:
-    """Columns of a group such that groups and scores to read, columns / G + k x G, are few; 1: no groups."""
-    if columns < 16 * k:
-        return 1  # more than half of the scores would be read a second time
-    size = triton.next_power_of_2(int((columns / k) ** 0.5))
-    return min(size, 64)
-
-
 def select(
     scores: Tensor,
     maxima: Tensor | None,
@@ -239,36 +233,37 @@ def select(
     first_id: int = 0,
     labels: Tensor | None = None,
 ) -> None:
-    """The k largest scores of each row, in the order of their columns, into `ids` and `values` [n, k].
+    """Writes the k largest scores of each row, in the order of their columns, to `ids` and `values` [n, k].
 
     `scores` [n, columns] fp32; `maxima` [n, ceil(columns / group)] int32 keys of the groups' maxima, or None;
-    `winners` [n, k] int32 is scratch for the winning groups; `labels` [n, columns] int32: ids of the columns.
+    `winners` [n, k] int32: scratch for the winning groups; `labels` [n, columns] int32: the columns' ids, if those are
+    not `first_id`, `first_id + 1`, ...
     """
     n, columns = scores.shape
     ids_row = labels.stride(0) if labels is not None else 0
     if maxima is not None:
         groups = maxima.shape[1]
         config = select_config(groups)
-        select_kernel[(triton.cdiv(n, config.rows),)](
+        select_kernel[(cdiv(n, config.rows),)](
             maxima, maxima, maxima, winners, scores, n, groups, groups, k, 0,
             maxima.stride(0), 0, 0, winners.stride(0),
             GROUP=1, HAS_PARENTS=False, HAS_LABELS=False, IS_KEY=True, ABSOLUTE=False,
-            ROWS=config.rows, BLOCK=config.block, ONE_BLOCK=config.one_block, num_warps=config.warps, num_stages=1,
+            **config.constexprs, **config.options,
         )  # fmt: skip
     candidates = columns if maxima is None else k * group
     config = select_config(candidates)
-    select_kernel[(triton.cdiv(n, config.rows),)](
+    select_kernel[(cdiv(n, config.rows),)](
         scores, winners, ids if labels is None else labels, ids, values, n, columns, candidates, k, first_id,
         scores.stride(0), winners.stride(0), ids_row, ids.stride(0),
         GROUP=group, HAS_PARENTS=maxima is not None, HAS_LABELS=labels is not None, IS_KEY=False, ABSOLUTE=absolute,
-        ROWS=config.rows, BLOCK=config.block, ONE_BLOCK=config.one_block, num_warps=config.warps, num_stages=1,
+        **config.constexprs, **config.options,
     )  # fmt: skip
 
 
 def place(
     values: Tensor, ids: Tensor, out_values: Tensor | None, out_ids: Tensor, *, relu: bool, absolute: bool = False
 ) -> None:
-    """Slots [n, k] in descending order (of magnitude, if `absolute`); negative values stored as 0 if `relu`."""
+    """Puts slots [n, k] in descending order (of magnitude if `absolute`); stores negative values as 0 if `relu`."""
     n, k = ids.shape
     if n == 0 or k == 0:
         return
@@ -281,39 +276,8 @@ def place(
         return
     config = place_config(k)
     target = values if out_values is None else out_values
-    place_kernel[(triton.cdiv(n, config.rows), triton.cdiv(k, config.block))](
+    place_kernel[(cdiv(n, config.rows), cdiv(k, config.block))](
         values, ids, target, out_ids, n, k, ids.stride(0), target.stride(0), out_ids.stride(0),
         HAS_VALUES=out_values is not None, RELU=relu, ABSOLUTE=absolute,
-        ROWS=config.rows, BLOCK=config.block, num_warps=config.warps, num_stages=1,
+        **config.constexprs, **config.options,
     )  # fmt: skip
-
-
-def ahead_of_time() -> list[AheadOfTime]:
-    """The configurations of select and place for short and long rows."""
-    kernels = []
-    for candidates in (128, 512, MAX_BLOCK // 2, MAX_BLOCK, 4 * MAX_BLOCK):
-        config = select_config(candidates)
-        for stage in ("groups", "scores", "pieces"):
-            flags = {
-                "GROUP": 16 if stage == "scores" else 1,
-                "HAS_PARENTS": stage == "scores",
-                "HAS_LABELS": stage == "pieces",
-                "IS_KEY": stage == "groups",
-                "ABSOLUTE": False,
-                "ROWS": config.rows,
-                "BLOCK": config.block,
-                "ONE_BLOCK": config.one_block,
-            }
-            source = "*i32:16" if stage == "groups" else "*fp32:16"
-            pointers = {"source": source, "parents": "*i32:16", "labels": "*i32:16"}
-            pointers |= {"ids": "*i32:16", "values": "*fp32:16"}
-            name = f"select {stage} {candidates}"
-            options = {"num_warps": config.warps, "num_stages": 1}
-            kernels.append(ahead_of_time_case(name, select_kernel, pointers, flags, options))
-    for k in (8, 32, 128):
-        config = place_config(k)
-        flags = {"HAS_VALUES": True, "RELU": True, "ABSOLUTE": False, "ROWS": config.rows, "BLOCK": config.block}
-        pointers = {"values": "*fp32:16", "ids": "*i32:16", "out_values": "*bf16:16", "out_ids": "*i64:16"}
-        options = {"num_warps": config.warps, "num_stages": 1}
-        kernels.append(ahead_of_time_case(f"place {k}", place_kernel, pointers, flags, options))
-    return kernels

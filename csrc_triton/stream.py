@@ -1,22 +1,21 @@
-"""Top-k of [N, columns] scores that never exist as a whole: a block of rows and columns at a time, in a byte budget.
+"""Top-k of [N, columns] scores that never exist as a whole: one block of rows and columns at a time, within a budget.
 
-A block of at least ROWS_WANTED rows keeps the product efficient; rows too long for that are cut into pieces of
-columns. Each piece gives its own top-k, and the top-k of all pieces together is the answer: exact, and W_enc is read
-once per block of rows however long it is.
+Blocks of at least ROWS_WANTED rows keep the product efficient; rows too long for that are cut into pieces of
+columns. The top-k of the pieces' own top-k is the exact answer, and W_enc is read once per block of rows however many
+pieces there are.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from .launch import cdiv
+from .launch import cdiv, spans
 from .select import LONG, group_size, place, select
 
-SCRATCH_BYTES = 64 << 20
 ROWS_WANTED = 1024
-ALIGNMENT = 128  # rows and columns of a block: whole tiles, and every group within one block
+ALIGNMENT = 128  # of a block's rows and columns: whole tiles, and no group crosses a block
 
 # fill(rows, columns, scores [n, c] fp32, maxima [n, groups] int32 or None, group) computes a block of scores.
 Fill = Callable[[slice, slice, Tensor, Tensor | None, int], None]
@@ -24,7 +23,7 @@ Fill = Callable[[slice, slice, Tensor, Tensor | None, int], None]
 
 @dataclass(frozen=True)
 class Blocks:
-    """Sizes of a block, and how many pieces of columns a row is cut into."""
+    """Size of a block, and the number of pieces that a row is cut into."""
 
     rows: int
     columns: int
@@ -32,7 +31,7 @@ class Blocks:
 
 
 def plan(N: int, columns: int, k: int, scratch_bytes: int, whole_rows: bool = False) -> Blocks:
-    """The largest blocks within the budget (one row and 4 k columns at least)."""
+    """The largest blocks within the budget (at least one row and 4 k columns)."""
     piece = max(scratch_bytes // (4 * ROWS_WANTED), 4 * k) // ALIGNMENT * ALIGNMENT
     piece = columns if whole_rows else min(max(piece, ALIGNMENT, k), columns)
     pieces = cdiv(columns, piece)
@@ -40,10 +39,6 @@ def plan(N: int, columns: int, k: int, scratch_bytes: int, whole_rows: bool = Fa
     row_bytes += 32 * k if k > LONG else 0  # torch.sort
     rows = min(max(scratch_bytes // row_bytes, 1), N)
     return Blocks(rows if rows in (N, 1) or rows < ALIGNMENT else rows // ALIGNMENT * ALIGNMENT, piece, pieces)
-
-
-def spans(total: int, size: int) -> Iterator[slice]:
-    return (slice(start, min(start + size, total)) for start in range(0, total, size))
 
 
 def _groups(columns: int, k: int) -> int:
@@ -69,7 +64,10 @@ def streamed_topk(
     absolute: bool = False,
     whole_rows: bool = False,
 ) -> None:
-    """The k largest of each row, descending, into `out_values` [N, k] (if given) and `out_ids` [N, k] int64."""
+    """Writes the k largest of each row, descending, to `out_values` [N, k] (if given) and `out_ids` [N, k] int64.
+
+    `relu` stores negative values as 0, `absolute` ranks by magnitude, `whole_rows` keeps rows in one piece.
+    """
     if N == 0 or k == 0:
         return
     blocks = plan(N, columns, k, scratch_bytes, whole_rows)

@@ -1,4 +1,4 @@
-"""Slots in the order of the rows that they name: what every gradient of rows walks through."""
+"""Slots sorted by the row that they name: the order in which gradients of rows are summed."""
 
 from typing import NamedTuple
 
@@ -9,10 +9,10 @@ from .launch import check_range, launcher
 
 
 class Transpose(NamedTuple):
-    """Slots of `indices` [N, K] in the order of the rows that they name (CSC), empty slots first.
+    """The slots of `indices` [N, K] sorted by the row that they name (CSC), empty slots first.
 
-    `order` [N*K]: positions in the flattened indices; `starts` [R+1]: where the empty slots, then each row's slots,
-    begin.
+    `order` [N*K]: positions in the flattened indices; `starts` [R+1]: where the list of each row begins. The empty
+    slots come before as a list of their own, so row r's list begins at `starts[r + 1]`.
     """
 
     order: Tensor
@@ -21,9 +21,9 @@ class Transpose(NamedTuple):
 
 @launcher
 def transpose(indices: Tensor, rows: int) -> Transpose:
-    """The stable order of `indices` by row: the same indices give the same order on every run.
+    """Stable sort of `indices` by row: the same indices give the same order on every run.
 
-    torch sorts by radix here, stably and without a trip to the host; a Triton kernel would only do it slower.
+    torch's radix sort is stable and does not wait for the device; a Triton kernel could only be slower.
     """
     check_range("indices", indices, rows)
     fits = max(indices.numel(), rows) < torch.iinfo(torch.int32).max

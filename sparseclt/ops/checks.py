@@ -78,7 +78,7 @@ def check_range(name: str, indices: Tensor, count: int, what: str) -> None:
 
 
 def check_ids(name: str, indices: Tensor, count: int, what: str) -> None:
-    """`check_range` where it is cheap: on the CPU. Reads values: to be called in kernels, not in code that is traced."""
+    """`check_range` where it is cheap: on the CPU. It reads values: call it in kernels, not in traced code."""
     if indices.device.type == "cpu" and not torch.compiler.is_compiling():
         check_range(name, indices, count, what)
 

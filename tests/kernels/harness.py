@@ -1,4 +1,4 @@
-"""What the tests of the kernels share: inputs, guarded output buffers, comparison against two oracles.
+"""Shared by the tests of the kernels: inputs, guarded output buffers, comparison against two oracles.
 
 The same tests run on a GPU where there is one, and in Triton's interpreter where there is none.
 """
@@ -24,7 +24,7 @@ def rows(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tens
 
 
 def ids(*shape: int, count: int, seed: int = 0, empty: float = 0.2, dtype: torch.dtype = torch.int64) -> Tensor:
-    """Ids in 0..count-1 with duplicates, a share of them -1."""
+    """Ids in 0..count-1 with duplicates; a share of `empty` is -1."""
     generator = torch.Generator().manual_seed(seed)
     indices = torch.randint(0, max(count, 1), shape, generator=generator)
     drop = torch.rand(shape, generator=generator) < (empty if count else 1)
@@ -32,7 +32,7 @@ def ids(*shape: int, count: int, seed: int = 0, empty: float = 0.2, dtype: torch
 
 
 def distinct_ids(rows: int, slots: int, *, count: int, seed: int = 0, empty: float = 0.2) -> Tensor:
-    """Ids [rows, slots] without duplicates in a row, as `connections` are, a share of them -1."""
+    """Ids [rows, slots] without duplicates in a row, like `connections`; a share of `empty` is -1."""
     generator = torch.Generator().manual_seed(seed)
     indices = torch.rand(rows, count, generator=generator).argsort(1)[:, :slots]
     drop = torch.rand(indices.shape, generator=generator) < empty
@@ -40,7 +40,7 @@ def distinct_ids(rows: int, slots: int, *, count: int, seed: int = 0, empty: flo
 
 
 def strided(tensor: Tensor) -> Tensor:
-    """The same numbers with a gap behind every element and row, as views of larger tensors have."""
+    """The same numbers with a gap behind every element and row, like a view of a larger tensor."""
     wide = tensor.new_full([2 * n + 1 for n in tensor.shape], torch.nan if tensor.is_floating_point() else WILD)
     view = wide[tuple(slice(0, 2 * n, 2) for n in tensor.shape)]
     return view.copy_(tensor)
@@ -54,8 +54,8 @@ def transposed(tensor: Tensor) -> Tensor:
 class Guarded(TorchFunctionMode):
     """While active, fresh buffers are poisoned (NaN, or a wild integer) and lie between canaries.
 
-    A kernel that leaves an entry unwritten shows as NaN in the comparison; one that writes outside its
-    buffer kills a canary, which raises when the block is left.
+    An entry that a kernel leaves unwritten shows as NaN in the comparison; a write outside the buffer kills a canary,
+    which raises at the end of the block.
     """
 
     _empty = {torch.empty, torch.empty_like, torch.empty_strided, Tensor.new_empty, Tensor.new_empty_strided}
@@ -93,8 +93,19 @@ class Guarded(TorchFunctionMode):
                 assert bool((guard == CANARY).all()), f"a kernel wrote {where}"
 
 
+def assert_slots(values: Tensor, indices: Tensor, kept: Tensor, true: Tensor) -> None:
+    """Slots are the `kept` [N, F] latents with their `true` values, descending, ties by index, then padding."""
+    assert values.shape == indices.shape == (len(kept), int(kept.sum(1).max()))
+    for n, row in enumerate(kept):
+        ids = row.nonzero().flatten()
+        ids = ids[true[n, ids].sort(descending=True, stable=True).indices]
+        assert indices[n, : len(ids)].tolist() == ids.tolist()
+        assert bool((indices[n, len(ids) :] == -1).all()) and not values[n, len(ids) :].any()
+        torch.testing.assert_close(values[n, : len(ids)].double(), true[n, ids], rtol=0, atol=1e-5, equal_nan=True)
+
+
 def truth_and_peer(op: Callable, inputs: Inputs, cotangent_of: int = 0, **options: Any) -> tuple[Inputs, Inputs]:
-    """Outputs ("out0", ...) and gradients (by the input's name) of the reference: in float64, and as torch has them.
+    """Outputs ("out0", ...) and gradients (by input name) of the reference, in float64 and in the inputs' dtype.
 
     The float inputs are of the dtype under test; truth takes the same numbers in float64. `cotangent` holds the
     gradient of output `cotangent_of` that both were given, in the dtype under test.

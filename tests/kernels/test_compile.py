@@ -1,5 +1,6 @@
-"""Every kernel, compiled for real GPUs in a process of its own (here they may be interpreted)."""
+"""Every kernel, compiled for real GPUs in a process of its own (in this one they may be interpreted)."""
 
+import ast
 import json
 import os
 import subprocess
@@ -7,6 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
+
+from csrc_triton.ahead_of_time import cases
 
 ROOT = Path(__file__).parents[2]
 GATHERS = ("gather_sum", "row_dots", "list_parts", "transposed_gather_sum")
@@ -28,6 +31,13 @@ def test_every_kernel_compiles_without_spills_and_within_shared_memory(report):
     faults = [f"{row['kernel']} on {row['target']}: {row['fault']}" for row in rows if row["fault"]]
     assert not faults and ended.returncode == 0, ended.stderr
     assert all(row["registers"] > 0 and row["spills"] == 0 for row in rows)
+
+
+def test_the_table_holds_every_kernel():
+    trees = [ast.parse(file.read_text()) for file in (ROOT / "csrc_triton").glob("*.py")]
+    functions = [node.name for tree in trees for node in tree.body if isinstance(node, ast.FunctionDef)]
+    kernels = {name for name in functions if name.endswith("_kernel")}
+    assert len(kernels) > 10 and {case.kernel.__name__ for case in cases()} == kernels
 
 
 def test_every_op_is_there_on_every_target(report):

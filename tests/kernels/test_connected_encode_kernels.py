@@ -18,8 +18,8 @@ from harness import (
 )
 from torch import Tensor
 
+from csrc_triton import SCRATCH_BYTES
 from csrc_triton import connected_encode as kernels
-from csrc_triton import stream
 from csrc_triton.transpose import transpose
 from sparseclt.ops import connected_encode
 
@@ -40,19 +40,27 @@ def inputs(N: int, D: int, F: int, S: int, C: int, U: int, dtype: torch.dtype = 
     }
 
 
-def run(case: dict[str, Tensor], k: int, U: int, scratch_bytes: int = stream.SCRATCH_BYTES) -> tuple[Tensor, Tensor]:
+def run(case: dict[str, Tensor], k: int, U: int, scratch_bytes: int = SCRATCH_BYTES) -> tuple[Tensor, Tensor]:
     order, starts = transpose(case["connections"], U)
-    upstream = {**case, "order": order, "starts": starts}
-    return kernels.forward(**upstream, k=k, scratch_bytes=scratch_bytes)
+    return kernels.forward(**case, order=order, starts=starts, upstream=U, k=k, scratch_bytes=scratch_bytes)
 
 
-def gradients(case: dict[str, Tensor], grad: Tensor, values: Tensor, indices: Tensor, **options: Any) -> dict:
-    tensors = {name: value for name, value in case.items() if name != "b_enc"}
-    return dict(zip(GRADIENTS, kernels.backward(grad, values, indices, **tensors, **options), strict=True))
+def gradients(
+    case: dict[str, Tensor], grad: Tensor, values: Tensor, indices: Tensor, scratch_bytes: int = SCRATCH_BYTES
+) -> dict[str, Any]:
+    arguments = {name: value for name, value in case.items() if name != "b_enc"}
+    arguments |= {
+        "order": None,
+        "starts": None,
+        "upstream": 0,
+        "scratch_bytes": scratch_bytes,
+    }  # the first three: unread
+    ours = kernels.backward(grad, values, indices, **arguments, needed=[True] * 5)
+    return dict(zip(GRADIENTS, ours, strict=True))
 
 
 @pytest.mark.parametrize(
-    ("dtype", "scratch_bytes"), [(d, 700) for d in DTYPES] + [(torch.float32, stream.SCRATCH_BYTES)], ids=str
+    ("dtype", "scratch_bytes"), [(d, 700) for d in DTYPES] + [(torch.float32, SCRATCH_BYTES)], ids=str
 )
 def test_matches_the_reference_with_gradients(dtype: torch.dtype, scratch_bytes: int) -> None:
     N, D, F, S, C, U, K = 6, 9, 24, 7, 4, 9, 4

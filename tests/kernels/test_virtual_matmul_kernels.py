@@ -13,6 +13,7 @@ from harness import (
     truth_and_peer,
 )
 
+from csrc_triton import SCRATCH_BYTES, add_upstream
 from csrc_triton import virtual_matmul as kernels
 from csrc_triton.transpose import transpose
 from sparseclt.ops import virtual_matmul
@@ -27,12 +28,17 @@ def case(N=5, S=6, F=40, C=4, U=25, dtype=torch.float32, index_dtype=torch.int64
     }
 
 
-def ours(inputs, cotangent, upstream, **options):
+@pytest.fixture(autouse=True)
+def small_parts(monkeypatch):
+    monkeypatch.setattr(kernels, "PART", 3)
+
+
+def ours(inputs, cotangent, upstream, scratch_bytes=SCRATCH_BYTES):
     with Guarded():
-        z = inputs["z_values"], inputs["z_indices"], inputs["V"]
-        order, starts = transpose(inputs["connections"], upstream)
-        out = kernels.forward(*z, order, starts, **options)
-        dz, dV = kernels.backward(cotangent, *z, inputs["connections"], order, starts, part=3, **options)
+        csc = transpose(inputs["connections"], upstream)
+        arguments = *inputs.values(), *csc, upstream, scratch_bytes
+        out = kernels.forward(*arguments)
+        dz, dV = kernels.backward(cotangent, *arguments, (True, True))
     return {"out0": out, "z_values": dz, "V": dV}
 
 
@@ -93,13 +99,14 @@ def test_any_strides():
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_adds_to_what_is_there(dtype):
     inputs = case(dtype=dtype)
-    z = inputs["z_values"], inputs["z_indices"], inputs["V"]
+    z = inputs["z_values"], inputs["z_indices"]
     csc = transpose(inputs["connections"], 25)
     before = rows(5, 40, dtype=dtype, seed=7)
     truth, _ = truth_and_peer(virtual_matmul, inputs, upstream=25)
     for pre in (before.clone(), strided(before)):
         with Guarded():
-            kernels.add_upstream(pre, *z, *csc, lists=kernels.out_lists(z[2], *csc), scratch_bytes=4 * 40 * 3)
+            lists = add_upstream.out_lists(inputs["V"], *csc)
+            add_upstream.add_upstream(pre, *z, lists, 25, "copy", 4 * 40 * 3)
         expected = truth["out0"] + before.double()
         assert_accurate(pre, expected.to(dtype), expected)
 
