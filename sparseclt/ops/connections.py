@@ -56,11 +56,6 @@ class Connections:
     def _transposed(self) -> Transpose:
         return transpose(self.indices, self.upstream)
 
-    def to(self, device: torch.device | str) -> "Connections":
-        """The same connections on another device (itself when already there)."""
-        indices = self.indices.to(device)
-        return self if indices is self.indices else Connections(indices, self.upstream)
-
 
 def check_distinct(indices: Tensor) -> None:
     """No row names an upstream latent twice: kernels write the connections of an upstream latent side by side."""
