@@ -1,10 +1,10 @@
-"""Compiles every kernel and launch configuration for real GPUs, without one, and reports what came out.
+"""Compiles every kernel and launch configuration for real GPUs, without one, and reports the results.
 
     python benchmarks/compile_report.py [--only REGEX] [--target sm_90 ...] [--jobs 2] [--write] [--json FILE]
 
 Exits with 1 if a kernel does not compile, spills registers, or needs more shared memory than its target has.
-`--write` replaces the table in docs/kernels-compiled.md. Takes minutes the first time; Triton keeps what it
-compiled (~/.triton/cache).
+`--write` replaces the table in docs/kernels-compiled.md. Takes minutes the first time; after that, compiled kernels
+come from Triton's cache (~/.triton/cache).
 """
 
 import argparse
@@ -69,7 +69,7 @@ def compile_one(case: AheadOfTime, target: str) -> Row:
         compiled = triton.compile(source, target=gpu, options=case.options)
         row.shared = compiled.metadata.shared
         (measure_nvidia if gpu.backend == "cuda" else measure_amd)(row, compiled.asm)
-    except Exception as error:  # a report of what fails must not stop at the first failure
+    except Exception as error:  # the report goes on after the first failure
         row.fault = f"does not compile: {str(error)[-300:]}"
         return row
     if row.spills:

@@ -121,7 +121,7 @@ def forward(
 
 
 def _group_maxima(scores: Tensor, maxima: Tensor, group: int) -> None:
-    """Writes the group maxima of `scores` [n, F] that now hold the upstream part, too, to `maxima`."""
+    """Writes the group maxima of `scores` [n, F] to `maxima`, now that the upstream part is in them."""
     n, F = scores.shape
     maxima_kernel[cdiv(n, MAXIMA.rows), cdiv(F, MAXIMA.columns)](
         scores, maxima, n, F, scores.stride(0), maxima.stride(0), GROUP=group, **MAXIMA.constexprs, **MAXIMA.options

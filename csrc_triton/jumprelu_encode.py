@@ -23,7 +23,7 @@ def forward(
     """Positive pre-activations above their latent's threshold: values [N, S], indices [N, S] int64, near [N, S] bool.
 
     Equivalent to `relu(pre) * (pre > threshold)` with `pre = x @ W_enc.T + b_enc`, one padded row per token. Latents
-    within half a `bandwidth` of their threshold but not above it have a slot, too, of value 0. `near` marks all slots
+    within half a `bandwidth` of their threshold but not above it also have a slot, of value 0. `near` marks all slots
     within half a bandwidth, above or below: those give the threshold its straight-through gradient.
 
     `x` [N, D], `W_enc` [F, D], `b_enc` [F], `threshold` [F], above 0. `scratch_bytes` bounds the scores held at a time.

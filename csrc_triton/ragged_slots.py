@@ -17,7 +17,7 @@ from .launch import LaunchConfig, spans
 from .scores import encoder_scores, float_key
 from .stream import plan
 
-BLOCK = 1024  # scores that a program looks at at a time
+BLOCK = 1024  # scores that a program reads at a time
 CONFIG = LaunchConfig()
 
 

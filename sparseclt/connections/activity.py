@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from sparseclt.model.modules import Latents
-from sparseclt.ops._rows import add_at_
+from sparseclt.ops.rows import add_at_
 
 RARE = 4  # a latent that fired on fewer of the recent tokens says too little of what fires with it
 

@@ -9,9 +9,8 @@ from sparseclt.connections.activity import Activity
 from sparseclt.model.attention import head_rows
 from sparseclt.model.cross_layer import effective_decoders
 from sparseclt.model.transcoders import Transcoders
-from sparseclt.ops._rows import chunks
-
-SELECTION_BYTES = 32 << 20  # importances in memory at a time
+from sparseclt.ops.rows import chunks
+from sparseclt.ops.scratch import SELECTION_BYTES
 
 
 def select_top_connections(

@@ -18,8 +18,8 @@ from sparseclt.model.attention import centre, head_rows
 from sparseclt.model.cross_layer import Reader, effective_decoders
 from sparseclt.model.modules import Latents
 from sparseclt.model.transcoders import Transcoders
-from sparseclt.ops._rows import Transpose, accumulation_dtype, chunks, section, transpose
-from sparseclt.ops.backend import Implementation, choose, implementation
+from sparseclt.ops import rows as products
+from sparseclt.ops.rows import Transpose, accumulation_dtype, chunks, section, transpose
 
 CHUNK_BYTES = Budget(cpu=8 << 20, gpu=64 << 20)  # of gradient alive at a time, with what is added up for it
 
@@ -87,7 +87,7 @@ class DecoderGradients:
             W_enc = self.clt.transcoder(reader.index).W_enc
             for carry, dV in self._heads(reader):
                 with torch.enable_grad():
-                    read = self._implementation("sparse_decode", E).forward(dV, reader.connections.indices, E)
+                    read = products.gather_sum(dV, reader.connections.indices, E, backend=self.backend)
                     carry(W_enc).backward(read, inputs=[W_enc])
 
     def chunks(self, index: int) -> Iterator[Chunk]:
@@ -115,17 +115,12 @@ class DecoderGradients:
         for head in range(len(weights.W_V)):
             yield partial(head_rows, weights=weights, head=head), dV[head]
 
-    def _implementation(self, op: str, tensor: Tensor) -> Implementation:
-        """What runs `op`; with the reference backend, which has no gradients of its own, torch's."""
-        backend = "torch" if self.backend == "reference" else self.backend
-        return implementation(op, choose(op, backend, tensor))
-
     def _sum(self, parts: list[tuple[Tensor, Transpose, Tensor]], size: int, width: int) -> tuple[Tensor, Tensor]:
         """Sum [R, width] of the parts' weighted bags, and which rows have any."""
         device, total = self.clt.transcoder(0).W_dec.device, None
         touched = torch.zeros(size, dtype=torch.bool, device=device)
         for weights, order, bags in parts:
-            part = self._implementation("transposed_gather_sum", bags).forward(weights, order, bags)
+            part = products.transposed_gather_sum(weights, order, bags, backend=self.backend)
             total = part if total is None else total.add_(part)
             touched |= order.bounds().diff() > 0
         if total is None:
@@ -180,6 +175,5 @@ class _Decode(torch.autograd.Function):
         # Detached: with their graph, which holds the notes, neither would ever be freed.
         notes.written[index].append(Written(values.detach(), indices, tuple(grad.detach() for grad in grads)))
         W_dec = notes.clt.transcoder(index).W_dec.detach().flatten(1)
-        run = notes._implementation("sparse_decode", values).gradients
-        d_values, _ = run(torch.stack(grads, 1).flatten(1), values, indices, W_dec, [True, False])
+        d_values = products.row_dots(torch.stack(grads, 1).flatten(1), indices, W_dec, backend=notes.backend)
         return d_values, None, None, None

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from sparseclt import ops
 from sparseclt.model.activations import Activations
-from sparseclt.model.attention import attention_encode, attention_write
+from sparseclt.model.attention import attention_write
 from sparseclt.model.decoder_gradients import DecoderGradients
 from sparseclt.model.modules import Latents
 from sparseclt.model.sites import MODES, Mode, Site
@@ -124,10 +124,10 @@ class ForwardPass:
                 *ops.connected_encode(reading, W_enc, b_enc, *z, V, connections, scale, k, backend=self.backend)
             )
         by_sequence = self.activations.tokens.shape
-        values, indices = attention_encode(
+        values, indices = ops.attention_encode(
             reading.unflatten(0, by_sequence), W_enc, b_enc,
             z.values.unflatten(0, by_sequence), z.indices.unflatten(0, by_sequence),
-            V, self._mix(site.layer).to(V.dtype), connections, k, backend=self.backend,
+            V, connections, self._mix(site.layer).to(V.dtype), k, backend=self.backend,
         )  # fmt: skip
         return Latents(values.flatten(0, 1), indices.flatten(0, 1))
 

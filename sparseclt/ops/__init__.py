@@ -1,10 +1,11 @@
 """Sparse operations of a sparsely-connected cross-layer transcoder, each with an obvious reference.
 
-Letters in shapes: N tokens, D d_model, F latents, K active latents, C connections, U upstream latents,
-S active upstream slots, T targets, H heads. In `indices` and `connections`, -1 is an empty slot: worth zero
-and without gradient.
+Letters in shapes: N tokens, D d_model, F latents, K active latents, C connections, U upstream latents, S slots of a
+row, T targets, H heads; in `attention_encode`, B sequences of S tokens with A active upstream latents each. In
+`indices` and `connections`, -1 is an empty slot: worth zero and without gradient.
 """
 
+from sparseclt.ops.attention_encode import attention_encode
 from sparseclt.ops.backend import backends
 from sparseclt.ops.batchtopk_encode import batchtopk_encode
 from sparseclt.ops.connected_encode import connected_encode
@@ -19,6 +20,7 @@ from sparseclt.ops.virtual_weights import virtual_weights
 
 __all__ = [
     "Connections",
+    "attention_encode",
     "backends",
     "batchtopk_encode",
     "connected_encode",

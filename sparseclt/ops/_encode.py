@@ -1,8 +1,8 @@
-"""What the encoders of the torch backend share: pre-activations a chunk of tokens at a time, exact selection,
-and gradients over selected latents.
+"""Shared parts of the encoders: pre-activations of one chunk of tokens after another, exact selection, and gradients
+over the selected latents.
 
-Selection looks at pre-activations in their accumulation dtype (fp32 for fp16 and bf16); values are rounded to
-the input's dtype once, at the end.
+Selection compares pre-activations in their accumulation dtype (fp32 for fp16 and bf16); values are rounded to the
+input's dtype once, at the end.
 """
 
 from collections.abc import Callable, Iterator
@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from sparseclt.ops._rows import TORCH, RowSums, accumulation_dtype, chunks
+from sparseclt.ops._torch_rows import RowSums, accumulation_dtype, chunks
 
 Adjust = Callable[[Tensor, slice], None]  # changes a chunk of pre-activations in place
 
@@ -20,8 +20,8 @@ def linear_chunks(
 ) -> Iterator[tuple[slice, Tensor]]:
     """`x @ W.T + bias` [n, F] for consecutive chunks of tokens, in the accumulation dtype.
 
-    x [N, D], W [F, D]. All chunks come in one buffer, each overwritten by the next: fresh memory costs more than
-    the arithmetic. `buffers`: how many of its size fit in the scratch.
+    x [N, D], W [F, D]. All chunks share one buffer, so that the next one overwrites the last: fresh memory costs more
+    than the arithmetic. `buffers`: how many of that size must fit into the scratch.
     """
     wide = accumulation_dtype(x.dtype)
     scratch = x.new_empty(0)
@@ -35,7 +35,7 @@ def linear(x: Tensor, W: Tensor, bias: Tensor | None, out: Tensor, scratch_bytes
     """`x @ W.T + bias` into `out` [n, F], computed in its dtype."""
     wide = out.dtype
     x = x.to(wide)
-    # Rows of W are widened a block at a time: a copy of all of them may be larger than the scratch.
+    # Rows of W are widened block by block: a copy of all of them may be larger than the scratch.
     size = len(W) if wide == W.dtype else scratch_bytes // max(1, W.shape[1] * wide.itemsize)
     for block in chunks(len(W), 1, size):
         rows = W[block].to(wide).T
@@ -49,11 +49,11 @@ def linear(x: Tensor, W: Tensor, bias: Tensor | None, out: Tensor, scratch_bytes
 def top_k(scores: Tensor, k: int, zeros_free: bool = True) -> tuple[Tensor, Tensor]:
     """The k largest of each row [n, F], descending, ties to the lowest index, NaN largest: values, indices [n, k].
 
-    Equivalent to the first k columns of `scores.sort(dim=1, descending=True, stable=True)`. `zeros_free`: which of
-    several zeros is taken does not matter.
+    Equivalent to the first k columns of `scores.sort(dim=1, descending=True, stable=True)`. `zeros_free`: it does
+    not matter which of several zeros is taken.
 
-    `torch.topk` promises no order among equals. With one more element than asked for, a row without equal
-    neighbours is exact as it stands; the few others are selected again.
+    `torch.topk` promises no order among equals. We ask for one element more than needed: a row without equal
+    neighbours is then exact as it stands, and the few other rows are selected again.
     """
     values, indices = scores.topk(min(k + 1, scores.shape[1]))
     equal = values[:, 1:] == values[:, :-1]
@@ -67,7 +67,7 @@ def top_k(scores: Tensor, k: int, zeros_free: bool = True) -> tuple[Tensor, Tens
         better = (rows > last) | (rows.isnan() & ~last.isnan())
         equal = (rows == last) | (rows.isnan() & last.isnan())
         free = k - better.sum(1, keepdim=True)
-        chosen = (better | (equal & (equal.cumsum(1) <= free))).nonzero()[:, 1].view(-1, k)  # k a row, ascending
+        chosen = (better | (equal & (equal.cumsum(1) <= free))).nonzero()[:, 1].view(-1, k)  # k per row, ascending
         picked, order = rows.gather(1, chosen).sort(dim=1, descending=True, stable=True)
         values = values.index_copy(0, again, picked)
         indices = indices.index_copy(0, again, chosen.gather(1, order))
@@ -75,12 +75,12 @@ def top_k(scores: Tensor, k: int, zeros_free: bool = True) -> tuple[Tensor, Tens
 
 
 def group_starts(F: int, k: int) -> list[int]:
-    """Where each of k groups of neighbouring latents begins, and the end: sizes differ by one at most."""
+    """Where each of k groups of neighbouring latents begins, and where the last ends. Sizes differ by at most one."""
     return [g * F // k for g in range(k + 1)]
 
 
 def group_max(pre: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The largest of each of k groups of columns, descending, ties to the lowest index: values, indices [n, k]."""
+    """The maximum of each of k groups of columns, descending, ties to the lowest index: values, indices [n, k]."""
     F = pre.shape[1]
     starts = torch.tensor(group_starts(F, k), device=pre.device)
     if F % k == 0:
@@ -94,7 +94,7 @@ def group_max(pre: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 def select(pre: Tensor, k: int, activation: str) -> tuple[Tensor, Tensor]:
-    """Values and indices [n, k] of the latents that an activation keeps. Overwrites `pre` [n, F]."""
+    """Values and indices [n, k] of the latents that the activation keeps. Overwrites `pre` [n, F]."""
     if activation == "abstopk":
         _, indices = top_k(pre.abs(), k)
         return pre.gather(1, indices), indices
@@ -112,7 +112,7 @@ def encode(
 ) -> tuple[Tensor, Tensor]:
     """Selected latents of all tokens: values [N, k] and indices [N, k] int64.
 
-    `adjust` finishes the pre-activations of a chunk: `x @ W_enc.T + bias`, in place.
+    `adjust` completes a chunk of `x @ W_enc.T + bias` in place.
     """
     values = x.new_empty(len(x), k)
     indices = torch.empty(len(x), k, dtype=torch.int64, device=x.device)
@@ -123,26 +123,53 @@ def encode(
     return values, indices
 
 
+def encode_backward(
+    sums: RowSums,
+    grad_values: Tensor,
+    values: Tensor,
+    indices: Tensor,
+    x: Tensor,
+    W_enc: Tensor,
+    needed: list[bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of x [N, D], W_enc [F, D] and b_enc [F] over the slots [N, K] whose value is not zero."""
+    grad = grad_values.masked_fill(values == 0, 0)
+    return encoder_gradients(sums, grad, grad, indices, x, W_enc, needed)
+
+
 def encoder_gradients(
+    sums: RowSums,
     grad: Tensor,
     grad_linear: Tensor,
     indices: Tensor,
     x: Tensor,
     W_enc: Tensor,
     needed: list[bool],
-    sums: RowSums = TORCH,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of x [N, D], W_enc [F, D] and b_enc [F], from those of the selected latents [N, K].
+    """Gradients of x [N, D], W_enc [F, D] and b_enc [F] from those of the selected latents [N, K].
 
-    `grad` is that of the pre-activations, `grad_linear` that of `x @ W_enc.T` (they differ by a scale).
+    `grad` is the gradient of the pre-activations, `grad_linear` that of `x @ W_enc.T` (they differ by a scale).
     """
     dx = dW = db = None
     if needed[0]:
         dx = sums.gather_sum(grad_linear, indices, W_enc)
     if needed[1] or needed[2]:
-        by_latent = sums.transpose(indices, len(W_enc))
+        order, starts = sums.transpose(indices, len(W_enc))
         if needed[1]:
-            dW = sums.transposed_gather_sum(grad_linear, by_latent, x)
+            dW = sums.transposed_gather_sum(grad_linear, order, starts, x)
         if needed[2]:
-            db = sums.transposed_sum(grad, by_latent)
+            db = sums.transposed_sum(grad, order, starts)
     return dx, dW, db
+
+
+def norm_over_heads_(products: Iterator[Tensor]) -> Tensor:
+    """`torch.stack(list(products)).norm(dim=0)` in the memory of the first product, the only one that must outlive
+    the next."""
+    total, following = next(products), next(products, None)
+    if following is None:
+        return total.abs_()
+    total.square_()
+    while following is not None:
+        total += following.square_()
+        following = next(products, None)
+    return total.sqrt_()

@@ -1,17 +1,18 @@
 """The N x k largest pre-activations of a batch: tokens share the budget of active latents."""
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sparseclt.ops._encode import linear_chunks
-from sparseclt.ops._registration import define, if_needed
-from sparseclt.ops._rows import accumulation_dtype
-from sparseclt.ops.backend import choose, implementation, register
+from sparseclt.ops._encode import encode_backward, linear_chunks
+from sparseclt.ops._torch_rows import TORCH, accumulation_dtype
+from sparseclt.ops.backend import choose
 from sparseclt.ops.checks import check_scratch
 from sparseclt.ops.ragged import fill_slots, slot_order
-from sparseclt.ops.topk_encode import check_encoder, encode_backward, pre_activations
+from sparseclt.ops.registration import Implementation, Operator
+from sparseclt.ops.topk_encode import check_encoder, pre_activations
 
 
 def batchtopk_encode(
@@ -23,22 +24,25 @@ def batchtopk_encode(
     backend: str | None = None,
     scratch_bytes: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """BatchTopK: the N * k largest positive pre-activations of all N tokens, as padded slots.
+    """BatchTopK: the N * k largest positive pre-activations of a batch of N tokens, as padded slots.
 
-    Equivalent to `relu(x @ W_enc.T + b_enc).flatten().topk(N * k)`, without zeros, sorted into rows: values
-    [N, S] descending, indices [N, S] int64, -1 (value 0) in empty slots. S is the fullest row's length and has
-    no upper bound but F. Ties go to the lowest token, then the lowest index. The gradient is that of the kept
-    values alone: the threshold that they imply has none. After training, a fixed threshold is usual: see
-    `jumprelu_encode`. Source: Bussmann, Leask, Nanda, "BatchTopK Sparse Autoencoders" (2024).
+    Equivalent to `relu(x @ W_enc.T + b_enc).flatten().topk(N * k)`, without zeros, sorted into rows: values [N, S]
+    descending and indices [N, S] int64, -1 (value 0) in empty slots. S is the length of the longest row, at most F.
+    Ties go to the lowest token, then to the lowest index.
 
-    Arguments and errors as in `topk_encode`; `scratch_bytes` bounds the pre-activations alive at a time, beside
-    which up to 3 N k candidates are kept.
+    Differentiable in `x`, `W_enc` and `b_enc` through the kept values only: the threshold that they imply has no
+    gradient. After training, a fixed threshold usually takes its place: see `jumprelu_encode`. Source: Bussmann,
+    Leask, Nanda, "BatchTopK Sparse Autoencoders" (2024).
+
+    Arguments and errors as in `topk_encode`. `scratch_bytes` bounds the pre-activations that are alive at a time;
+    up to 3 N k candidates are kept beside them.
     """
     check_encoder(x, W_enc, b_enc, k)
     backend = choose("batchtopk_encode", backend, x)
     if backend == "reference":
         return batchtopk_encode_reference(x, W_enc, b_enc, k)
-    values, indices = _batchtopk_encode(x, W_enc, b_enc, k, check_scratch(scratch_bytes, backend), backend)
+    scratch = check_scratch(scratch_bytes, "batchtopk_encode", backend)
+    values, indices = OPERATOR(x, W_enc, b_enc, k, scratch, backend)
     return values, indices
 
 
@@ -51,7 +55,7 @@ def batchtopk_encode_reference(x: Tensor, W_enc: Tensor, b_enc: Tensor | None, k
 
 
 def slots_of(dense: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
-    """The kept entries of [N, F] as padded slots, each row in descending order. Differentiable."""
+    """The kept entries of `dense` [N, F] as padded slots, each row in descending order. Differentiable."""
     S = int(kept.sum(1).max()) if len(kept) else 0
     order = dense.detach().masked_fill(~kept, -torch.inf).sort(dim=1, descending=True, stable=True).indices[:, :S]
     filled = kept.gather(1, order)
@@ -59,10 +63,10 @@ def slots_of(dense: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def largest(candidates: Tensor, limit: int) -> Tensor:
-    """Positions, rising, of the `limit` largest of `candidates` [M]; ties to the first, NaN largest."""
+    """Positions, ascending, of the `limit` largest of `candidates` [M]; ties to the first, NaN largest."""
     if len(candidates) <= limit:
         return torch.arange(len(candidates), device=candidates.device)
-    # topk is exact in values; among equals its choice is free, so the last value is taken in order of position.
+    # topk is exact in values but free to choose among equals: of those equal to the last value, take the first.
     last = candidates.topk(limit).values[-1]
     better = (candidates > last) | (candidates.isnan() & ~last.isnan())
     equal = (candidates == last) | (candidates.isnan() & last.isnan())
@@ -70,8 +74,8 @@ def largest(candidates: Tensor, limit: int) -> Tensor:
 
 
 def forward_torch(x: Tensor, W_enc: Tensor, b_enc: Tensor | None, k: int, scratch_bytes: int) -> tuple[Tensor, Tensor]:
-    """Candidates in order of token and latent; what cannot be among the N k largest any more is dropped whenever
-    there are more than 2 N k, which also raises the bar for later chunks."""
+    """Collects candidates in order of token and latent. Whenever there are more than 2 N k, those that can no longer be
+    among the N k largest are dropped, which also raises the bar for later chunks."""
     N, F = len(x), len(W_enc)
     limit, bar = N * k, 0.0
     places = torch.empty(0, dtype=torch.int64, device=x.device)
@@ -89,38 +93,34 @@ def forward_torch(x: Tensor, W_enc: Tensor, b_enc: Tensor | None, k: int, scratc
     return fill_slots(filled, found[order].to(x.dtype), 0), fill_slots(filled, places[order] % F, -1)
 
 
-register("batchtopk_encode", "reference", batchtopk_encode_reference)
-register("batchtopk_encode", "torch", forward_torch)
-
-
-def _run(
-    x: Tensor, W_enc: Tensor, b_enc: Tensor | None, k: int, scratch_bytes: int, backend: str
-) -> tuple[Tensor, Tensor]:
-    return implementation("batchtopk_encode", backend).forward(x, W_enc, b_enc, k, scratch_bytes)
-
-
-def fake_slots(x: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+def fake(x: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     S = torch.library.get_ctx().new_dynamic_size()
     return x.new_empty(len(x), S), x.new_empty(len(x), S, dtype=torch.int64)
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, W_enc, *_, ctx.backend = inputs
-    ctx.save_for_backward(*output, x, W_enc)
-    ctx.mark_non_differentiable(output[1])
+def _torch() -> Implementation:
+    return Implementation(forward_torch, partial(encode_backward, TORCH))
 
 
-def _differentiate(ctx: Any, grad_values: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    needed = list(ctx.needs_input_grad[:3])
-    grads = encode_backward(grad_values, *ctx.saved_tensors, needed, ctx.backend)
-    return *if_needed(needed, grads), None, None, None
+def _numba() -> Implementation:
+    from sparseclt.ops._numba import SUMS
+
+    # Compiled selection would be no faster here.
+    return Implementation(forward_torch, partial(encode_backward, SUMS))
 
 
-_batchtopk_encode = define(
+def _triton() -> Implementation:
+    from csrc_triton.batchtopk_encode import forward
+    from csrc_triton.topk_encode import backward
+
+    return Implementation(forward, backward)
+
+
+OPERATOR = Operator(
     "batchtopk_encode(Tensor x, Tensor W_enc, Tensor? b_enc, SymInt k, SymInt scratch_bytes, str backend)"
-    " -> (Tensor, Tensor)",
-    _run,
-    fake_slots,
-    _differentiate,
-    _save,
+    " -> (Tensor values, Tensor indices)",
+    {"torch": _torch, "numba": _numba, "triton": _triton},
+    fake,
+    backward="grad_values, values, indices, x, W_enc, needed -> x, W_enc, b_enc",
+    vectors={"b_enc": "W_enc"},
 )

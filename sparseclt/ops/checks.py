@@ -1,19 +1,17 @@
-"""Checks of arguments, shared by the ops: each error names the argument, what was expected and what came."""
+"""Checks of arguments, shared by the ops: each error names the argument, what was expected and what was given."""
 
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from sparseclt.ops._rows import SCRATCH_BYTES
+from sparseclt.ops.scratch import default_scratch
 
 _INDEX_DTYPES = (torch.int32, torch.int64)
-# By backend, where not the default: of GPU memory, to keep the GPU busy; what stays in a core's second-level cache.
-_SCRATCH_BYTES = {"triton": 64 << 20, "numba": 1 << 20}
 
 
 def check_tensors(**tensors: Tensor | None) -> None:
-    """All (but None) are floating-point tensors of the dtype and on the device of the first."""
+    """All that are not None are floating-point tensors with the dtype and the device of the first."""
     first: tuple[str, Tensor] | None = None
     for name, tensor in tensors.items():
         if tensor is None:
@@ -36,7 +34,7 @@ def check_device(name: str, tensor: Tensor, other_name: str, other: Tensor) -> N
 
 
 def check_shapes(**tensors: tuple[Tensor | None, str]) -> dict[str, int]:
-    """Compare shapes with letters, as in `x=(x, "N D")`; one size a letter. Returns the sizes."""
+    """Compare shapes with letters, as in `x=(x, "N D")`, each of which stands for one size. Returns the sizes."""
     sizes: dict[str, tuple[int, str]] = {}
     for name, (tensor, letters) in tensors.items():
         if tensor is None:
@@ -63,7 +61,7 @@ def shape_like(name: str, tensor: Tensor, *alternatives: str) -> str:
 
 
 def check_indices(name: str, indices: Tensor) -> None:
-    """An integer tensor that can hold ids."""
+    """An integer tensor that may hold ids."""
     if not isinstance(indices, Tensor):
         raise TypeError(f"{name}: expected a torch.Tensor, got {type(indices).__name__}")
     if indices.dtype not in _INDEX_DTYPES:
@@ -71,7 +69,7 @@ def check_indices(name: str, indices: Tensor) -> None:
 
 
 def check_range(name: str, indices: Tensor, count: int, what: str) -> None:
-    """Every index is -1 (empty) or the id of one of `count` latents. Waits for the device."""
+    """Every index is -1 (empty) or the id of one of `count` latents. Synchronises with the device."""
     if indices.numel() == 0:
         return
     low, high = (int(bound) for bound in indices.aminmax())
@@ -80,7 +78,7 @@ def check_range(name: str, indices: Tensor, count: int, what: str) -> None:
 
 
 def check_ids(name: str, indices: Tensor, count: int, what: str) -> None:
-    """`check_range` where it is cheap: on the CPU. Reads values: a kernel's business, not that of what is traced."""
+    """`check_range` where it is cheap: on the CPU. It reads values: call it in kernels, not in traced code."""
     if indices.device.type == "cpu" and not torch.compiler.is_compiling():
         check_range(name, indices, count, what)
 
@@ -97,10 +95,10 @@ def check_name(argument: str, name: str, names: Sequence[str]) -> None:
         raise ValueError(f"{argument}: expected one of {', '.join(map(repr, names))}, got {name!r}")
 
 
-def check_scratch(scratch_bytes: int | None, backend: str, default: int = SCRATCH_BYTES) -> int:
-    """The scratch asked for, or for None what suits the backend (`default`: the torch backend)."""
+def check_scratch(scratch_bytes: int | None, op: str, backend: str) -> int:
+    """The scratch asked for or, for None, the default of the op on the backend."""
     if scratch_bytes is None:
-        return _SCRATCH_BYTES.get(backend, default)
+        return default_scratch(op, backend)
     if not isinstance(scratch_bytes, int) or isinstance(scratch_bytes, bool):
         raise TypeError(f"scratch_bytes: expected an int or None, got {type(scratch_bytes).__name__}")
     if scratch_bytes < 0:

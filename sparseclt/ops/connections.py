@@ -6,17 +6,18 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from sparseclt.ops._rows import Transpose, transpose
-from sparseclt.ops.backend import implementation
+from sparseclt.ops._torch_rows import Transpose, transpose
 from sparseclt.ops.checks import check_indices, check_range
+from sparseclt.ops.registration import Operator
 
 
 @dataclass(frozen=True, eq=False)
 class Connections:
-    """Connections of a module: `indices` [F, C] in 0..U-1 over all earlier modules side by side, -1: empty.
+    """Connections of a module: `indices` [F, C] int32 or int64, ids in 0..U-1 over all earlier modules side by side,
+    -1 for an empty slot.
 
-    `upstream` is U. The indices are checked once, here (not while compiling), and must not be changed
-    afterwards: their order by upstream latent is sorted when first needed and kept.
+    `upstream` is U. The indices are checked once, here (not while compiling), and must not change afterwards: they are
+    sorted by upstream latent when that is first needed, and the order is kept.
     Raises TypeError (not int32 or int64), ValueError (not [F, C], an id out of range or twice in a row).
     """
 
@@ -40,13 +41,13 @@ class Connections:
 
     @property
     def C(self) -> int:
-        """Slots of each downstream latent."""
+        """Slots per downstream latent."""
         return self.indices.shape[1]
 
     @property
     def transposed(self) -> Transpose:
-        """The slots in the order of their upstream latent (CSC). Kept; inside `torch.compile` sorted at each call,
-        unless it was asked for before."""
+        """The slots sorted by upstream latent (CSC). Kept; inside `torch.compile` sorted at each call, unless it was
+        asked for before."""
         if torch.compiler.is_compiling() and "_transposed" not in self.__dict__:
             return transpose(self.indices, self.upstream)
         return self._transposed
@@ -55,14 +56,9 @@ class Connections:
     def _transposed(self) -> Transpose:
         return transpose(self.indices, self.upstream)
 
-    def to(self, device: torch.device | str) -> "Connections":
-        """The same connections on another device (itself when already there)."""
-        indices = self.indices.to(device)
-        return self if indices is self.indices else Connections(indices, self.upstream)
-
 
 def check_distinct(indices: Tensor) -> None:
-    """No row names an upstream latent twice: kernels write the connections of one upstream latent side by side."""
+    """No row names an upstream latent twice: kernels write the connections of an upstream latent side by side."""
     ids = indices.sort(1).values
     twice = (ids[:, 1:] == ids[:, :-1]) & (ids[:, 1:] >= 0)
     if twice.any():
@@ -88,13 +84,13 @@ def as_connections(connections: Tensor | Connections, upstream: int | None) -> C
 
 
 def csc(
-    connections: Connections, op: str, backend: str, *differentiated: Tensor
+    connections: Connections, operator: Operator, backend: str, *differentiated: Tensor
 ) -> tuple[Tensor | None, Tensor | None]:
-    """The connections' cached order and starts for an operator, where a pass of it reads them.
+    """`order` and `starts` of the connections for an operator, None where neither of its passes reads them.
 
-    The backward pass does when one of `differentiated` has a gradient, the forward pass of some backends always.
+    The backward pass reads them if one of `differentiated` has a gradient, the forward pass of some backends always.
     """
     gradient = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in differentiated)
-    if gradient or implementation(op, backend).csc:
+    if gradient or operator.implementation(backend).reads_order:
         return connections.transposed
     return None, None

@@ -1,18 +1,21 @@
-"""Pre-activations above a threshold of their own for each latent, with a gradient for the threshold."""
+"""Pre-activations above a threshold per latent, with a gradient for the threshold."""
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sparseclt.ops._encode import linear_chunks
-from sparseclt.ops._registration import define, if_needed
-from sparseclt.ops._rows import accumulation_dtype
-from sparseclt.ops.backend import choose, implementation, register
-from sparseclt.ops.batchtopk_encode import fake_slots, slots_of
+from sparseclt.ops._encode import encode_backward, linear_chunks
+from sparseclt.ops._torch_rows import TORCH, accumulation_dtype
+from sparseclt.ops.backend import choose
+from sparseclt.ops.batchtopk_encode import fake as fake_slots
+from sparseclt.ops.batchtopk_encode import slots_of
 from sparseclt.ops.checks import check_scratch, check_shapes, check_tensors
 from sparseclt.ops.ragged import fill_slots, slot_order
-from sparseclt.ops.topk_encode import check_encoder, encode_backward, pre_activations
+from sparseclt.ops.registration import Implementation, Operator
+from sparseclt.ops.topk_encode import check_encoder, pre_activations
 
 
 def jumprelu_encode(
@@ -29,17 +32,18 @@ def jumprelu_encode(
 
     Equivalent, with `pre = x @ W_enc.T + b_enc`, to `values = pre * (pre > threshold)` and
     `l0 = (pre > threshold).sum(1)`. Rows are in descending order, ties to the lowest index; an empty slot has
-    index -1 and value 0. S is the fullest row's length and has no upper bound but F.
+    index -1 and value 0. S is the length of the longest row, at most F. `l0` is float32 or wider.
 
-    The threshold has the straight-through gradient of Rajamanoharan et al., "Jumping Ahead: Improving
-    Reconstruction Fidelity with JumpReLU Sparse Autoencoders" (2024), with a rectangle of width `bandwidth`
-    as kernel: where `|pre - threshold| < bandwidth / 2`, d value / d threshold = -threshold / bandwidth and
-    d l0 / d threshold = -1 / bandwidth. Latents within the rectangle but below their threshold therefore come
-    as slots, too, with value 0: what reads them (`sparse_decode`) gives them the gradient that the threshold
-    needs. With `bandwidth=0` there are none, and the threshold has no gradient. x, W_enc and b_enc have that of
-    the values above the threshold alone.
+    The threshold has the straight-through gradient of Rajamanoharan et al., "Jumping Ahead: Improving Reconstruction
+    Fidelity with JumpReLU Sparse Autoencoders" (2024), with a rectangle of width `bandwidth` as its kernel: where
+    `|pre - threshold| < bandwidth / 2`, d value / d threshold = -threshold / bandwidth and
+    d l0 / d threshold = -1 / bandwidth. Latents within the rectangle but below their threshold therefore get a slot,
+    too, with value 0: an op that reads them (`sparse_decode`) gives them the gradient that the threshold needs. With
+    `bandwidth=0` there are none, and the threshold has no gradient. `x`, `W_enc` and `b_enc` have a gradient through
+    the values above the threshold only.
 
-    `threshold` [F], above 0. Other arguments and errors as in `topk_encode`.
+    `threshold` [F], above 0, and `bandwidth` are in units of the pre-activations. Other arguments and errors as in
+    `topk_encode`; also ValueError for a negative `bandwidth`.
     """
     check_encoder(x, W_enc, b_enc)
     check_tensors(x=x, threshold=threshold)
@@ -49,13 +53,13 @@ def jumprelu_encode(
     backend = choose("jumprelu_encode", backend, x)
     if backend == "reference":
         return jumprelu_encode_reference(x, W_enc, b_enc, threshold, bandwidth)
-    scratch = check_scratch(scratch_bytes, backend)
-    values, indices, l0, _ = _jumprelu_encode(x, W_enc, b_enc, threshold, float(bandwidth), scratch, backend)
+    scratch = check_scratch(scratch_bytes, "jumprelu_encode", backend)
+    values, indices, l0, _ = OPERATOR(x, W_enc, b_enc, threshold, float(bandwidth), scratch, backend)
     return values, indices, l0
 
 
 def jumprelu_reference(pre: Tensor, threshold: Tensor, bandwidth: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Dense: values [N, F], active [N, F] as numbers, both with the threshold's gradient, and which are slots."""
+    """Dense: values [N, F] and active [N, F] as numbers, both with the threshold's gradient, and which have a slot."""
     active, step = (pre > threshold).detach(), 1 / bandwidth if bandwidth else 0.0
     within = ((pre - threshold).abs() < bandwidth / 2).detach()
     moved = within * (threshold - threshold.detach()) * step  # worth 0
@@ -74,7 +78,7 @@ def jumprelu_encode_reference(
 def forward_torch(
     x: Tensor, W_enc: Tensor, b_enc: Tensor | None, threshold: Tensor, bandwidth: float, scratch_bytes: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Padded slots [N, S]: values, indices, and which are within the rectangle around their threshold."""
+    """Padded slots [N, S]: values, indices, and which of them lie within the rectangle around their threshold."""
     nothing = torch.empty(0, dtype=torch.int64, device=x.device)
     threshold = threshold.to(accumulation_dtype(x.dtype))
     bound = threshold - bandwidth / 2
@@ -89,63 +93,75 @@ def forward_torch(
     values = pre.masked_fill(pre <= at, 0)
     order, filled = slot_order(torch.cat(rows), values, len(x))
     slots = ((values.to(x.dtype), 0), (latents, -1), (pre - at < bandwidth / 2, 0))
-    values, latents, within = (fill_slots(filled, entries[order], empty) for entries, empty in slots)
-    return values, latents, within
+    values, latents, near = (fill_slots(filled, entries[order], empty) for entries, empty in slots)
+    return values, latents, near
 
 
-register("jumprelu_encode", "reference", jumprelu_encode_reference)
-register("jumprelu_encode", "torch", forward_torch)
-
-
-def _run(
+def backward_by(
+    encode_backward: Callable[..., tuple[Tensor | None, ...]],
+    grad_values: Tensor,
+    grad_l0: Tensor,
+    values: Tensor,
+    indices: Tensor,
+    near: Tensor,
     x: Tensor,
     W_enc: Tensor,
-    b_enc: Tensor | None,
     threshold: Tensor,
     bandwidth: float,
-    scratch_bytes: int,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    forward = implementation("jumprelu_encode", backend).forward
-    values, indices, within = forward(x, W_enc, b_enc, threshold, bandwidth, scratch_bytes)
-    l0 = (values > 0).sum(1).to(accumulation_dtype(x.dtype))
-    return values, indices, l0, within
+    needed: list[bool],
+) -> tuple[Tensor | None, ...]:
+    """Gradients of x [N, D], W_enc [F, D], b_enc [F] and threshold [F] by the encoder's backward pass of a backend."""
+    encoder, d_threshold = encode_backward(grad_values, values, indices, x, W_enc, needed[:3]), None
+    if needed[3]:
+        # A latent's threshold collects from its slots as its bias does.
+        at = threshold.to(grad_l0.dtype)[indices.clamp_min(0)]
+        step = 1 / bandwidth if bandwidth else 0.0
+        grad = (grad_values * at + grad_l0[:, None]) * -step
+        slots = (grad.to(x.dtype), near.to(x.dtype), indices)
+        d_threshold = encode_backward(*slots, x, W_enc, [False, False, True])[2]
+    return *encoder, d_threshold
 
 
-def _fake(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def fake(x: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     values, indices = fake_slots(x)
     l0 = x.new_empty(len(x), dtype=accumulation_dtype(x.dtype))
     return values, indices, l0, torch.empty_like(indices, dtype=torch.bool)
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, W_enc, _, threshold, ctx.bandwidth, _, ctx.backend = inputs
-    values, indices, _, within = output
-    ctx.save_for_backward(values, indices, within, x, W_enc, threshold)
-    ctx.mark_non_differentiable(indices, within)
+def _implementation(forward: Callable[..., Any], encode_backward: Callable[..., Any]) -> Implementation:
+    """With `l0` counted from the slots that `forward` returns."""
+
+    def counted(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        values, indices, near = forward(x, *rest)
+        return values, indices, (values > 0).sum(1).to(accumulation_dtype(x.dtype)), near
+
+    return Implementation(counted, partial(backward_by, encode_backward))
 
 
-def _differentiate(ctx: Any, grad_values: Tensor, _: Tensor, grad_l0: Tensor, __: Tensor) -> tuple[Tensor | None, ...]:
-    values, indices, within, x, W_enc, threshold = ctx.saved_tensors
-    needed = list(ctx.needs_input_grad[:3])
-    grads = encode_backward(grad_values, values, indices, x, W_enc, needed, ctx.backend)
-    d_threshold = None
-    if ctx.needs_input_grad[3]:
-        # A latent's threshold collects from its slots as its bias does.
-        at = threshold.to(grad_l0.dtype)[indices.clamp_min(0)]
-        step = 1 / ctx.bandwidth if ctx.bandwidth else 0.0
-        grad = (grad_values * at + grad_l0[:, None]) * -step
-        only_bias = [False, False, True]
-        slots = (grad.to(x.dtype), within.to(x.dtype), indices)
-        d_threshold = encode_backward(*slots, x, W_enc, only_bias, ctx.backend)[2]
-    return *if_needed(needed, grads), d_threshold, None, None, None
+def _torch() -> Implementation:
+    return _implementation(forward_torch, partial(encode_backward, TORCH))
 
 
-_jumprelu_encode = define(
+def _numba() -> Implementation:
+    from sparseclt.ops._numba import SUMS
+
+    # Compiled selection would be no faster here.
+    return _implementation(forward_torch, partial(encode_backward, SUMS))
+
+
+def _triton() -> Implementation:
+    from csrc_triton.jumprelu_encode import forward
+    from csrc_triton.topk_encode import backward
+
+    return _implementation(forward, backward)
+
+
+OPERATOR = Operator(
     "jumprelu_encode(Tensor x, Tensor W_enc, Tensor? b_enc, Tensor threshold, float bandwidth, SymInt scratch_bytes,"
-    " str backend) -> (Tensor, Tensor, Tensor, Tensor)",
-    _run,
-    _fake,
-    _differentiate,
-    _save,
+    " str backend) -> (Tensor values, Tensor indices, Tensor l0, Tensor near)",
+    {"torch": _torch, "numba": _numba, "triton": _triton},
+    fake,
+    backward="grad_values, grad_l0, values, indices, near, x, W_enc, threshold, bandwidth, needed"
+    " -> x, W_enc, b_enc, threshold",
+    vectors={"b_enc": "W_enc"},
 )

@@ -1,15 +1,15 @@
 """The connections worth keeping: the C upstream latents that matter most to each downstream latent."""
 
-from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from sparseclt.ops._encode import linear, top_k
-from sparseclt.ops._registration import define
-from sparseclt.ops._rows import SCRATCH_BYTES, accumulation_dtype, chunks
-from sparseclt.ops.backend import choose, implementation, register
+from sparseclt.ops._encode import linear, norm_over_heads_, top_k
+from sparseclt.ops._torch_rows import accumulation_dtype, chunks
+from sparseclt.ops.backend import choose
 from sparseclt.ops.checks import check_scratch, check_shapes, check_tensors, shape_like
+from sparseclt.ops.registration import Implementation, Operator
 
 
 def select_connections(
@@ -23,12 +23,12 @@ def select_connections(
 ) -> Tensor:
     """Upstream ids [F, C] int64 with the largest importance x |virtual weight|, best first. No gradient.
 
-    Equivalent to `(importance * (W_enc @ E.T).abs()).topk(C).indices`, ties to the lowest index. With heads,
-    `W_enc` [H, F, D], the root of the sum over heads of squared virtual weights stands for the absolute value.
+    Equivalent to `(importance * (W_enc @ E.T).abs()).topk(C).indices`, ties to the lowest index. With heads, `W_enc`
+    [H, F, D], the root of the sum over heads of the squared virtual weights takes the place of the absolute value.
 
-    `W_enc` [F, D] or [H, F, D] downstream encoder, `E` [U, D] effective decoders of all upstream latents,
-    `importance` [U], or [F, U] one for each pair, at least 0. `scratch_bytes` bounds the scores alive at a time
-    (one latent's at least; None: what suits the backend).
+    `W_enc` [F, D] or [H, F, D] downstream encoder; `E` [U, D] effective decoders of all upstream latents; `importance`
+    [U] per upstream latent or [F, U] per pair, at least 0. `scratch_bytes` bounds the scores that are alive at a time
+    (at least those of one latent; None: what suits the backend). `backend` as in `topk_encode`.
     Raises ValueError (shapes, C outside 1..U, devices, backend), TypeError (dtypes), ImportError (backend not
     installed).
     """
@@ -39,12 +39,12 @@ def select_connections(
     if not 1 <= C <= sizes["U"]:
         raise ValueError(f"C: expected from 1 to {sizes['U']} (there are {sizes['U']} upstream latents), got {C}")
     backend = choose("select_connections", backend, W_enc)
-    scratch = check_scratch(scratch_bytes, backend, 8 * SCRATCH_BYTES)
+    scratch = check_scratch(scratch_bytes, "select_connections", backend)
     with torch.no_grad():
         rows = W_enc if "H" in sizes else W_enc[None]
         if backend == "reference":
             return select_connections_reference(rows, E, importance, C)
-        connections: Tensor = _select_connections(rows, E, importance, C, scratch, backend)
+        connections: Tensor = OPERATOR(rows, E, importance, C, scratch, backend)
         return connections
 
 
@@ -56,18 +56,6 @@ def connection_scores(W_enc: Tensor, E: Tensor, importance: Tensor) -> Tensor:
 def select_connections_reference(W_enc: Tensor, E: Tensor, importance: Tensor, C: int) -> Tensor:
     scores = connection_scores(W_enc, E, importance)
     return scores.sort(dim=1, descending=True, stable=True).indices[:, :C].contiguous()
-
-
-def norm_over_heads_(products: Iterator[Tensor]) -> Tensor:
-    """`torch.stack(list(products)).norm(dim=0)`, in the memory of the first, which alone must outlast the next."""
-    total, following = next(products), next(products, None)
-    if following is None:
-        return total.abs_()
-    total.square_()
-    while following is not None:
-        total += following.square_()
-        following = next(products, None)
-    return total.sqrt_()
 
 
 def forward_torch(W_enc: Tensor, E: Tensor, importance: Tensor, C: int, scratch_bytes: int) -> Tensor:
@@ -87,21 +75,29 @@ def forward_torch(W_enc: Tensor, E: Tensor, importance: Tensor, C: int, scratch_
     return connections
 
 
-register("select_connections", "reference", select_connections_reference)
-register("select_connections", "torch", forward_torch)
-
-
-def _run(W_enc: Tensor, E: Tensor, importance: Tensor, C: int, scratch_bytes: int, backend: str) -> Tensor:
-    return implementation("select_connections", backend).forward(W_enc, E, importance, C, scratch_bytes)
-
-
-def _fake(W_enc: Tensor, E: Tensor, importance: Tensor, C: int, scratch_bytes: int, backend: str) -> Tensor:
+def fake(W_enc: Tensor, E: Tensor, importance: Tensor, C: int, *_: Any) -> Tensor:
     return W_enc.new_empty(W_enc.shape[1], C, dtype=torch.int64)
 
 
-_select_connections = define(
+def _torch() -> Implementation:
+    return Implementation(forward_torch)
+
+
+def _numba() -> Implementation:
+    from sparseclt.ops import _numba as numba
+
+    return Implementation(numba.select_connections)
+
+
+def _triton() -> Implementation:
+    from csrc_triton.select_connections import forward
+
+    return Implementation(forward)
+
+
+OPERATOR = Operator(
     "select_connections(Tensor W_enc, Tensor E, Tensor importance, SymInt C, SymInt scratch_bytes, str backend)"
     " -> Tensor",
-    _run,
-    _fake,
+    {"torch": _torch, "numba": _numba, "triton": _triton},
+    fake,
 )

@@ -1,11 +1,12 @@
-"""How far every op is from float64, on the hardware at hand: `sparseclt selftest`.
+"""How far every op is from float64 on the hardware at hand: `sparseclt selftest`, or `python -m sparseclt.ops.selftest`
+where only torch is installed.
 
 For each op, dtype and backend: the largest error of the outputs and of each gradient against float64 computed
 from the same (rounded) inputs, beside that of plain torch in the same dtype (the reference backend). An op passes
-while its error is at most twice plain torch's and one rounding more.
+while its error is at most twice that of plain torch, plus one rounding.
 
-Ops that select latents are held to their own selection: a selected value must be the pre-activation of the latent
-that it names, and no worse than the truth's at the same rank; gradients are those of the truth at those latents.
+Ops that select latents are held to their own selection: a selected value must be the pre-activation of the latent that
+it names, and no worse than the true one of the same rank; gradients are compared with the true ones at those latents.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,13 +17,14 @@ import torch
 from torch import Tensor
 
 from sparseclt import ops
+from sparseclt.ops.attention_encode import attention_pre_activations
 from sparseclt.ops.backend import choose
 from sparseclt.ops.connected_encode import connected_pre_activations
 from sparseclt.ops.jumprelu_encode import jumprelu_reference
 from sparseclt.ops.select_connections import connection_scores
 from sparseclt.ops.topk_encode import pre_activations
 
-# What an error may exceed twice plain torch's by, in parts of 1 + the largest true value: a rounding of the dtype.
+# By how much an error may exceed twice that of plain torch, in parts of 1 + the largest true value: one rounding.
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-6, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
 INTERPRETED_SIZES = {"N": 12, "D": 24, "F": 90, "U": 100}
 Inputs = dict[str, Any]
@@ -31,7 +33,8 @@ Errors = dict[str, float]  # of the "forward" pass, then of the gradient of each
 
 @dataclass(frozen=True)
 class Case:
-    """An op on given inputs. `dense` (selecting ops): what it selects from, [N, F] or [F, U], in ordinary torch."""
+    """An op on given inputs. `dense` (of ops that select): the numbers to select from, along the last axis, in ordinary
+    torch."""
 
     op: str
     inputs: Inputs
@@ -64,7 +67,7 @@ def distinct_ids(F: int, C: int, count: int, seed: int, empty: float = 0.2) -> T
 
 
 def cases(N: int = 40, D: int = 64, F: int = 300, K: int = 8, C: int = 9, U: int = 500, S: int = 12) -> list[Case]:
-    """Every op once, and each activation, on inputs in float64 and on the CPU."""
+    """Every op once per activation, on inputs in float64 and on the CPU."""
     encoder: Inputs = {
         "x": numbers(N, D, seed=1),
         "W_enc": numbers(F, D, seed=2, scale=D**-0.5),
@@ -84,6 +87,15 @@ def cases(N: int = 40, D: int = 64, F: int = 300, K: int = 8, C: int = 9, U: int
     scale: Inputs = {"scale": numbers(N, seed=10).abs() + 0.5, "k": K}
     decoder: Inputs = {"W_dec": numbers(F, 3, D, seed=11), "b_dec": numbers(3, D, seed=12)}
     active: Inputs = {"values": numbers(N, K, seed=13).abs(), "indices": ids(N, K, count=F, seed=14)}
+    length = N // 2  # attention reads two sequences
+    by_head: Inputs = {
+        "x": numbers(2, length, D, seed=1),
+        "z_values": numbers(2, length, S, seed=6).abs(),
+        "z_indices": ids(2, length, S, count=U, seed=7),
+        "V": numbers(2, F, C, seed=8, scale=C**-0.5),
+        "mix": numbers(2, 2, length, length, seed=16).abs().tril() / length,
+        "k": K,
+    }
     importance: Inputs = {"importance": numbers(U, seed=15).abs(), "C": C}
     return [
         Case("topk_encode", encoder | {"k": K}, _pre),
@@ -95,6 +107,7 @@ def cases(N: int = 40, D: int = 64, F: int = 300, K: int = 8, C: int = 9, U: int
         Case("virtual_weights", rows | {"connections": connections}),
         Case("virtual_matmul", upstream),
         Case("connected_encode", reader | upstream | scale, _connected_pre),
+        Case("attention_encode", encoder | upstream | by_head, _attention_pre),
         Case("select_connections", rows | importance, _scores),
     ]
 
@@ -107,12 +120,16 @@ def _connected_pre(connections: Tensor, upstream: int, k: int, **tensors: Tensor
     return connected_pre_activations(**tensors, connections=ops.Connections(connections, upstream))
 
 
+def _attention_pre(connections: Tensor, upstream: int, k: int, **tensors: Tensor) -> Tensor:
+    return attention_pre_activations(**tensors, connections=ops.Connections(connections, upstream))
+
+
 def _scores(W_enc: Tensor, E: Tensor, importance: Tensor, **_: Any) -> Tensor:
     return connection_scores(W_enc if W_enc.ndim == 3 else W_enc[None], E, importance)
 
 
 def cast(inputs: Inputs, dtype: torch.dtype, device: str) -> Inputs:
-    """Floating-point tensors as leaves of the dtype, on the device."""
+    """The inputs on the device, floating-point tensors as leaves of the dtype."""
     result = dict(inputs)
     for name, value in inputs.items():
         if isinstance(value, Tensor):
@@ -128,7 +145,7 @@ def cotangent(shape: Sequence[int], like: Tensor, seed: int = 99) -> Tensor:
 
 
 def gradients(outputs: Sequence[Tensor], inputs: Inputs) -> dict[str, Tensor]:
-    """Of every input that has one, for fixed cotangents."""
+    """The gradient of every input that has one, for fixed cotangents."""
     leaves = {name: t for name, t in inputs.items() if isinstance(t, Tensor) and t.requires_grad}
     cotangents = [cotangent(out.shape, out, seed=99 + i) for i, out in enumerate(outputs)]
     grads = torch.autograd.grad(outputs, list(leaves.values()), cotangents, allow_unused=True)
@@ -146,7 +163,7 @@ def distance(got: Tensor, true: Tensor) -> float:
 
 
 def ranked(values: Tensor, length: int) -> Tensor:
-    """All values of ragged rows, largest first, with zeros up to a length."""
+    """All values of ragged rows, largest first, padded with zeros to a length."""
     values = values.double().flatten().sort(descending=True).values
     return torch.cat([values, values.new_zeros(length)])[:length]
 
@@ -177,8 +194,8 @@ def errors(case: Case, dtype: torch.dtype, backend: str, device: str = "cpu", **
 def _own_selection(
     case: Case, exact: Inputs, result: tuple[Tensor, ...], truth: tuple[Tensor, ...]
 ) -> tuple[list[Tensor], list[Tensor], float]:
-    """Differentiable outputs, what they should be for the latents that were selected, and the error of the values:
-    against that, and against the best there was."""
+    """Differentiable outputs, their true values for the latents that were selected, and the error of the values: from
+    those, and from the best possible selection."""
     assert case.dense is not None
     values, indices, *counts = result
     dense, columns = case.dense(**exact), indices.clamp_min(0)
@@ -189,7 +206,7 @@ def _own_selection(
         true_counts = [(active.gather(1, columns) * kept).sum(1)]
     elif case.inputs.get("activation") != "abstopk":
         dense = dense.relu()
-    true_values = dense.gather(1, columns) * kept
+    true_values = dense.gather(-1, columns) * kept
     error = distance(values, true_values)
     if case.op in ("batchtopk_encode", "jumprelu_encode"):
         length = max(values.numel(), truth[0].numel())
@@ -234,7 +251,7 @@ def runnable(backend: str, dtype: torch.dtype, device: str) -> bool:
 
 
 def table(rows: Sequence[Row]) -> str:
-    """Markdown: errors, and in brackets what is allowed where one exceeds it."""
+    """The errors in Markdown, with the bound in brackets where one exceeds it."""
     lines = ["| op | dtype | backend | forward | gradients | |", "| -- | ----- | ------- | ------: | --------- | - |"]
     for row in rows:
         shown = {
@@ -264,3 +281,17 @@ def selftest(device: str, backends: Sequence[str], dtypes: Sequence[torch.dtype]
             if runnable(backend, dtype, device)
         ]
     return rows
+
+
+def main(device: str, names: Sequence[str] = ()) -> int:
+    """Prints the table for the named backends, or for all that run on the device: 0 if every op passes, otherwise 1."""
+    names = names or [name for name in ("torch", "numba", "triton") if runnable(name, torch.float32, device)]
+    rows = selftest(device, names)
+    print(table(rows))
+    failed = sum(not row.passed for row in rows)
+    print(f"\n{device}, {', '.join(names)}: {len(rows) - failed} passed, {failed} failed")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main("cuda" if torch.cuda.is_available() else "cpu"))

@@ -1,4 +1,4 @@
-"""The k largest pre-activations of an encoder, without ever keeping all of them."""
+"""The k largest pre-activations of an encoder, without ever holding all of them."""
 
 from functools import partial
 from itertools import pairwise
@@ -7,11 +7,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from sparseclt.ops._encode import encode, encoder_gradients, group_starts
-from sparseclt.ops._registration import define, fake_gradients, if_needed, present
-from sparseclt.ops._rows import TORCH, RowSums
-from sparseclt.ops.backend import choose, implementation, register
+from sparseclt.ops._encode import encode, encode_backward, group_starts
+from sparseclt.ops._torch_rows import TORCH
+from sparseclt.ops.backend import choose
 from sparseclt.ops.checks import check_k, check_name, check_scratch, check_shapes, check_tensors
+from sparseclt.ops.registration import Implementation, Operator
 
 Activation = Literal["topk", "abstopk", "groupmax"]
 ACTIVATIONS = ("topk", "abstopk", "groupmax")
@@ -27,20 +27,22 @@ def topk_encode(
     backend: str | None = None,
     scratch_bytes: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Exact top-k of an encoder: values [N, K] in descending order, indices [N, K] int64.
+    """Exact top-k of an encoder: values [N, K] in descending order and indices [N, K] int64, K = k.
 
     With `pre = x @ W_enc.T + b_enc`, equivalent to
     - "topk": `relu(pre).topk(k)`;
-    - "abstopk": `indices = pre.abs().topk(k).indices; pre.gather(1, indices)`, in descending order of size;
-    - "groupmax": `relu(pre[:, g * F // k : (g + 1) * F // k].max(1))` for g = 0..k-1: the largest of each of k
-      groups of neighbouring latents, in descending order.
+    - "abstopk": `indices = pre.abs().topk(k).indices; pre.gather(1, indices)`, in descending order of magnitude;
+    - "groupmax": `relu(pre[:, g * F // k : (g + 1) * F // k].max(1))` for g = 0..k-1: the maximum of each of k groups
+      of neighbouring latents, in descending order.
 
-    A slot whose value is zero has no gradient. Among equal pre-activations the lowest index is taken, on every
-    backend (which of several zeros is free); NaN counts as the largest. In fp16 and bf16, pre-activations are
-    accumulated and compared in fp32, values rounded once.
+    Differentiable in `x`, `W_enc` and `b_enc`; a slot whose value is zero has no gradient. Every backend takes the
+    lowest index among equal pre-activations (but any of several zeros), and NaN counts as the largest. In fp16 and
+    bf16, pre-activations are accumulated and compared in fp32, and values are rounded once. TopK: Gao et al., "Scaling
+    and evaluating sparse autoencoders" (2024).
 
-    `x` [N, D], `W_enc` [F, D], `b_enc` [F] or None: one floating-point dtype. `scratch_bytes` bounds the working
-    memory (one token's pre-activations at least; None: what suits the backend).
+    `x` [N, D], `W_enc` [F, D], `b_enc` [F] or None, all of one floating-point dtype. `scratch_bytes` bounds the working
+    memory in bytes (at least the pre-activations of one token; None: what suits the backend). `backend`: a name from
+    `backends()`, or None for the fastest that is installed and takes the tensors.
     Raises ValueError (shapes, k outside 1..F, devices, activation, backend), TypeError (dtypes), ImportError
     (backend not installed).
     """
@@ -49,7 +51,8 @@ def topk_encode(
     backend = choose("topk_encode", backend, x)
     if backend == "reference":
         return topk_encode_reference(x, W_enc, b_enc, k, activation)
-    values, indices = _topk_encode(x, W_enc, b_enc, k, activation, check_scratch(scratch_bytes, backend), backend)
+    scratch = check_scratch(scratch_bytes, "topk_encode", backend)
+    values, indices = OPERATOR(x, W_enc, b_enc, k, activation, scratch, backend)
     return values, indices
 
 
@@ -72,7 +75,7 @@ def topk_encode_reference(
 
 
 def select_reference(pre: Tensor, k: int, activation: Activation = "topk") -> tuple[Tensor, Tensor]:
-    """A stable sort, because `torch.topk` promises no order among equals."""
+    """Sorts stably, because `torch.topk` promises no order among equals."""
     if activation == "groupmax":
         starts = group_starts(pre.shape[1], k)
         best = [pre[:, a:b].relu().max(1) for a, b in pairwise(starts)]
@@ -84,76 +87,31 @@ def select_reference(pre: Tensor, k: int, activation: Activation = "topk") -> tu
     return (pre if activation == "abstopk" else score).gather(1, indices), indices
 
 
-def topk_encode_torch(
-    x: Tensor, W_enc: Tensor, b_enc: Tensor | None, k: int, activation: str, scratch_bytes: int
-) -> tuple[Tensor, Tensor]:
-    return encode(x, W_enc, b_enc, k, activation, scratch_bytes)
-
-
-def encode_backward_by(
-    sums: RowSums,
-    grad_values: Tensor,
-    values: Tensor,
-    indices: Tensor,
-    x: Tensor,
-    W_enc: Tensor,
-    needed: list[bool],
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of x, W_enc and b_enc over the slots [N, K] with a value, -1 an empty one."""
-    grad = grad_values.masked_fill(values == 0, 0)
-    return encoder_gradients(grad, grad, indices, x, W_enc, needed, sums)
-
-
-register("topk_encode", "reference", topk_encode_reference)
-register("topk_encode", "torch", topk_encode_torch, partial(encode_backward_by, TORCH))
-
-
-def _run(
-    x: Tensor, W_enc: Tensor, b_enc: Tensor | None, k: int, activation: str, scratch_bytes: int, backend: str
-) -> tuple[Tensor, Tensor]:
-    return implementation("topk_encode", backend).forward(x, W_enc, b_enc, k, activation, scratch_bytes)
-
-
-def _fake(x: Tensor, W_enc: Tensor, b_enc: Tensor | None, k: int, *_: Any) -> tuple[Tensor, Tensor]:
+def fake(x: Tensor, W_enc: Tensor, b_enc: Tensor | None, k: int, *_: Any) -> tuple[Tensor, Tensor]:
     return x.new_empty(len(x), k), x.new_empty(len(x), k, dtype=torch.int64)
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, W_enc, *_, ctx.backend = inputs
-    ctx.save_for_backward(*output, x, W_enc)
-    ctx.mark_non_differentiable(output[1])
+def _torch() -> Implementation:
+    return Implementation(encode, partial(encode_backward, TORCH))
 
 
-def _differentiate(ctx: Any, grad_values: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    needed = list(ctx.needs_input_grad[:3])
-    grads = encode_backward(grad_values, *ctx.saved_tensors, needed, ctx.backend)
-    return *if_needed(needed, grads), None, None, None, None
+def _numba() -> Implementation:
+    from sparseclt.ops import _numba as numba
+
+    return Implementation(numba.topk_encode, partial(encode_backward, numba.SUMS))
 
 
-def _run_backward(
-    grad_values: Tensor, values: Tensor, indices: Tensor, x: Tensor, W_enc: Tensor, needed: list[bool], backend: str
-) -> tuple[Tensor, ...]:
-    run = implementation("topk_encode", backend).gradients
-    return present(*run(grad_values, values, indices, x, W_enc, needed))
+def _triton() -> Implementation:
+    from csrc_triton.topk_encode import backward, forward
+
+    return Implementation(forward, backward)
 
 
-def _fake_backward(
-    grad_values: Tensor, values: Tensor, indices: Tensor, x: Tensor, W_enc: Tensor, needed: list[bool], backend: str
-) -> tuple[Tensor, ...]:
-    return fake_gradients(needed, x, W_enc, W_enc.new_empty(len(W_enc)))
-
-
-encode_backward = define(
-    "encode_backward(Tensor grad_values, Tensor values, Tensor indices, Tensor x, Tensor W_enc, bool[] needed,"
-    " str backend) -> (Tensor, Tensor, Tensor)",
-    _run_backward,
-    _fake_backward,
-)
-_topk_encode = define(
+OPERATOR = Operator(
     "topk_encode(Tensor x, Tensor W_enc, Tensor? b_enc, SymInt k, str activation, SymInt scratch_bytes, str backend)"
-    " -> (Tensor, Tensor)",
-    _run,
-    _fake,
-    _differentiate,
-    _save,
+    " -> (Tensor values, Tensor indices)",
+    {"torch": _torch, "numba": _numba, "triton": _triton},
+    fake,
+    backward="grad_values, values, indices, x, W_enc, needed -> x, W_enc, b_enc",
+    vectors={"b_enc": "W_enc"},
 )

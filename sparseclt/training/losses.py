@@ -10,7 +10,7 @@ from torch.nn.functional import mse_loss
 from sparseclt.model.forward import ForwardPass
 from sparseclt.model.modules import Latents
 from sparseclt.model.sites import Site
-from sparseclt.ops._rows import add_at_
+from sparseclt.ops.rows import add_at_
 
 
 class FVUSums(NamedTuple):

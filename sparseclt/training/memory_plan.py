@@ -9,7 +9,7 @@ from sparseclt.devices import resolve
 from sparseclt.model.decoder_gradients import CHUNK_BYTES
 from sparseclt.model.shape import ModelShape
 from sparseclt.model.sites import model_sites, upstream_modules
-from sparseclt.ops._rows import SCRATCH_BYTES
+from sparseclt.ops.scratch import default_scratch
 from sparseclt.training.optimizer import KEPT_BYTES, PIECE_BYTES
 
 GiB = 1 << 30
@@ -183,7 +183,8 @@ def _pass_terms(x: _Run) -> list[MemoryTerm]:
         MemoryTerm("gradients of reconstructions, for the update", x.passes * x.outputs, NOTED,
                    "modes x 4 N D L; AuxK: twice"),
         MemoryTerm("reconstructions by one module", one_module, FORWARD, "4 n D L"),
-        MemoryTerm("scratch of an op", min(SCRATCH_BYTES, FLOAT * x.n * x.F), ("forward",), "at most 4 MiB on a CPU"),
+        MemoryTerm("scratch of an op", min(default_scratch("topk_encode", "torch"), FLOAT * x.n * x.F), ("forward",),
+                   "at most 4 MiB on a CPU"),
         MemoryTerm("one encoder's gradient", 2 * x.w * x.F * x.D, ("backward",), "2 w F D"),
     ]  # fmt: skip
 

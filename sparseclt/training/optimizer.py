@@ -12,7 +12,7 @@ from sparseclt.config import OptimizerConfig
 from sparseclt.devices import Budget
 from sparseclt.model.decoder_gradients import Chunk, DecoderGradients
 from sparseclt.model.transcoders import Transcoders
-from sparseclt.ops._rows import chunks
+from sparseclt.ops.rows import chunks
 from sparseclt.training import eight_bit
 
 KEPT_BYTES = 256 << 20  # decoder gradients that are kept for the update; larger ones are computed again for it

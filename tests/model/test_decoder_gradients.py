@@ -10,7 +10,7 @@ from tiny_models import tokens
 
 from sparseclt.config import CLTConfig, ConnectionConfig, DataConfig, LoggingConfig, LossConfig, TrainConfig
 from sparseclt.model.decoder_gradients import DecoderGradients
-from sparseclt.ops._rows import section, transpose
+from sparseclt.ops.rows import section, transpose
 from sparseclt.training.optimizer import RowAdam
 from sparseclt.training.trainer import Trainer
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from sparseclt.ops import _registration, selftest
+from sparseclt.ops import registration, selftest
 
 Inputs = dict[str, Any]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -93,7 +93,7 @@ class LargestAllocation(TorchDispatchMode):
         self.elements, self.by = 0, ""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        kernel = _registration.kernels.get(func.name())
+        kernel = registration.kernels.get(func.name())
         if kernel is None:
             out = func(*args, **(kwargs or {}))
         else:  # one of ours: look inside

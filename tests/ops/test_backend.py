@@ -1,5 +1,6 @@
 import subprocess
 import sys
+from importlib import import_module
 
 import pytest
 import torch
@@ -17,8 +18,11 @@ def test_the_backends_are_listed():
 
 @pytest.mark.parametrize("op", OPS)
 def test_every_op_has_every_backend(op):
-    for name in set(ops.backends()) - (backend.OPTIONAL.keys() - backend.INSTALLED):
-        assert backend.implementation(op, name).forward
+    module = import_module(f"sparseclt.ops.{op}")
+    assert {"reference", *module.OPERATOR.backends} == set(ops.backends())
+    assert getattr(module, f"{op}_reference")
+    for name in {"torch", *backend.INSTALLED}:
+        assert module.OPERATOR.implementation(name).forward
 
 
 def test_the_automatic_choice_is_triton_on_cuda_where_it_takes_the_dtype_and_torch_elsewhere(monkeypatch):
@@ -89,7 +93,7 @@ def test_triton_on_the_cpu_says_how_to_turn_the_interpreter_on(monkeypatch):
         encode("triton")
 
 
-def test_import_needs_torch_alone_is_quick_and_prints_nothing():
+def test_import_needs_only_torch_is_quick_and_prints_nothing():
     code = """if True:
         import sys, time, torch
         before, start = set(sys.modules), time.process_time()

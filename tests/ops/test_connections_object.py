@@ -23,11 +23,6 @@ def test_its_transposed_order_is_sorted_once_and_stable():
     assert connections.transposed is connections.transposed
 
 
-def test_moving_it_where_it_is_gives_itself():
-    connections = Connections(distinct_ids(5, 3, count=7), 7)
-    assert connections.to("cpu") is connections
-
-
 def test_no_upstream_means_empty_slots_only():
     assert Connections(torch.full((5, 3), -1), 0).C == 3
     with pytest.raises(ValueError, match=r"connections: .*0 upstream latents.*got 0..0"):

@@ -15,7 +15,7 @@ SIZES = {"N": 4, "D": 6, "F": 20, "K": 3, "C": 3, "U": 12, "S": 3}
 CASES = {case.name: case for case in selftest.cases(**SIZES)}
 STEP = 1e-3
 NO_GRADIENT = ("select_connections",)
-CONSTANT = {"scale", "threshold"}  # no gradient; a straight-through one, which is no derivative of the output
+CONSTANT = {"scale", "mix", "threshold"}  # no gradient; a straight-through one, which is no derivative of the output
 
 
 @pytest.mark.parametrize("backend", ["torch", *COMPILED])

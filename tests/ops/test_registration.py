@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
 from sparseclt import ops
-from sparseclt.ops import _registration, selftest
+from sparseclt.ops import registration, selftest
 
 SIZES = {"N": 6, "D": 8, "F": 30, "K": 3, "C": 3, "U": 20, "S": 4}
 CASES = {case.name: case for case in selftest.cases(**SIZES)}
@@ -63,7 +63,7 @@ def test_every_operator_is_checked():
     with Calls() as recorded:
         for case in CASES.values():
             run(case, torch.float32, "torch")
-    assert {operator.name() for operator, _ in recorded.calls} == set(_registration.kernels)
+    assert {operator.name() for operator, _ in recorded.calls} == set(registration.kernels)
 
 
 class SAE(torch.nn.Module):

@@ -2,29 +2,29 @@ import pytest
 import torch
 from op_helpers import DEVICE, ids, rows
 
-from sparseclt.ops import _rows
+from sparseclt.ops import _torch_rows
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("scratch_bytes", [1, 1 << 20])
 def test_row_dots_without_the_private_op_are_the_same(monkeypatch, dtype, scratch_bytes):
     bags, indices, table = rows(7, 5).to(dtype), ids(7, 4, count=9), rows(9, 5, seed=1).to(dtype)
-    expected = _rows.row_dots(bags, indices, table)
+    expected = _torch_rows.row_dots(bags, indices, table)
     with monkeypatch.context() as without:
-        without.setattr(_rows.torch.ops, "aten", object())
-        got = _rows.row_dots(bags, indices, table, scratch_bytes)
+        without.setattr(_torch_rows.torch.ops, "aten", object())
+        got = _torch_rows.row_dots(bags, indices, table, scratch_bytes)
     torch.testing.assert_close(got, expected)
 
 
 def test_a_transpose_of_a_transpose_is_the_dense_product():
     weights, indices, bags = rows(7, 4), ids(7, 4, count=9), rows(7, 5, seed=1)
-    sums = _rows.transposed_gather_sum(weights, _rows.transpose(indices, 9), bags)
-    torch.testing.assert_close(sums, _rows.dense(weights, indices, 9).T @ bags)
+    sums = _torch_rows.transposed_gather_sum(weights, *_torch_rows.transpose(indices, 9), bags)
+    torch.testing.assert_close(sums, _torch_rows.dense(weights, indices, 9).T @ bags)
 
 
 def test_adding_at_places_is_scatter_add_and_always_the_same():
     places, values = torch.arange(50_000, device=DEVICE) % 7, rows(50_000, 1).flatten().float()
-    once, again = (_rows.add_at_(torch.zeros(9, device=DEVICE), places, values) for _ in range(2))
+    once, again = (_torch_rows.add_at_(torch.zeros(9, device=DEVICE), places, values) for _ in range(2))
     expected = torch.zeros(9, dtype=torch.float64, device=DEVICE).scatter_add_(0, places, values.double())
     torch.testing.assert_close(once.double(), expected, rtol=1e-5, atol=1e-3)
     assert torch.equal(once, again)
@@ -32,6 +32,6 @@ def test_adding_at_places_is_scatter_add_and_always_the_same():
 
 @pytest.mark.parametrize(("total", "scratch"), [(0, 10), (1, 0), (10, 25), (10, 1000)])
 def test_chunks_cover_everything_once(total, scratch):
-    parts = list(_rows.chunks(total, 10, scratch))
+    parts = list(_torch_rows.chunks(total, 10, scratch))
     assert [i for part in parts for i in range(total)[part]] == list(range(total))
     assert all(part.stop - part.start <= max(1, scratch // 10) for part in parts)

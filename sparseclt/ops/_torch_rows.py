@@ -1,9 +1,7 @@
-"""Three products with gathered rows: every op of the torch backend, and its gradient, is built on them.
+"""The torch backend's products with gathered rows, on which its ops and their gradients are built.
 
-A bag is a token with its active latents, or a latent with its connections: `weights` and `indices` [N, K]
-name K of the `rows` [R, D]. An index of -1 is an empty slot: worth zero in every sum, and zero as a result.
-Sums are `embedding_bag`s, with int32 indices where they fit: one pass gathers and adds, in a fixed order, in
-float32 for fp16 and bf16 rows, rounded once. The three products are not differentiable themselves.
+`rows` is the public face of this file and says what a bag is. Sums are `embedding_bag`s, with int32 indices where they
+fit: one pass gathers and adds, in a fixed order, in float32 for fp16 and bf16 rows, and rounds once.
 """
 
 from collections.abc import Callable, Iterator
@@ -13,16 +11,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-SCRATCH_BYTES = 4 << 20  # working memory of an op: about what stays in a core's cache
+from sparseclt.ops.scratch import SCRATCH_BYTES
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """In which dtype numbers of a dtype are added up: float32 for fp16 and bf16."""
+    """The dtype in which numbers of `dtype` are added up: float32 for fp16 and bf16, otherwise their own."""
     return torch.promote_types(dtype, torch.float32)
 
 
 def chunks(total: int, bytes_each: int, scratch_bytes: int) -> Iterator[slice]:
-    """Consecutive slices of 0..total, each as long as the scratch allows (at least 1)."""
+    """Consecutive slices of 0..total, each as long as `scratch_bytes` allows at `bytes_each` per entry (at least 1)."""
     size = max(1, scratch_bytes // max(1, bytes_each))
     return (slice(start, min(start + size, total)) for start in range(0, total, size))
 
@@ -32,7 +30,7 @@ def _index_dtype(indices: Tensor, rows: int) -> torch.dtype:
 
 
 def fill_empty(weights: Tensor, indices: Tensor, rows: int) -> tuple[Tensor, Tensor]:
-    """Weights and indices fit for `embedding_bag`: an empty slot names row 0 with weight 0."""
+    """Weights and indices as `embedding_bag` takes them: an empty slot names row 0 with weight 0."""
     ids = indices.clamp_min(0).to(_index_dtype(indices, rows))
     return weights.masked_fill(indices < 0, 0), ids
 
@@ -45,8 +43,8 @@ def gather_sum(weights: Tensor, indices: Tensor, rows: Tensor) -> Tensor:
     return functional.embedding_bag(ids, rows, per_sample_weights=weights, mode="sum")
 
 
-def row_dots(bags: Tensor, indices: Tensor, rows: Tensor, scratch_bytes: int = SCRATCH_BYTES) -> Tensor:
-    """[N, K]: the dot product of each bag's own vector (`bags` [N, D]) with each row that it names."""
+def row_dots(bags: Tensor, indices: Tensor, rows: Tensor, scratch_bytes: int = SCRATCH_BYTES["torch"]) -> Tensor:
+    """[N, K]: the dot product of each bag's own vector with each row that it names."""
     if indices.numel() == 0 or len(rows) == 0:
         return rows.new_zeros(indices.shape)
     ids = indices.clamp_min(0).to(_index_dtype(indices, len(rows)))
@@ -64,22 +62,22 @@ def row_dots(bags: Tensor, indices: Tensor, rows: Tensor, scratch_bytes: int = S
 
 
 class Transpose(NamedTuple):
-    """Slots of `indices` [N, K] in the order of the rows that they name (CSC), empty slots first.
+    """The slots of `indices` [N, K] sorted by the row that they name (CSC), empty slots first.
 
-    `order` [N*K]: positions in the flattened indices; `starts` [R+1]: where the empty slots, then each row's
-    slots, begin.
+    `order` [N*K]: positions in the flattened indices; `starts` [R+1]: where the empty slots begin, then where each
+    row's slots begin. int32 where that is wide enough, otherwise int64.
     """
 
     order: Tensor
     starts: Tensor
 
     def bounds(self) -> Tensor:
-        """[R+1]: where each row's slots begin, and where the last one's end."""
+        """[R+1]: where each row's slots begin, and where those of the last one end."""
         return torch.cat([self.starts[1:], self.starts.new_full((1,), len(self.order))])
 
 
 def section(transposed: Transpose, start: int, stop: int) -> Transpose:
-    """Rows start..stop alone, numbered from 0, without the empty slots."""
+    """Only rows start..stop, renumbered from 0, without the empty slots."""
     bounds = transposed.bounds()[start : stop + 1]
     first, last = int(bounds[0]), int(bounds[-1])
     starts = bounds - first
@@ -88,16 +86,15 @@ def section(transposed: Transpose, start: int, stop: int) -> Transpose:
 
 
 def transpose(indices: Tensor, rows: int) -> Transpose:
-    """The stable order of `indices` by row: the same indices give the same order on every run."""
+    """Sorts the slots of `indices` by row, stably: the same indices give the same order on every run."""
     dtype = _index_dtype(indices, rows)
     keys, order = torch.sort(indices.flatten().to(dtype) + 1, stable=True)
     starts = torch.searchsorted(keys, torch.arange(rows + 1, dtype=dtype, device=keys.device))
     return Transpose(order.to(dtype), starts.to(dtype))
 
 
-def transposed_gather_sum(weights: Tensor, transposed: Transpose, bags: Tensor) -> Tensor:
+def transposed_gather_sum(weights: Tensor, order: Tensor, starts: Tensor, bags: Tensor) -> Tensor:
     """[R, D]: for each row, the weighted sum of the vectors `bags` [N, D] of the bags that name it."""
-    order, starts = transposed
     filled = int(starts[1]) if len(starts) > 1 else len(order)  # where the empty slots end
     if filled == len(order):
         return bags.new_zeros(len(starts) - 1, bags.shape[1])
@@ -111,32 +108,32 @@ def transposed_gather_sum(weights: Tensor, transposed: Transpose, bags: Tensor) 
     )
 
 
-def transposed_sum(weights: Tensor, transposed: Transpose) -> Tensor:
-    """[R]: for each row, the sum of the weights [N, K] that name it."""
-    return transposed_gather_sum(weights, transposed, weights.new_ones(len(weights), 1)).flatten()
+def transposed_sum(weights: Tensor, order: Tensor, starts: Tensor) -> Tensor:
+    """[R]: for each row, the sum of the weights [N, K] of the slots that name it."""
+    return transposed_gather_sum(weights, order, starts, weights.new_ones(len(weights), 1)).flatten()
 
 
 class RowSums(NamedTuple):
-    """The sums that gradients are made of, as a backend computes them."""
+    """The sums that gradients consist of, as a backend computes them."""
 
     gather_sum: Callable[[Tensor, Tensor, Tensor], Tensor] = gather_sum
     transpose: Callable[[Tensor, int], Transpose] = transpose
-    transposed_gather_sum: Callable[[Tensor, Transpose, Tensor], Tensor] = transposed_gather_sum
-    transposed_sum: Callable[[Tensor, Transpose], Tensor] = transposed_sum
+    transposed_gather_sum: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor] = transposed_gather_sum
+    transposed_sum: Callable[[Tensor, Tensor, Tensor], Tensor] = transposed_sum
 
 
 TORCH = RowSums()
 
 
 def add_at_(total: Tensor, places: Tensor, values: Tensor) -> Tensor:
-    """`total.scatter_add_(0, places, values)`; on a GPU, where that adds in any order, in a fixed one."""
+    """`total.scatter_add_(0, places, values)`, also on a GPU in a fixed order."""
     if total.is_cuda:
         return total.index_put_((places,), values, accumulate=True)
     return total.scatter_add_(0, places, values)
 
 
 def dense(values: Tensor, indices: Tensor, count: int) -> Tensor:
-    """[N, count]: sparse rows spelled out, differentiable; slots that name the same column add up."""
+    """[N, count]: sparse rows as a dense matrix. Differentiable; slots that name the same column add up."""
     if count == 0:
         return values[:, :0]
     columns, values = indices.clamp_min(0).long(), values.masked_fill(indices < 0, 0)
@@ -144,7 +141,7 @@ def dense(values: Tensor, indices: Tensor, count: int) -> Tensor:
 
 
 def dense_columns(values: Tensor, indices: Tensor, count: int) -> Tensor:
-    """[count, N]: `dense(...).T`, contiguous: written so, not transposed afterwards. Not differentiable."""
+    """[count, N]: `dense(...).T`, written contiguously rather than transposed afterwards. Not differentiable."""
     N = len(values)
     if count == 0:
         return values.new_zeros(0, N)
