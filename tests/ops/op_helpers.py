@@ -113,3 +113,33 @@ def largest_allocation(op: Callable, inputs: Inputs, **options: Any) -> int:
         for backend in WIDE:
             outputs_and_gradients(op, inputs, torch.float32, backend=backend, **options)
     return largest.elements
+
+
+def encoder_inputs(N: int = 13, D: int = 24, F: int = 37, **more: Any) -> Inputs:
+    """A small encoder and its input, float32."""
+    return {
+        "x": rows(N, D, seed=1).float(),
+        "W_enc": rows(F, D, seed=2).float() / D**0.5,
+        "b_enc": rows(F, seed=3).float() * 0.1,
+    } | more
+
+
+def pre_activations(case: Inputs) -> Tensor:
+    return case["x"] @ case["W_enc"].T + case["b_enc"]
+
+
+def dense(values: Tensor, indices: Tensor, F: int) -> Tensor:
+    """[N, F]"""
+    return values.new_zeros(len(values), F).scatter_add(1, indices.clamp_min(0), values)
+
+
+def assert_gradient_is_that_of_the_kept_values(case: Inputs, values: Tensor, indices: Tensor) -> None:
+    """Against autograd through a gather from dense pre-activations; `case` holds the leaves."""
+    leaves = [case[name] for name in ("x", "W_enc", "b_enc")]
+    weights = rows(*values.shape, seed=9).to(values)
+    got = torch.autograd.grad((values * weights).sum(), leaves)
+    kept = pre_activations(case).gather(1, indices.clamp_min(0)) * (values != 0)
+    torch.testing.assert_close(got, torch.autograd.grad((kept * weights).sum(), leaves), rtol=1e-4, atol=1e-5)
+    unused = torch.ones(len(case["b_enc"]), dtype=torch.bool, device=values.device)
+    unused[indices[values != 0]] = False
+    assert (got[1][unused] == 0).all() and (got[2][unused] == 0).all()
