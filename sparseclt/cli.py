@@ -190,20 +190,10 @@ def _plan(config: TrainConfig, shape: ModelShape, memory_gib: float | None) -> i
 
 
 def _selftest(device: str, backends: tuple[str, ...]) -> int:
-    import torch
-
     from sparseclt.devices import resolve
     from sparseclt.ops import selftest
 
-    device = str(resolve(device))
-    names = backends or tuple(
-        name for name in ("torch", "numba", "triton") if selftest.runnable(name, torch.float32, device)
-    )
-    rows = selftest.selftest(device, names)
-    print(selftest.table(rows))
-    failed = sum(not row.passed for row in rows)
-    print(f"\n{device}, {', '.join(names)}: {len(rows) - failed} passed, {failed} failed")
-    return 1 if failed else 0
+    return selftest.main(str(resolve(device)), backends)
 
 
 if __name__ == "__main__":
