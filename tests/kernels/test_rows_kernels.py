@@ -4,7 +4,7 @@ from harness import DTYPES, Guarded, assert_accurate, assert_same_bits, ids, row
 
 from csrc_triton import rows as kernels
 from csrc_triton.transpose import transpose
-from sparseclt.ops import _rows
+from sparseclt.ops import _torch_rows
 
 SHAPES = [(5, 8, 30, 40), (3, 11, 7, 70), (2, 1, 1, 1), (4, 3, 9, 300), (1, 17, 5, 513)]
 names = [f"N{n}-K{k}-R{r}-D{d}" for n, k, r, d in SHAPES]
@@ -35,7 +35,7 @@ def three(weights, indices, table, bags):
 def dense_three(weights, indices, table, bags):
     """The same by dense products, in the dtype of the inputs."""
     used = (indices >= 0).to(weights.dtype)
-    one = _rows.dense(weights, indices, len(table))
+    one = _torch_rows.dense(weights, indices, len(table))
     dots = (bags @ table.T).gather(1, indices.clamp_min(0).long()) * used if len(table) else weights * 0
     return one @ table, dots, one.T @ bags
 
@@ -114,7 +114,7 @@ def test_nan_stays_and_empty_slots_hide_it():
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
 def test_transpose_has_the_contract_of_the_torch_backend(rows_of, dtype):
     indices = ids(7, 4, count=rows_of, dtype=dtype)
-    ours, theirs = transpose(indices, rows_of), _rows.transpose(indices, rows_of)
+    ours, theirs = transpose(indices, rows_of), _torch_rows.transpose(indices, rows_of)
     assert_same_bits(tuple(ours), tuple(theirs))
 
 
