@@ -1,8 +1,9 @@
 import pytest
 import torch
-from op_helpers import DEVICE, ids, rows
+from op_helpers import BACKENDS, DEVICE, ids, rows
 
 from sparseclt.ops import _torch_rows
+from sparseclt.ops import rows as products
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -35,3 +36,20 @@ def test_chunks_cover_everything_once(total, scratch):
     parts = list(_torch_rows.chunks(total, 10, scratch))
     assert [i for part in parts for i in range(total)[part]] == list(range(total))
     assert all(part.stop - part.start <= max(1, scratch // 10) for part in parts)
+
+
+@pytest.mark.parametrize("backend", [None, "reference", *BACKENDS])
+def test_the_products_are_dense_ones_under_every_backend(backend):
+    weights, indices = rows(7, 4).float(), ids(7, 4, count=9)
+    table, bags = rows(9, 5, seed=1).float(), rows(7, 5, seed=2).float()
+    scattered = _torch_rows.dense(weights, indices, 9)
+    dots = (bags @ table.T).gather(1, indices.clamp_min(0)) * (indices >= 0)
+    torch.testing.assert_close(products.gather_sum(weights, indices, table, backend=backend), scattered @ table)
+    torch.testing.assert_close(products.row_dots(bags, indices, table, backend=backend), dots)
+    summed = products.transposed_gather_sum(weights, products.transpose(indices, 9), bags, backend=backend)
+    torch.testing.assert_close(summed, scattered.T @ bags)
+
+
+def test_an_unknown_backend_is_refused_by_name():
+    with pytest.raises(ValueError, match=r"backend of gather_sum: expected one of 'reference'.* got 'x'"):
+        products.gather_sum(rows(7, 4), ids(7, 4, count=9), rows(9, 5), backend="x")
