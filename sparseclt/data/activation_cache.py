@@ -59,7 +59,7 @@ class CacheInfo:
 
 
 def open_cache(config: TrainConfig, language_model: LanguageModel, rows: Tensor) -> "ActivationCache":
-    """The cache `config.activations.cache` of `rows` [R, S]; what is missing of it is first captured and written.
+    """The cache `config.activations.cache` of `rows` [R, S]; missing parts are captured and written first.
 
     Raises ValueError if the directory holds anything else or the disk is too full, CheckpointError if it is damaged.
     One writer at a time.

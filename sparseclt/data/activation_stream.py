@@ -11,7 +11,7 @@ from sparseclt.data.text import RowStream, permutation
 from sparseclt.model.activations import Activations
 
 Read = Callable[[Tensor], Activations]  # the activations [B, S, ...] of rows [B], given by number
-LEAST_BATCHES = 2  # in a block: with one alone only the tokens of a batch would change places
+LEAST_BATCHES = 2  # in a block: with a single one, only tokens of the same batch would change places
 BESIDE_BLOCKS = 3  # batches: the one in use, the next, and what is being captured for the next block
 TOKENS = 1  # in the seed of a block's order; the order of rows has 0 there
 
@@ -22,7 +22,7 @@ def token_bytes(layers: int, d_model: int) -> int:
 
 
 def block_batches(shuffle_bytes: int, batch_tokens: int, layers: int, d_model: int) -> int:
-    """Batches in a block, so that two blocks and what stands beside them take at most `shuffle_bytes`.
+    """Batches in a block, so that two blocks and the batches beside them take at most `shuffle_bytes`.
 
     Raises ValueError if that is less than blocks of 2 batches need.
     """

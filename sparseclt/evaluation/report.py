@@ -33,9 +33,9 @@ _CROSS_ENTROPY = {
 
 
 def evaluation_table(evaluation: Mapping[str, Any]) -> str:
-    """An evaluation (see `evaluation.evaluate`) as Markdown: a row a module, their mean, and cross-entropies.
+    """An evaluation (see `evaluation.evaluate`) as Markdown: one row per module, their mean, and cross-entropies.
 
-    FVU is a fraction, excess FVU sparse minus vanilla, "dead" a share of latents, cross-entropy in nats a
+    FVU is a fraction, excess FVU sparse minus vanilla, "dead" a share of latents, cross-entropy in nats per
     token. "loss recovered" is the share of the way from zero ablation (0 %) to the model itself (100 %). What
     was not measured prints as "-".
     """
@@ -46,7 +46,7 @@ def evaluation_table(evaluation: Mapping[str, Any]) -> str:
 
 
 def sweep_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """A sweep over C as a Markdown table, a row a C in rising order.
+    """A sweep over C as a Markdown table, one row per C in rising order.
 
     rows: {"C": int, and any of "fvu_vanilla", "fvu_sparse", "excess_fvu" (sparse minus vanilla of the same
         run), "excess_over_baseline" (sparse minus vanilla of the run without connections), "fvu_pruned" (that
@@ -71,7 +71,7 @@ def _cross_entropy_table(entropies: Mapping[str, float | None]) -> str:
         rows.append({"run": label, "nats": value, "recovered": recovered})
     columns = {
         "run": ("next-token cross-entropy", ""),
-        "nats": ("nats a token", ".4f"),
+        "nats": ("nats per token", ".4f"),
         "recovered": ("loss recovered", ".1%"),
     }
     return markdown_table(rows, columns)

@@ -21,7 +21,7 @@ from sparseclt.model.transcoders import Transcoders
 from sparseclt.ops import rows as products
 from sparseclt.ops.rows import Transpose, accumulation_dtype, chunks, section, transpose
 
-CHUNK_BYTES = Budget(cpu=8 << 20, gpu=64 << 20)  # of gradient alive at a time, with what is added up for it
+CHUNK_BYTES = Budget(cpu=8 << 20, gpu=64 << 20)  # of gradient in memory at a time, with its parts
 
 
 class Written(NamedTuple):
@@ -106,7 +106,7 @@ class DecoderGradients:
             yield Chunk(rows, gradient, touched)
 
     def _heads(self, reader: Reader) -> Iterator[tuple[Callable[[Tensor], Tensor], Tensor]]:
-        """(what carries encoder rows [R, D] to where they meet a decoder row, dV [F, C]): one pair, or one a head of an
+        """(what carries encoder rows [R, D] to where they meet a decoder row, dV [F, C]): one, or one per head of an
         attention reader."""
         dV, weights = self.read[reader.index], reader.attention
         if weights is None:

@@ -153,7 +153,7 @@ def upstream_part(start, stop, z_values, z_indices, weights, latents, starts, ou
 
 @kernel(SUMS)
 def upstream_gradients(start, stop, grad, z_values, z_indices, weights, latents, starts, dz, dweights):
-    """Adds to dz [N, S] and dweights [F*C], for the upstream latents start..stop alone, which own both."""
+    """Adds to dz [N, S] and dweights [F*C], for only the upstream latents start..stop, which own both."""
     for n in range(len(grad)):
         row = grad[n]
         for s in range(z_indices.shape[1]):
@@ -170,7 +170,7 @@ def upstream_gradients(start, stop, grad, z_values, z_indices, weights, latents,
 
 @kernel(SUMS)
 def selected_weight_gradients(start, stop, grad, selected, z_values, z_indices, connections, upstream, dV):
-    """Adds to dV [F, C], for the downstream latents start..stop alone, over the selected slots [N, K]."""
+    """Adds to dV [F, C], for only the downstream latents start..stop, over the selected slots [N, K]."""
     z = np.zeros(upstream, dtype=grad.dtype)
     for n in range(len(grad)):
         spread = False

@@ -31,7 +31,7 @@ class RowAdam:
     """Adam (as `torch.optim.Adam`), over rows of parameters.
 
     `state="8bit"`: the moments of encoders and decoders are codes of 8 bits with a scale for each vector [D]
-    (`eight_bit`): 2 bytes a parameter in place of 8.
+    (`eight_bit`): 2 bytes per parameter instead of 8.
 
     `rows="touched"`: a decoder row that no latent or connection touched is left alone. Its moments decay when it is
     next touched, by as many steps as have passed: they, and their bias correction, are exactly those of Adam with

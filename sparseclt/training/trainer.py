@@ -71,7 +71,7 @@ class Trainer:
             raise ValueError(
                 f"data.row_tokens: expected at most the model's context of {context}, got {config.data.row_tokens}"
             )
-        # The model itself is in memory already: what is free is free beside it.
+        # The model itself is in memory already: available_bytes no longer counts its room as free.
         self.shape = replace(self.language_model.shape, parameters=0)
         memory.check_fits(config, self.shape, memory.available_bytes(self.device))
         if rows is None:
