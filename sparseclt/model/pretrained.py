@@ -60,7 +60,7 @@ def write(directory: Path, clt: Transcoders) -> None:
     """Write `clt` into `directory`, which the caller makes atomic."""
     architecture = clt.architecture
     config = {"model_name": architecture.model.name, **architecture.to_dict()}
-    clt_files.save_clt(directory, config, named_tensors(clt))
+    clt_files.save_clt(directory, config, named_tensors(clt), mlp_input=architecture.model.mlp_input)
 
 
 def save(clt: Transcoders, path: Path) -> Path:

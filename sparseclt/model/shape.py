@@ -20,6 +20,8 @@ class ModelShape:
     """Whether attention and MLP of a block read the same residual stream."""
     centred: bool = True
     """Whether the norms subtract the mean over D (LayerNorm does, RMSNorm does not)."""
+    mlp_input: str = "ln2.hook_normalized"
+    """The TransformerLens hook of what a block's MLP reads: ln1's where both read one norm, mlp.hook_in without any."""
     context: int | None = None
     """Longest row of tokens that the model takes; None: no limit."""
     vocab: int = 0

@@ -40,7 +40,13 @@ _KEY = re.compile(r"(mlp|attn)\.(0|[1-9]\d*)\.(\w+)")
 _ON_DISK = re.compile(r"(\w+)_(0|[1-9]\d*)")
 
 
-def save_clt(directory: str | Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+def save_clt(
+    directory: str | Path,
+    config: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    *,
+    mlp_input: str = "ln2.hook_normalized",
+) -> None:
     """Write a CLT's weights and configuration into `directory`, which is best one from `atomic_directory`.
 
     tensors: flat, with keys "mlp.{l}.NAME" and "attn.{l}.NAME". NAME is W_enc [F, D], b_enc [F], b_dec [D],
@@ -48,6 +54,7 @@ def save_clt(directory: str | Path, config: Mapping[str, Any], tensors: Mapping[
         logits [F, C]; for attn also the model's own W_V, W_O and bias. mlp layers must be 0..L-1.
         Written a piece at a time: never a copy of a whole tensor.
     config: JSON values, with a "model_name"; tuples come back as lists.
+    mlp_input: the TransformerLens hook, in a block, of what the model's MLPs read.
 
     The files are circuit-tracer's (`config.yaml`, `W_enc_{l}`, `W_dec_{l}`) and our sidecars (`attn_{l}`,
     `connections_{l}`, `attn_connections_{l}`, `attn_model_{l}`, `sparseclt.json`). circuit-tracer reads a CLT
@@ -66,7 +73,7 @@ def save_clt(directory: str | Path, config: Mapping[str, Any], tensors: Mapping[
         "# If it was trained with TopK, add a calibrated threshold first.\n"
         "model_kind: cross_layer_transcoder\n"
         f"model_name: {json.dumps(config['model_name'])}\n"
-        'feature_input_hook: "ln2.hook_normalized"\n'
+        f"feature_input_hook: {json.dumps(mlp_input)}\n"
         'feature_output_hook: "hook_mlp_out"\n',
         encoding="utf-8",
     )
