@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 EXPECTED = "'embedded', an existing local path or a model on the Hugging Face hub"
-FILE_SUFFIXES = (".gguf", ".txt", ".json", ".jsonl", ".gz")
+FILE_SUFFIXES = (".gguf", ".txt", ".json", ".jsonl", ".gz", ".zst", ".parquet")
 
 
 def looks_like_path(name: str) -> bool:
