@@ -11,6 +11,7 @@ from torch import Tensor
 from sparseclt.config import TrainConfig
 from sparseclt.connections.policies import check_connections
 from sparseclt.data.text import load_rows
+from sparseclt.data.tokens import check_token_ids
 from sparseclt.evaluation import plots, report
 from sparseclt.evaluation.metrics import Evaluation, evaluate
 from sparseclt.evaluation.pruning import fvu_against_c
@@ -63,6 +64,7 @@ def _pruned(config: TrainConfig, clt: SparseCLT, language_model: LanguageModel, 
 def held_out_rows(config: TrainConfig, language_model: LanguageModel) -> Tensor:
     """Rows [R, S] for evaluation."""
     rows = load_rows(config, language_model.tokenizer, "held_out")
+    check_token_ids(rows, language_model.shape.vocab, language_model.tokenizer)
     return rows[: max(1, config.data.held_out_tokens // rows.shape[1])]
 
 

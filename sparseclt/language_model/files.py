@@ -10,7 +10,7 @@ import torch
 DType = Literal["fp32", "bf16", "fp16"]
 DTYPES: dict[DType, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 EXPECTED = "'embedded', an existing local path or a model on the Hugging Face hub"
-FILE_SUFFIXES = (".gguf", ".txt", ".json", ".jsonl", ".gz")
+FILE_SUFFIXES = (".gguf", ".txt", ".json", ".jsonl", ".gz", ".zst", ".parquet")
 
 
 def looks_like_path(name: str) -> bool:

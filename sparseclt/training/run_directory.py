@@ -45,7 +45,7 @@ def same_results(a: TrainConfig, b: TrainConfig) -> bool:
 
 def _without_bystanders(config: TrainConfig) -> dict[str, Any]:
     values = to_dict(config)
-    del values["out"], values["device"]
+    del values["out"], values["device"], values["data"]["cache"]
     del values["logging"]["loggers"], values["logging"]["progress"], values["checkpoints"]["keep"]
     return values
 

@@ -12,6 +12,7 @@ from sparseclt.config import TrainConfig, to_dict
 from sparseclt.connections.activity import Activity, RecentLatents
 from sparseclt.connections.policies import make_policy
 from sparseclt.data.text import load_rows
+from sparseclt.data.tokens import check_token_ids
 from sparseclt.devices import resolve
 from sparseclt.language_model.language_model import LanguageModel
 from sparseclt.model.activations import Activations
@@ -76,6 +77,7 @@ class Trainer:
         memory.check_fits(config, self.shape, memory.available_bytes(self.device))
         if rows is None:
             rows = load_rows(config, self.language_model.tokenizer, "train")
+        check_token_ids(rows, self.shape.vocab, self.language_model.tokenizer)
         self.clt = build_clt(config, self.language_model).to(self.device)
         self.policy = make_policy(config.connections, self.clt, config.steps, config.compute.backend)
         if self.policy:
