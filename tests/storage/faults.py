@@ -23,7 +23,8 @@ SYSCALLS = (
 )  # fmt: skip
 
 
-def die() -> None:
+def die(*paths: str) -> None:
+    """The process is killed."""
     os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -54,22 +55,32 @@ def wait(pid: int, reading: int) -> tuple[int, str]:
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), message
 
 
-def fail_at(number: int, action: Callable[[], object]) -> None:
-    """Call `action` in place of the n-th change, counted from 1. To be called in a fork: it cannot be undone."""
+def refuse(error: int) -> Callable[..., None]:
+    """The call fails, and its error names the paths that it was given: a write or an fsync was given none."""
+
+    def action(*paths: str) -> None:
+        raise OSError(error, os.strerror(error), *paths[:1])
+
+    return action
+
+
+def fail_at(number: int, action: Callable[..., object], *, from_then_on: bool = False) -> None:
+    """Do `action(*paths)` in place of the n-th change, counted from 1, and of all later ones if `from_then_on`.
+
+    To be called in a fork: it cannot be undone.
+    """
     done = 0
 
-    def count() -> bool:
+    def count(*paths: str) -> None:
         nonlocal done
         done += 1
-        if done != number:
-            return False
-        action()
-        return True
+        if done == number or from_then_on and done > number:
+            action(*paths)
 
     def hook(event: str, arguments: tuple) -> None:
         writes = event == "open" and arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
         if event in CHANGES or writes:
-            count()
+            count(str(arguments[0]))
 
     class Torn(io.FileIO):
         def write(self, content):
