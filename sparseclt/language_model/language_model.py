@@ -251,7 +251,7 @@ def _close(a: Tensor, b: Tensor, tolerance: float = FINE_TOLERANCE) -> bool:
 
 
 def _gain_and_bias(norm: Any) -> tuple[Tensor, Tensor | None]:
-    """Of a norm, [D] each, at least in float32. RMSNorm bridges have no bias of their own; the wrapped module decides."""
+    """A norm's, [D] each, in float32 at least. RMSNorm bridges have no bias: the wrapped module decides."""
     bias = getattr(norm.original_component, "bias", None)
     gain = at_least_float32(norm.weight) + norm.uses_weight_offset
     return gain, None if bias is None else at_least_float32(bias)

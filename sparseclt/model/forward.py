@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from sparseclt import ops
+from sparseclt.model import nonlinearity
 from sparseclt.model.activations import Activations
 from sparseclt.model.attention import attention_write
 from sparseclt.model.decoder_gradients import DecoderGradients
@@ -35,6 +36,7 @@ class ForwardPass:
             raise ValueError(f"mode: expected one of {MODES}, got {mode!r}")
         self.clt, self.mode, self.backend, self.gradients = clt, mode, backend, gradients
         self.latents: list[Latents] = []
+        self.l0: list[Tensor] = []  # [N] per module, with JumpReLU's gradient; empty with other activations
         self.virtual_weights: list[Tensor | None] = []
         if mode == "sparse":
             self.virtual_weights = clt.virtual_weights(backend) if gradients is None else gradients.virtual_weights()
@@ -86,12 +88,33 @@ class ForwardPass:
         return inputs[site.layer].flatten(0, 1)
 
     def encode(self, index: int, rows: Tensor | None = None, k: int | None = None) -> Latents:
-        """The k strongest latents of module `index`, or of only its latents `rows` [R] (ids then in 0..R-1).
+        """The active latents of module `index`; or the k strongest of only its latents `rows` [R] (ids then in 0..R-1),
+        whatever the activation function.
 
         Its reading must have been taken by `advance`.
         """
+        if rows is None:
+            return self._active(index, self._strongest(index, self.clt.architecture.slots))
+        assert k is not None
+        return self._strongest(index, k, rows)
+
+    def _active(self, index: int, candidates: Latents) -> Latents:
+        """Those of the strongest latents of module `index` that the activation function keeps."""
+        a, module = self.clt.architecture, self.clt.transcoder(index)
+        if a.activation == "topk":
+            return candidates
+        if a.activation == "batchtopk" and self.clt.training:
+            return nonlinearity.batch_top_k(candidates, a.active, len(candidates.values))
+        threshold = module.threshold_of(self.mode)
+        if a.activation == "batchtopk":
+            return nonlinearity.above(candidates, threshold)
+        latents, l0 = nonlinearity.jump_relu(candidates, threshold, a.bandwidth)
+        self.l0.append(l0)
+        return latents
+
+    def _strongest(self, index: int, k: int, rows: Tensor | None = None) -> Latents:
+        """The k strongest latents of module `index`, or of only its latents `rows` [R]."""
         module, reading = self.clt.transcoder(index), self._readings[index]
-        k = k or self.clt.architecture.active
         W_enc: Tensor = module.W_enc if self.mode == "vanilla" else self.clt.reading_rows(index)
         b_enc: Tensor = module.b_enc
         V, connections = None, module.connections
