@@ -11,6 +11,7 @@ from torch import Tensor
 
 from sparseclt.language_model.files import EXPECTED, load_hf, locate
 from sparseclt.language_model.hooks import Hook, Replace, StopRun, recording_hooks
+from sparseclt.language_model.identity import tensors_digest
 from sparseclt.model.activations import Activations
 from sparseclt.model.attention import AttentionWeights, attention_write, centre
 from sparseclt.model.shape import ModelShape
@@ -36,6 +37,7 @@ class LanguageModel:
             raise ValueError(f"hf_model: expected float32 or float64 weights, got {dtype}; call .float()")
         bridge.eval().requires_grad_(False)
         self.bridge, self.tokenizer = bridge, tokenizer
+        self._digest: tuple[list[tuple[int, int]], str] | None = None
         self._class_name = type(bridge.original_model).__name__
         self.shape = ModelShape(
             layers=layers or cfg.n_layers,
@@ -93,6 +95,19 @@ class LanguageModel:
         # Without the tokenizer, which a bridge would fetch anew under the model's name.
         bridge = build_bridge_from_module(hf_model, type(hf_model).__name__, hf_config=hf_model.config)
         return cls(bridge, tokenizer, layers=layers, name=name)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.bridge.original_model.parameters()).device
+
+    def digest(self) -> str:
+        """blake2b, in hex, of the weights; computed once, and again after they were changed in place."""
+        parameters = list(self.bridge.original_model.parameters())
+        versions = [(parameter.data_ptr(), parameter._version) for parameter in parameters]
+        if self._digest is None or self._digest[0] != versions:
+            self._digest = versions, tensors_digest(parameters)
+        return self._digest[1]
 
     @torch.no_grad()
     def capture(self, tokens: Tensor, *, attention: bool = False) -> Activations:

@@ -84,3 +84,8 @@ def read(path: Path) -> tuple[Architecture, list[AttentionWeights] | None, Mappi
         for layer in range(architecture.model.layers)
     ]
     return architecture, attention, tensors
+
+
+def dtype_of(tensors: Mapping[str, Tensor]) -> torch.dtype:
+    """The dtype of the weights of a CLT on disk."""
+    return tensors["mlp.0.W_enc"].dtype

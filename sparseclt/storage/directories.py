@@ -150,6 +150,17 @@ def read_versioned(path: Path, files: list[str], name: str) -> dict[str, Any]:
     return content
 
 
+def replace_file(path: Path, text: str) -> None:
+    """Write a whole new file in the place of `path`: a crash leaves the old content or the new one."""
+    temporary = path.with_name(f"{path.name}.tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+    _fsync(path.parent)
+
+
 def _fsync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
