@@ -13,7 +13,7 @@ from torch import Tensor
 from sparseclt.config import TrainConfig
 from sparseclt.connections.policies import check_connections
 from sparseclt.data.text import load_rows
-from sparseclt.devices import resolve
+from sparseclt.devices import usable
 from sparseclt.evaluation import plots, report
 from sparseclt.evaluation.metrics import Evaluation, evaluate
 from sparseclt.evaluation.pruning import fvu_against_c
@@ -205,4 +205,4 @@ def _release_memory(device: torch.device) -> None:
 
 
 def _load_language_model(config: TrainConfig) -> LanguageModel:
-    return LanguageModel.load(config.model.path, layers=config.model.layers, device=resolve(config.device))
+    return LanguageModel.load(config.model.path, layers=config.model.layers, device=usable(config.device))

@@ -15,7 +15,7 @@ from sparseclt.config import TrainConfig, to_dict
 from sparseclt.connections.activity import Activity, RecentLatents
 from sparseclt.connections.policies import make_policy
 from sparseclt.data.text import load_rows
-from sparseclt.devices import resolve
+from sparseclt.devices import usable
 from sparseclt.language_model.language_model import LanguageModel
 from sparseclt.model.activations import Activations
 from sparseclt.model.clt import SparseCLT
@@ -68,7 +68,7 @@ class Trainer:
 
     def __init__(self, config: TrainConfig, *, language_model: LanguageModel | None = None, rows: Tensor | None = None):
         self.config, self.out = config, Path(config.out)
-        self.device = resolve(config.device)
+        self.device = usable(config.device)
         self.language_model = language_model or LanguageModel.load(
             config.model.path, layers=config.model.layers, device=str(self.device)
         )

@@ -273,9 +273,7 @@ def test_a_missing_logger_leaves_no_directory_behind(tmp_path, model, monkeypatc
 def test_a_damaged_newest_checkpoint_is_set_aside_and_the_one_before_it_taken(copy, model, finished):
     flip_a_byte(latest(copy))
     t = trainer(copy, model, **OFTEN)
-    with pytest.warns(
-        UserWarning, match="step_00000006.*W_enc_0.safetensors has changed bytes.* now step_00000006.damaged"
-    ):
+    with pytest.warns(UserWarning, match="W_enc_0.safetensors has changed bytes.* is now step_00000006.damaged"):
         t.fit(resume=copy)
     assert_same(finished[1], t)
     names = sorted(p.name for p in (copy / "checkpoints").iterdir())
