@@ -19,6 +19,7 @@ from sparseclt.evaluation.metrics import Evaluation, evaluate
 from sparseclt.evaluation.pruning import fvu_against_c
 from sparseclt.language_model.language_model import LanguageModel
 from sparseclt.model.clt import SparseCLT
+from sparseclt.storage.json_files import replace_file
 from sparseclt.storage.run_config import CLT, CONFIG, check_changes, check_unused, read_config
 from sparseclt.training import memory
 from sparseclt.training.loggers import read_metrics
@@ -98,8 +99,8 @@ def _measure(config: TrainConfig, clt: SparseCLT, language_model: LanguageModel,
         result = replace(result, fvu_against_C=points)
         title = "The trained CLT with its connections chosen anew for each C, not trained on"
         plots.fvu_against_c(points, run / "fvu_against_c.png", title=title)
-    (run / "evaluation.json").write_text(json.dumps(result.to_dict(), indent=2) + "\n")
-    (run / "table.md").write_text(report.evaluation_table(result.to_dict()) + "\n")
+    replace_file(run / "evaluation.json", json.dumps(result.to_dict(), indent=2) + "\n")
+    replace_file(run / "table.md", report.evaluation_table(result.to_dict()) + "\n")
     plots.loss_curves(read_metrics(run / METRICS), run / "loss.png")
     return result
 
@@ -135,6 +136,7 @@ def sweep(config: TrainConfig, Cs: Sequence[int]) -> list[dict[str, Any]]:
     is trained, for a C that no module has room for, a run that does not fit, and a run of other options in its place.
     """
     baseline, runs = _planned(config, Cs)
+    out = Path(config.out)
     for run in (baseline, *runs.values()):
         _check_begun(run)
     model = _load_language_model(config)
@@ -154,11 +156,10 @@ def sweep(config: TrainConfig, Cs: Sequence[int]) -> list[dict[str, Any]]:
     for C, run in runs.items():
         _release_memory(model.device)
         row = _sweep_row(run, model, train_rows, rows)
-        excess = row["fvu_sparse"] - base
+        excess = None if row["fvu_sparse"] is None else row["fvu_sparse"] - base
         table.append({"C": C, **row, "excess_over_baseline": excess, "fvu_pruned": pruned[C]})
-        out = Path(config.out)
-        (out / "sweep.json").write_text(json.dumps({"baseline_fvu": base, "rows": table}, indent=2) + "\n")
-    (out / "sweep.md").write_text(report.sweep_table(table) + "\n")
+        replace_file(out / "sweep.json", json.dumps({"baseline_fvu": base, "rows": table}, indent=2) + "\n")
+    replace_file(out / "sweep.md", report.sweep_table(table) + "\n")
     plots.fvu_against_c(table, out / "fvu_against_c.png", baseline=base)
     return table
 
@@ -205,4 +206,5 @@ def _release_memory(device: torch.device) -> None:
 
 
 def _load_language_model(config: TrainConfig) -> LanguageModel:
-    return LanguageModel.load(config.model.path, layers=config.model.layers, device=usable(config.device))
+    m = config.model
+    return LanguageModel.load(m.path, layers=m.layers, device=usable(config.device), dtype=m.dtype)

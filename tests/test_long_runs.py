@@ -247,7 +247,7 @@ def test_a_sweep_frees_each_run_before_the_next_one(material, tmp_path, monkeypa
         alive.extend([weakref.ref(self), weakref.ref(self.clt), weakref.ref(self.optimizer)])
 
     monkeypatch.setattr(Trainer, "__init__", init)
-    assert main(["sweep", *material, "--steps", "1", "--connections", "2", "4", "--out", str(tmp_path / "s")]) == 0
+    assert main(["sweep", *material, "--steps", "2", "--connections", "2", "4", "--out", str(tmp_path / "s")]) == 0
     assert counts == [0, 0, 0]
 
 

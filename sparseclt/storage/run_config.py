@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from sparseclt.config import TrainConfig, from_dict, to_dict
-from sparseclt.storage.directories import replace_file
+from sparseclt.storage.json_files import read_json, replace_file
+from sparseclt.strict import ConfigError
 
 CONFIG, CLT, CHECKPOINTS = "config.json", "clt", "checkpoints"
 # Text and model may have moved: digests say whether they are still the same.
@@ -17,7 +18,10 @@ def read_config(run: str | Path) -> TrainConfig:
     path = Path(run) / CONFIG
     if not path.is_file():
         raise ValueError(f"run: expected a run directory with config.json, got {run}")
-    return from_dict(json.loads(path.read_text()))
+    try:
+        return from_dict(read_json(path))
+    except ConfigError as error:
+        raise ConfigError(f"{path}: " + f"\n{path}: ".join(str(error).splitlines())) from error
 
 
 def write_config(run: Path, config: TrainConfig) -> None:

@@ -18,7 +18,8 @@ from sparseclt.model import pretrained
 from sparseclt.model.clt import SparseCLT
 from sparseclt.model.sites import Mode
 from sparseclt.storage import checkpoint, clt_files
-from sparseclt.storage.directories import CheckpointError, atomic_directory, replace_file, verify
+from sparseclt.storage.directories import CheckpointError, atomic_directory, verify
+from sparseclt.storage.json_files import read_json, replace_file
 from sparseclt.storage.run_config import CHECKPOINTS, has_checkpoints
 from sparseclt.training.optimizer import RowAdam
 
@@ -63,7 +64,7 @@ def check_identity(run: Path, identity: Identity) -> None:
     path = run / IDENTITY
     if not path.is_file():
         raise ValueError(f"run: expected {path}, which says what the run was trained on; restore it")
-    identity.check(json.loads(path.read_text()), run)
+    identity.check(read_json(path), run)
 
 
 @contextmanager
@@ -145,13 +146,13 @@ class TrainingState:
     def save(self, run: Path, step: int, micro_rows: int, identity: Identity, keep: int) -> Path:
         """Write checkpoints/step_N of the run directory, whole or not at all, and keep only the `keep` newest ones."""
         folder = run / CHECKPOINTS
+        folder.mkdir(exist_ok=True)  # without parents: a run directory that vanished is not made anew elsewhere
         path = folder / f"step_{step:08d}"
         with atomic_directory(path) as directory:
             pretrained.write(directory, self.clt)
             digests = {name: str(digest) for name, digest in identity._asdict().items()}
             checkpoint.save_state(directory, self.tensors(), {"step": step, "micro_rows": micro_rows, **digests})
-        for old in sorted(folder.glob("step_????????"))[:-keep]:
-            shutil.rmtree(old)
+        checkpoint.prune(run, keep)
         return path
 
     def load(self, path: Path, identity: Identity) -> tuple[int, int]:
@@ -163,6 +164,6 @@ class TrainingState:
         identity.check(numbers, path)
         pretrained.load_tensors(self.clt, clt_files.load_clt(path)[1])
         for name, tensor in self.tensors().items():
-            tensor.copy_(saved[name])
-        self.optimizer.step = int(numbers["step"])
-        return self.optimizer.step, int(numbers["micro_rows"])
+            saved.copy_into(name, tensor)
+        self.optimizer.step = checkpoint.whole_number(path, numbers, "step", 0)
+        return self.optimizer.step, checkpoint.whole_number(path, numbers, "micro_rows", 1)

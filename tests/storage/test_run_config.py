@@ -15,7 +15,7 @@ from sparseclt.config import (
     ModelConfig,
     TrainConfig,
 )
-from sparseclt.storage.directories import replace_file
+from sparseclt.storage.json_files import replace_file
 from sparseclt.storage.run_config import check_changes, check_unused, read_config, write_config
 
 HERE = Path("runs/mine")
@@ -82,11 +82,11 @@ def test_a_file_is_no_run_directory(tmp_path):
 def test_a_configuration_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
     write_config(tmp_path, TrainConfig(steps=3))
 
-    def crash(self, target):
+    def crash(source, target):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(Path, "replace", crash)
+        patch.setattr("os.replace", crash)
         write_config(tmp_path, TrainConfig(steps=4))
     assert read_config(tmp_path) == TrainConfig(steps=3)
     replace_file(tmp_path / "config.json", "{}")
