@@ -55,7 +55,7 @@ class DataConfig:
     """'embedded', a .txt or .jsonl file, a directory of them, or hf:NAME[:CONFIG] for a Hugging Face data set."""
     text_field: Text = "text"
     """The field with the text, in JSON lines and data sets."""
-    row_tokens: Annotated[int, Field(ge=2, le=LARGEST)] = 128
+    row_tokens: Annotated[int, Field(ge=3, le=LARGEST)] = 128
     """Tokens per row of text."""
     max_tokens: Positive | None = None
     """Stop reading the text after so many tokens. None: read it all."""

@@ -105,7 +105,7 @@ class Trainer:
         passes = objective.passes(activations, gradients)
         terms = objective.terms(passes, activations, objective.means(activations))
         rho = schedule.sparse_weight(self.config, step)
-        total, values = objective.loss(terms, activations.tokens.numel(), rho)
+        total, values = objective.loss(terms, activations.counted_tokens, rho)
         return total, values, passes
 
     def train_step(self, activations: Activations) -> dict[str, float]:
@@ -129,7 +129,7 @@ class Trainer:
             )
         finite.check_gradient(spoiled, step)
         for mode, latents in backward.latents.items():
-            self.activity[mode].update(latents)
+            self.activity[mode].update(latents, activations.counted_flat)
         self.step += 1
         return self._metrics(backward.terms, norm)
 
