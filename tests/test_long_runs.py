@@ -160,12 +160,15 @@ def test_a_terminated_run_exits_with_143_and_goes_on_elsewhere(material, tmp_pat
     flags = [*material, "--out", str(out), "--steps", "100000", "--checkpoints.every-steps", "100000"]
     command = [sys.executable, "-m", "sparseclt", "train", *flags]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ) as process:
-        deadline = time.monotonic() + 120
-        while not (out / "metrics.jsonl").exists() or not read_metrics(out / "metrics.jsonl"):
-            assert process.poll() is None and time.monotonic() < deadline
-            time.sleep(0.05)
-        process.send_signal(signal.SIGTERM)
-        error = process.stderr.read()
+        try:
+            deadline = time.monotonic() + 300
+            while not (out / "metrics.jsonl").exists() or not read_metrics(out / "metrics.jsonl"):
+                assert process.poll() is None and time.monotonic() < deadline
+                time.sleep(0.05)
+            process.send_signal(signal.SIGTERM)
+            error = process.stderr.read()
+        finally:
+            process.kill()
     assert process.returncode == 143, error
     done = int(next((out / "checkpoints").iterdir()).name.removeprefix("step_"))
     assert error == (
