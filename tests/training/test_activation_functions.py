@@ -8,7 +8,7 @@ from clts import language_model
 from safetensors.torch import load_file
 from test_trainer import ROWS, config, trainer, whole_state
 
-from sparseclt.config import CheckpointConfig, CLTConfig, ComputeConfig, ConnectionConfig, TrainConfig
+from sparseclt.config import CheckpointConfig, CLTConfig, ComputeConfig, ConnectionConfig, LossConfig, TrainConfig
 from sparseclt.evaluation.metrics import evaluate
 from sparseclt.evaluation.pruning import fvu_against_c
 from sparseclt.model.clt import SparseCLT
@@ -20,6 +20,7 @@ from sparseclt.training.trainer import Trainer
 
 ACTIVATIONS = ("batchtopk", "jumprelu")
 F, K = 40, 3
+LOSS = LossConfig(sparse_start_share=0.0, dead_after_tokens=60, aux_latents=4, l0_weight=10.0)  # for very few tokens
 
 
 def clt_config(activation: str, **changes) -> CLTConfig:
@@ -34,7 +35,7 @@ def model():
 @pytest.fixture(scope="module", params=ACTIVATIONS)
 def trained(request, tmp_path_factory, model) -> Trainer:
     t = trainer(
-        tmp_path_factory.mktemp(request.param), model, clt=clt_config(request.param), steps=100,
+        tmp_path_factory.mktemp(request.param), model, clt=clt_config(request.param), steps=100, loss=LOSS,
         checkpoints=CheckpointConfig(every_steps=100),
     )  # fmt: skip
     t.fit()
