@@ -45,6 +45,8 @@ class ModelConfig:
     """'embedded' (the small model in the package), a local directory, a GGUF file, or a name on the hub."""
     layers: Positive | None = None
     """Cover only the first so many layers. None: all."""
+    dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Data type of its weights and activations. bf16, fp16: half the memory. The CLT computes in fp32 all the same."""
 
 
 @strict("data")
@@ -52,17 +54,23 @@ class DataConfig:
     """The text for training and evaluation."""
 
     source: Text = "embedded"
-    """'embedded', a .txt or .jsonl file, a directory of them, or hf:NAME[:CONFIG] for a Hugging Face data set."""
+    """'embedded', a .txt, .jsonl (also .gz or .zst) or .parquet file, a directory of them, or hf:NAME[:CONFIG] for a
+    Hugging Face data set."""
     text_field: Text = "text"
-    """The field with the text, in JSON lines and data sets."""
+    """The field with the text, in JSON lines, Parquet files and data sets."""
     row_tokens: Annotated[int, Field(ge=2, le=LARGEST)] = 128
     """Tokens per row of text."""
+    bos: Literal["row", "document", "none"] = "row"
+    """row: every row begins with the tokenizer's BOS (else EOS) token, and an EOS (else BOS) token parts documents.
+    document: BOS begins every document, and rows begin anywhere. none: no special tokens."""
     max_tokens: Positive | None = None
     """Stop reading the text after so many tokens. None: read it all."""
     held_out_tokens: Positive = 65_536
     """Tokens for evaluation."""
     held_out_share: Annotated[float, Field(gt=0, lt=1)] = 0.05
-    """Share of the rows to hold out if the source has no held-out split of its own."""
+    """Share of the documents to hold out if the source has no held-out split of its own."""
+    cache: Text | None = None
+    """Directory that keeps the token ids of a text for later runs. None: sparseclt/tokens in the Hugging Face cache."""
 
     def __post_init__(self) -> None:
         if self.max_tokens is not None and self.max_tokens < self.row_tokens:
@@ -218,6 +226,8 @@ class CheckpointConfig:
 
     every_steps: Positive = 500
     """Steps from one checkpoint to the next; the last step always writes one."""
+    every_minutes: Annotated[float, Field(gt=0)] | None = None
+    """Minutes after which a checkpoint is due as well. None: only by steps."""
     keep: Positive = 2
     """How many of the newest checkpoints stay on disk."""
 
