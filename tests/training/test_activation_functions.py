@@ -162,7 +162,10 @@ def test_bf16_and_vanilla_mode_only_train_too(tmp_path, model, activation):
     clt = clt_config(activation, dtype="bf16")
     t = trainer(tmp_path, model, clt=clt, connections=ConnectionConfig(policy="none"))
     t.fit()
-    assert all(m.threshold.dtype == torch.float32 and (m.threshold > 0).all() for m in t.clt)
+    loaded = SparseCLT.from_pretrained(t.out / "clt")
+    for module, same in zip(t.clt, loaded, strict=True):
+        assert module.threshold.dtype == torch.float32 and (module.threshold > 0).all()
+        assert torch.equal(module.threshold, same.threshold) and same.W_enc.dtype == torch.bfloat16
     assert evaluate(t.clt, model, ROWS, cross_entropy=False).mean.fvu_sparse is None
     if activation == "batchtopk":
         assert all(torch.equal(m.threshold, m.threshold_sparse) for m in t.clt)
