@@ -235,10 +235,10 @@ class Trainer:
         """
         stored = read_config(run)
         check_changes(stored, self.config, run)
-        check_identity(run, self.identity)
         self.config, self.out = replace(self.config, out=str(run)), run
         path = newest_checkpoint(run) if checkpoint is None else choose_checkpoint(run, checkpoint)
         if path is None:
+            check_identity(run, self.identity)
             return
         step, micro_rows = self.state.load(path, self.identity)
         if step > self.config.steps:
