@@ -70,7 +70,7 @@ class Idle:
     """A language model that may be looked at but not run."""
 
     def __init__(self, model):
-        self.shape, self.bridge = model.shape, model.bridge
+        self.shape, self.bridge, self.tokenizer = model.shape, model.bridge, model.tokenizer
 
     def capture(self, *arguments, **keywords):
         raise AssertionError("the language model ran")
