@@ -58,7 +58,7 @@ class DataConfig:
     Hugging Face data set."""
     text_field: Text = "text"
     """The field with the text, in JSON lines, Parquet files and data sets."""
-    row_tokens: Annotated[int, Field(ge=2, le=LARGEST)] = 128
+    row_tokens: Annotated[int, Field(ge=3, le=LARGEST)] = 128
     """Tokens per row of text."""
     bos: Literal["row", "document", "none"] = "row"
     """row: every row begins with the tokenizer's BOS (else EOS) token, and an EOS (else BOS) token parts documents.
@@ -226,6 +226,8 @@ class CheckpointConfig:
 
     every_steps: Positive = 500
     """Steps from one checkpoint to the next; the last step always writes one."""
+    every_minutes: Annotated[float, Field(gt=0)] | None = None
+    """Minutes after which a checkpoint is due as well. None: only by steps."""
     keep: Positive = 2
     """How many of the newest checkpoints stay on disk."""
 
