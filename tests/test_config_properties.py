@@ -14,8 +14,8 @@ from pydantic.fields import FieldInfo
 
 from sparseclt.config import TrainConfig, from_dict, to_dict
 from sparseclt.storage.json_files import CheckpointError
+from sparseclt.storage.run_config import read_config
 from sparseclt.strict import ConfigError
-from sparseclt.training.run_directory import read_config
 
 QUICK = settings(max_examples=60, deadline=None, derandomize=True, database=None)
 JSON = st.recursive(
@@ -118,7 +118,12 @@ PLACES = places(to_dict(TrainConfig()))
 
 
 @QUICK
-@given(st.lists(st.tuples(st.sampled_from(PLACES), st.sampled_from(["set", "drop", "add"]), st.text(max_size=9), JSON), max_size=3))
+@given(
+    st.lists(
+        st.tuples(st.sampled_from(PLACES), st.sampled_from(["set", "drop", "add"]), st.text(max_size=9), JSON),
+        max_size=3,
+    )
+)
 def test_any_values_are_a_configuration_or_a_config_error(changes):
     values = copy.deepcopy(to_dict(TrainConfig()))
     for place, how, key, value in changes:
