@@ -22,6 +22,7 @@ from sparseclt.model.sites import MODES, Mode
 from sparseclt.training import finite, memory, schedule
 from sparseclt.training.batches import Batches
 from sparseclt.training.loggers import RunLog, truncate_after
+from sparseclt.training.normalisation import normalise
 from sparseclt.training.objective import ModePass, Objective
 from sparseclt.training.optimizer import RowAdam, clip_and_step
 from sparseclt.training.run_directory import (
@@ -117,6 +118,8 @@ class Trainer:
         config, step = self.config, self.step
         with self._explaining_out_of_memory():
             finite.check_activations(activations, step)
+            if step == 0:
+                normalise(self.clt, self.optimizer, activations)
             if self.policy and schedule.connections_may_change(config, step):
                 self.policy.update(self.clt, self.activity["vanilla"], step)
             rho = schedule.sparse_weight(config, step)
