@@ -174,7 +174,8 @@ class OptimizerConfig:
     betas: tuple[Beta, Beta] = (0.9, 0.999)
     """Decay rates of Adam's two running means."""
     clip_norm: Annotated[float, Field(gt=0)] | None = 1.0
-    """Scale gradients down to this norm at most. None: never."""
+    """Scale gradients down to this norm at most, in units in which every site's inputs and outputs have size 1. None:
+    never."""
     state: Literal["fp32", "8bit"] = "fp32"
     """Precision of Adam's moments. fp32: 8 bytes per parameter. 8bit: 2 for encoders and decoders, and some scales."""
     rows: Literal["all", "touched"] = "all"
