@@ -40,6 +40,13 @@ def evaluate_run(run: str | Path, language_model: LanguageModel | None = None) -
     return _measure(config, clt, language_model, held_out_rows(config, language_model))
 
 
+def load_run(run: str | Path) -> tuple[SparseCLT, LanguageModel]:
+    """The CLT of the finished run in directory `run`, and its language model."""
+    config = read_config(Path(run))
+    model = LanguageModel.load(config.model.path, layers=config.model.layers)
+    return SparseCLT.from_pretrained(Path(run) / CLT), model
+
+
 def _measure(config: TrainConfig, clt: SparseCLT, language_model: LanguageModel, rows: Tensor) -> Evaluation:
     run = Path(config.out)
     result = evaluate(clt, language_model, rows, backend=config.compute.backend)

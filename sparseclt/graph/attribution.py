@@ -17,28 +17,31 @@ Place = tuple[Site, int, int]  # site, position, latent
 
 
 @torch.no_grad()
-def attribute(run: PromptRun, *, max_logits: int = 10, also: Collection[Place] = ()) -> Graph:
+def attribute(
+    run: PromptRun, *, max_logits: int = 10, logits: Tensor | None = None, also: Collection[Place] = ()
+) -> Graph:
     """The graph of a run: all its active latents, and what leads to its top logits, at most `max_logits`.
 
-    `also`: latents that become nodes although they are not active; nothing leads to them.
+    `logits` [k]: tokens to explain in place of the likeliest. `also`: latents that become nodes although they are not
+    active; nothing leads to them.
     """
     nodes = _Nodes(run, also)
     edges = [part for module in range(len(run.clt.sites)) for part in _module_edges(run, nodes, module)]
-    chosen = top_logits(run.logits[-1], max_logits)
+    chosen = top_logits(run.logits[-1], max_logits) if logits is None else logits
     first = len(nodes.nodes)
     edges += _logit_edges(run, nodes, chosen, first)
-    last, logits = len(run.tokens) - 1, run.logits[-1].double()
+    last, final = len(run.tokens) - 1, run.logits[-1].double().cpu()
     source, target, coefficient = (torch.cat(parts).cpu() for parts in zip(*edges, strict=True))
     kept = coefficient != 0
     return Graph(
         tokens=run.tokens.cpu(),
         nodes=(*nodes.nodes, *(Node("logit", last, token) for token in chosen.tolist())),
-        values=torch.cat([nodes.values, logits[chosen].cpu() - logits.mean().cpu()]),
+        values=torch.cat([nodes.values, final[chosen.cpu()] - final.mean()]),
         source=source[kept],
         target=target[kept],
         coefficient=coefficient[kept],
         stage=torch.cat([nodes.stage, torch.full((len(chosen),), len(run.clt.sites))]),
-        probabilities=logits.softmax(-1)[chosen].cpu(),
+        probabilities=final.softmax(-1)[chosen.cpu()],
     )
 
 

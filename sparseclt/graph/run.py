@@ -40,7 +40,8 @@ class PromptRun:
 
     def counted(self) -> Tensor:
         """Whether each token has latents, [S]; a token that has none keeps the model's own outputs."""
-        return torch.ones_like(self.tokens, dtype=torch.bool)
+        counted = getattr(self.forward.activations, "counted", None)
+        return torch.ones_like(self.tokens, dtype=torch.bool) if counted is None else counted[0]
 
     def given(self) -> dict[Site, Tensor]:
         """What each site writes into the stream that neither a latent nor a bias stands for, [S, D] in float64.
@@ -71,6 +72,15 @@ class PromptRun:
             for site, part in self.forward.decode(index, latents):
                 written[site] = written[site] + part.double() if site in written else part.double()
         return written
+
+
+def check_connected(clt: SparseCLT) -> None:
+    """Raises ValueError for a CLT without sparsely-connected mode, of which there is no graph."""
+    if not (clt.connected and clt.reads_upstream):
+        raise ValueError(
+            "clt: expected a CLT with connections, whose sparsely-connected mode a graph describes, got one without; "
+            "train with connections.policy 'top', or choose connections with TopConnections(...).update(clt)"
+        )
 
 
 @torch.no_grad()
