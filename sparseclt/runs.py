@@ -11,6 +11,7 @@ from torch import Tensor
 from sparseclt.config import TrainConfig
 from sparseclt.connections.policies import check_connections
 from sparseclt.data.text import load_rows
+from sparseclt.data.tokens import check_token_ids
 from sparseclt.evaluation import plots, report
 from sparseclt.evaluation.metrics import Evaluation, evaluate
 from sparseclt.evaluation.pruning import fvu_against_c
@@ -35,7 +36,7 @@ def evaluate_run(run: str | Path, language_model: LanguageModel | None = None) -
     plots there and returns the evaluation."""
     config = replace(read_config(Path(run)), out=str(run))
     if language_model is None:
-        language_model = LanguageModel.load(config.model.path, layers=config.model.layers)
+        language_model = LanguageModel.load(config.model.path, layers=config.model.layers, dtype=config.model.dtype)
     clt = SparseCLT.from_pretrained(Path(run) / CLT)
     return _measure(config, clt, language_model, held_out_rows(config, language_model))
 
@@ -70,6 +71,7 @@ def _pruned(config: TrainConfig, clt: SparseCLT, language_model: LanguageModel, 
 def held_out_rows(config: TrainConfig, language_model: LanguageModel) -> Tensor:
     """Rows [R, S] for evaluation."""
     rows = load_rows(config, language_model.tokenizer, "held_out")
+    check_token_ids(rows, language_model.shape.vocab, language_model.tokenizer)
     return rows[: max(1, config.data.held_out_tokens // rows.shape[1])]
 
 

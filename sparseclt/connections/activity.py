@@ -89,7 +89,7 @@ class RecentLatents:
         places = (int(self.seen) + torch.arange(tokens, device=self.values.device)) % capacity
         for m, (values, indices) in enumerate(latents):
             self.values[m, places] = values[-tokens:].detach().float()
-            self.indices[m, places] = indices[-tokens:].int()
+            self.indices[m, places] = indices[-tokens:].clamp_min(0).int()
         self.seen += tokens
 
     def sums_when_active(self, module: int, rows: slice, upstream: int, F: int) -> tuple[Tensor, Tensor]:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from sparseclt.data.prefetch import one_ahead
-from sparseclt.data.text import RowStream, permutation
+from sparseclt.data.row_stream import RowStream, permutation
 from sparseclt.model.activations import Activations
 
 Read = Callable[[Tensor], Activations]  # the activations [B, S, ...] of rows [B], given by number

@@ -11,7 +11,7 @@ from sparseclt.evaluation.statistics import ModeStatistics, Variance
 from sparseclt.evaluation.structure import connection_structure, splitting
 from sparseclt.language_model.language_model import LanguageModel
 from sparseclt.model.activations import Activations
-from sparseclt.model.clt import SparseCLT
+from sparseclt.model.clt import SparseCLT, in_evaluation_mode
 from sparseclt.model.replacement import replacement
 from sparseclt.model.sites import Mode
 
@@ -91,6 +91,7 @@ def modes_of(clt: SparseCLT) -> list[Mode]:
     return ["vanilla", "sparse"] if clt.connected and clt.reads_upstream else ["vanilla"]
 
 
+@in_evaluation_mode
 @torch.no_grad()
 def evaluate(
     clt: SparseCLT,

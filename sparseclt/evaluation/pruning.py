@@ -13,13 +13,14 @@ from sparseclt.connections.selection import select_top_connections
 from sparseclt.evaluation.metrics import ModuleMetrics, captures, mean_over_modules, module_row
 from sparseclt.evaluation.statistics import ModeStatistics, Variance
 from sparseclt.language_model.language_model import LanguageModel
-from sparseclt.model.clt import SparseCLT
+from sparseclt.model.clt import SparseCLT, in_evaluation_mode
 from sparseclt.model.sites import Mode
 from sparseclt.ops import Connections
 
 Chosen = list[Connections | None]  # one entry per module; None without upstream modules
 
 
+@in_evaluation_mode
 @torch.no_grad()
 def fvu_against_c(
     clt: SparseCLT,
@@ -71,7 +72,7 @@ def _activity_on(
 ) -> Activity:
     """Statistics of vanilla-mode latents on `rows` [R, S]."""
     M, a, device = len(clt.sites), clt.architecture, next(clt.parameters()).device
-    recent = RecentLatents(M, a.active, rows.numel(), device)
+    recent = RecentLatents(M, a.slots, rows.numel(), device)
     activity = Activity(M, a.latents, device=device, recent=recent)
     for _, activations in captures(clt, language_model, rows, batch_rows):
         activity.update(clt(activations, "vanilla", backend=backend).latents)

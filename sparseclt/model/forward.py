@@ -2,9 +2,11 @@
 
 from collections.abc import Iterator
 
+import torch
 from torch import Tensor
 
 from sparseclt import ops
+from sparseclt.model import nonlinearity
 from sparseclt.model.activations import Activations
 from sparseclt.model.attention import attention_write
 from sparseclt.model.decoder_gradients import DecoderGradients
@@ -34,6 +36,7 @@ class ForwardPass:
             raise ValueError(f"mode: expected one of {MODES}, got {mode!r}")
         self.clt, self.mode, self.backend, self.gradients = clt, mode, backend, gradients
         self.latents: list[Latents] = []
+        self.l0: list[Tensor] = []  # [N] per module, with JumpReLU's gradient; empty with other activations
         self.virtual_weights: list[Tensor | None] = []
         if mode == "sparse":
             self.virtual_weights = clt.virtual_weights(backend) if gradients is None else gradients.virtual_weights()
@@ -58,7 +61,7 @@ class ForwardPass:
         if self.mode == "sparse":
             self._upstream.add(latents)
         self._write(index, latents)
-        return self._outputs[site].view_as(activations.r_0)
+        return self._outputs[site].view_as(activations.r_0).to(activations.r_0.dtype)
 
     def decode(self, index: int, latents: Latents) -> Iterator[tuple[Site, Tensor]]:
         """What latents of module `index` write, without bias: each target with its [N, D]."""
@@ -68,7 +71,8 @@ class ForwardPass:
         else:
             parts = self.gradients.decode(index, latents)
         for target, written in enumerate(parts):
-            yield Site(module.site.kind, module.site.layer + target), written.to(self.activations.r_0.dtype)
+            at = Site(module.site.kind, module.site.layer + target)
+            yield at, written.to(torch.promote_types(self.activations.r_0.dtype, torch.float32))
 
     def _write(self, index: int, latents: Latents) -> None:
         module = self.clt.transcoder(index)
@@ -84,12 +88,33 @@ class ForwardPass:
         return inputs[site.layer].flatten(0, 1)
 
     def encode(self, index: int, rows: Tensor | None = None, k: int | None = None) -> Latents:
-        """The k strongest latents of module `index`, or of only its latents `rows` [R] (ids then in 0..R-1).
+        """The active latents of module `index`; or the k strongest of only its latents `rows` [R] (ids then in 0..R-1),
+        whatever the activation function.
 
         Its reading must have been taken by `advance`.
         """
+        if rows is None:
+            return self._active(index, self._strongest(index, self.clt.architecture.slots))
+        assert k is not None
+        return self._strongest(index, k, rows)
+
+    def _active(self, index: int, candidates: Latents) -> Latents:
+        """Those of the strongest latents of module `index` that the activation function keeps."""
+        a, module = self.clt.architecture, self.clt.transcoder(index)
+        if a.activation == "topk":
+            return candidates
+        if a.activation == "batchtopk" and self.clt.training:
+            return nonlinearity.batch_top_k(candidates, a.active, len(candidates.values))
+        threshold = module.threshold_of(self.mode)
+        if a.activation == "batchtopk":
+            return nonlinearity.above(candidates, threshold)
+        latents, l0 = nonlinearity.jump_relu(candidates, threshold, a.bandwidth)
+        self.l0.append(l0)
+        return latents
+
+    def _strongest(self, index: int, k: int, rows: Tensor | None = None) -> Latents:
+        """The k strongest latents of module `index`, or of only its latents `rows` [R]."""
         module, reading = self.clt.transcoder(index), self._readings[index]
-        k = k or self.clt.architecture.active
         W_enc: Tensor = module.W_enc if self.mode == "vanilla" else self.clt.reading_rows(index)
         b_enc: Tensor = module.b_enc
         V, connections = None, module.connections
@@ -127,7 +152,7 @@ class ForwardPass:
         values, indices = ops.attention_encode(
             reading.unflatten(0, by_sequence), W_enc, b_enc,
             z.values.unflatten(0, by_sequence), z.indices.unflatten(0, by_sequence),
-            V, connections, self._mix(site.layer).to(V.dtype), k, backend=self.backend,
+            V, connections, self.activations.mix(site.layer).to(V.dtype), k, backend=self.backend,
         )  # fmt: skip
         return Latents(values.flatten(0, 1), indices.flatten(0, 1))
 
@@ -139,8 +164,5 @@ class ForwardPass:
         weights = self.clt.attention_of(site)
         assert weights is not None
         base = stream.unflatten(0, self.activations.tokens.shape)
-        return attention_write(base, self._mix(site.layer), weights).flatten(0, 1)
-
-    def _mix(self, layer: int) -> Tensor:
-        """Frozen pattern over the key's scale: [B, H, S, S]."""
-        return self.activations.attn_pattern[layer] / self.activations.attn_scale[layer][:, None, None, :]
+        post_scale = self.activations.attn_post_scale[site.layer] if self.activations.attn_post_scale else None
+        return attention_write(base, self.activations.mix(site.layer), weights, post_scale).flatten(0, 1)

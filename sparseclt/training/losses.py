@@ -36,6 +36,18 @@ class TokenSum(NamedTuple):
         return self.total / tokens
 
 
+class L0Sum(NamedTuple):
+    """A sum over tokens of active latents / K, for a penalty of how far its mean is from 1; it adds up over
+    micro-batches. One of the losses with which Rajamanoharan et al., "Jumping Ahead: Improving Reconstruction Fidelity
+    with JumpReLU Sparse Autoencoders" (2024), train towards a given L0."""
+
+    total: Tensor
+
+    def value(self, tokens: int) -> Tensor:
+        """(L0 / K - 1)^2 over so many tokens."""
+        return (self.total / tokens - 1).square()
+
+
 def fvu_sums(y: Tensor, reconstruction: Tensor, mean: Tensor | None = None) -> FVUSums:
     """Sufficient statistics of `fvu(y, reconstruction)`; y [N, D] gets no gradient. `mean` [D]: that of the whole batch
     of which y is a part, if it is known."""

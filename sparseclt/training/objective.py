@@ -34,6 +34,7 @@ class ModePass:
 
     outputs: dict[Site, Tensor]  # [N, D] reconstructions
     latents: list[Latents]  # one entry per module
+    l0: list[Tensor]  # [N] per module, with a gradient; empty except with JumpReLU
     dead_reconstruction: dict[Site, Tensor] = field(default_factory=dict)  # [N, D], for AuxK
     cross_entropy: Tensor | None = None  # of the replaced model, a mean over tokens
 
@@ -47,7 +48,7 @@ class LossTerm(NamedTuple):
 
     mode: Mode
     weight: float
-    sums: Sequence[losses.FVUSums | losses.TokenSum]
+    sums: Sequence[losses.FVUSums | losses.TokenSum | losses.L0Sum]
 
     def value(self, tokens: int) -> Tensor:
         """Its value, not yet weighted, over so many tokens."""
@@ -97,7 +98,7 @@ class Objective:
     def _pass(self, mode: Mode, activations: Activations, gradients: DecoderGradients | None) -> ModePass:
         c, backend = self.config.loss, self.config.compute.backend
         forward = self.clt(activations, mode, backend=backend, gradients=gradients)
-        result = ModePass({site: forward.output(site) for site in self.clt.sites}, forward.latents)
+        result = ModePass({site: forward.output(site) for site in self.clt.sites}, forward.latents, forward.l0)
         dead = self.activity[mode].dead(c.dead_after_tokens)
         if c.aux_weight and dead.any():
             result.dead_reconstruction = losses.dead_reconstruction(forward, dead, c.aux_latents)
@@ -129,6 +130,9 @@ class Objective:
             yield f"fvu_{mode}/{site.name}", LossTerm(mode, 1, [sums])
         if result.dead_reconstruction:
             yield f"aux_{mode}", LossTerm(mode, c.aux_weight, losses.aux_k(result.dead_reconstruction, outputs, real))
+        if result.l0 and c.l0_weight:
+            L0s = [losses.L0Sum(l0.sum() / self.clt.architecture.active) for l0 in result.l0]
+            yield f"l0_penalty_{mode}", LossTerm(mode, c.l0_weight, L0s)
         if result.cross_entropy is not None:
             total = losses.TokenSum(result.cross_entropy * real[self.clt.sites[0]].shape[0])
             yield f"cross_entropy_{mode}", LossTerm(mode, c.cross_entropy_weight, [total])
@@ -152,13 +156,15 @@ class Objective:
         """The gradient of a batch's loss; encoders and biases get theirs in `.grad`. `rho`: weight of the
         sparsely-connected terms. `check(loss, terms)` may raise before anything is differentiated.
 
-        If memory runs out, it is tried once more in micro-batches of half as many rows, and the run stays with those.
+        If memory runs out, it is tried once more in micro-batches of half as many rows, and the run stays with those;
+        except with BatchTopK, which needs the whole batch.
         """
         try:
             return self._backward(activations, rho, check)
         except Exception as error:
             halved = self.micro_rows < self._configured_rows
-            if halved or self.micro_rows == 1 or not is_out_of_memory(error):
+            whole = self.clt.architecture.activation == "batchtopk"  # chooses the latents of all rows at once
+            if whole or halved or self.micro_rows == 1 or not is_out_of_memory(error):
                 raise
         # Not inside the handler, which keeps the tensors of the failed step alive.
         self.clt.zero_grad(set_to_none=True)

@@ -12,6 +12,7 @@ from sparseclt.config import TrainConfig, to_dict
 from sparseclt.connections.activity import Activity, RecentLatents
 from sparseclt.connections.policies import make_policy
 from sparseclt.data.text import load_rows
+from sparseclt.data.tokens import check_token_ids
 from sparseclt.devices import resolve
 from sparseclt.language_model.language_model import LanguageModel
 from sparseclt.model.activations import Activations
@@ -19,7 +20,7 @@ from sparseclt.model.clt import SparseCLT
 from sparseclt.model.decoder_gradients import DecoderGradients
 from sparseclt.model.shape import Architecture
 from sparseclt.model.sites import MODES, Mode
-from sparseclt.training import finite, memory, schedule
+from sparseclt.training import finite, memory, schedule, thresholds
 from sparseclt.training.batches import Batches
 from sparseclt.training.loggers import RunLog, truncate_after
 from sparseclt.training.objective import ModePass, Objective
@@ -41,14 +42,18 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 def build_clt(config: TrainConfig, language_model: LanguageModel) -> SparseCLT:
     """The untrained CLT of `config` for `language_model`; the same for the same seed."""
     shape = language_model.shape
-    architecture = Architecture(shape, config.clt.latents, config.clt.active, config.clt.attention)
+    c = config.clt
+    architecture = Architecture(shape, c.latents, c.active, c.attention, c.activation, c.bandwidth)
     attention = None
     if config.clt.attention == "latents":
         attention = [language_model.attention_weights(layer) for layer in range(shape.layers)]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         clt = SparseCLT(architecture, attention)
-    return clt.to(DTYPES[config.clt.dtype])
+    clt.to(DTYPES[config.clt.dtype])
+    for module in clt:
+        module.keep_wide_thresholds()
+    return clt
 
 
 class Trainer:
@@ -64,7 +69,7 @@ class Trainer:
         self.config, self.out = config, Path(config.out)
         self.device = resolve(config.device)
         self.language_model = language_model or LanguageModel.load(
-            config.model.path, layers=config.model.layers, device=str(self.device)
+            config.model.path, layers=config.model.layers, device=str(self.device), dtype=config.model.dtype
         )
         context = self.language_model.shape.context
         if context and config.data.row_tokens > context:
@@ -76,6 +81,7 @@ class Trainer:
         memory.check_fits(config, self.shape, memory.available_bytes(self.device))
         if rows is None:
             rows = load_rows(config, self.language_model.tokenizer, "train")
+        check_token_ids(rows, self.shape.vocab, self.language_model.tokenizer)
         self.clt = build_clt(config, self.language_model).to(self.device)
         self.policy = make_policy(config.connections, self.clt, config.steps, config.compute.backend)
         if self.policy:
@@ -93,7 +99,7 @@ class Trainer:
         M, F, c = len(self.clt.sites), self.config.clt.latents, self.config.connections
         activity: dict[Mode, Activity] = {mode: Activity(M, F, device=self.device) for mode in MODES}
         if self.policy and c.importance == "coactivation":
-            activity["vanilla"].recent = RecentLatents(M, self.config.clt.active, c.recent_tokens, self.device)
+            activity["vanilla"].recent = RecentLatents(M, self.clt.architecture.slots, c.recent_tokens, self.device)
         return activity
 
     def loss(
@@ -117,6 +123,8 @@ class Trainer:
         config, step = self.config, self.step
         with self._explaining_out_of_memory():
             finite.check_activations(activations, step)
+            if step == 0:
+                thresholds.calibrate(self.clt, activations, config.compute.backend)
             if self.policy and schedule.connections_may_change(config, step):
                 self.policy.update(self.clt, self.activity["vanilla"], step)
             rho = schedule.sparse_weight(config, step)
@@ -130,8 +138,10 @@ class Trainer:
         finite.check_gradient(spoiled, step)
         for mode, latents in backward.latents.items():
             self.activity[mode].update(latents)
+        thresholds.follow(self.clt, backward.latents)
         self.step += 1
-        return self._metrics(backward.terms, norm)
+        counts = {} if config.clt.activation == "topk" else thresholds.metrics(self.clt, backward.latents)
+        return self._metrics(backward.terms, norm) | counts
 
     @contextmanager
     def _explaining_out_of_memory(self) -> Iterator[None]:
@@ -168,6 +178,7 @@ class Trainer:
             raise ValueError(f"out: {self.out} already holds a run; choose another directory, or resume it")
         write_config(self.out, self.config)
         truncate_after(self.out / METRICS, self.step)
+        self.clt.train()
         log = RunLog(self.config.logging, self.out, to_dict(self.config), self.config.steps, self.step)
         with closing(log), self._explaining_out_of_memory():
             for activations in self.batches.from_step(self.step):
@@ -175,7 +186,7 @@ class Trainer:
                 if self.step == self.config.steps or self.step % self.config.checkpoints.every_steps == 0:
                     self.save()
         self.clt.save_pretrained(self.out / CLT)
-        return self.clt
+        return self.clt.eval()
 
     def save(self) -> Path:
         """Write checkpoints/step_N of the run directory, whole or not at all, and drop the oldest ones."""
