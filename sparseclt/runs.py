@@ -42,10 +42,10 @@ def evaluate_run(run: str | Path, language_model: LanguageModel | None = None) -
 
 
 def load_run(run: str | Path) -> tuple[SparseCLT, LanguageModel]:
-    """The CLT of the finished run in directory `run`, and its language model."""
+    """The CLT of the finished run in directory `run`, and its language model, both in fp32."""
     config = read_config(Path(run))
     model = LanguageModel.load(config.model.path, layers=config.model.layers)
-    return SparseCLT.from_pretrained(Path(run) / CLT), model
+    return SparseCLT.from_pretrained(Path(run) / CLT).float(), model
 
 
 def _measure(config: TrainConfig, clt: SparseCLT, language_model: LanguageModel, rows: Tensor) -> Evaluation:

@@ -193,20 +193,18 @@ def _attention_edges(
     attention = run.clt.attention_of(site)
     assert attention is not None
     activations = run.forward.activations
-    mix = (activations.attn_pattern[site.layer][0] / activations.attn_scale[site.layer][0][None, None, :]).double()
-    at_query = mix[:, positions]  # [H, A, S]
+    at_query = activations.mix(site.layer)[0].double()[:, positions]  # [H, A, S]
     heads = _head_rows(weights.W_enc[latents], attention)
     given, biases = nodes.before(site)
     for stream in given:
         read = torch.einsum("had,sd,has->as", heads, stream.written, at_query)
         number = stream.number.expand_as(read)
         yield from _known(number, target[:, None], read, number >= 0)
-    bias = torch.einsum("had,sd,has->a", heads, biases, at_query) + weights.b_enc[latents].double()
-    yield (
-        torch.full_like(target, nodes.bias),
-        target,
-        bias + (weights.W_enc[latents].double() @ attention.bias.double()),
-    )
+    own = weights.W_enc[latents].double() @ attention.bias.double()
+    if activations.attn_post_scale:
+        own = own / activations.attn_post_scale[site.layer][0, positions].double()
+    bias = torch.einsum("had,sd,has->a", heads, biases, at_query) + own + weights.b_enc[latents].double()
+    yield torch.full_like(target, nodes.bias), target, bias
     V, connections = run.forward.virtual_weights[module], weights.connections
     if V is not None and connections is not None:
         ids, through = connections.indices[latents].long(), V[:, latents].double()  # [A, C], [H, A, C]

@@ -9,9 +9,9 @@ from sparseclt.graph.attribution import attribute
 from sparseclt.graph.graph import Graph
 from sparseclt.graph.influence import Pruned, Scores, prune, scores
 from sparseclt.graph.prompt import prompt_tokens, token_strings
-from sparseclt.graph.run import check_connected, language_model_run, sparse_model_run
+from sparseclt.graph.run import check_exact, language_model_run, sparse_model_run
 from sparseclt.language_model.language_model import LanguageModel
-from sparseclt.model.clt import SparseCLT
+from sparseclt.model.clt import SparseCLT, in_evaluation_mode
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,7 @@ class PromptGraph:
     agreement: Agreement
 
 
+@in_evaluation_mode
 @torch.no_grad()
 def prompt_graph(
     clt: SparseCLT,
@@ -74,7 +75,7 @@ def prompt_graph(
     Raises ValueError for a prompt that is empty or too long, for shares outside 0 to 1, for a CLT without connections,
     and for a model whose logits are not linear in its last residual stream.
     """
-    check_connected(clt)
+    check_exact(clt, language_model)
     tokens = prompt_tokens(language_model, prompt, special_tokens)
     sparse, real = sparse_model_run(clt, language_model, tokens), language_model_run(clt, language_model, tokens)
     graph = attribute(real if error_nodes else sparse, max_logits=max_logits)

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from sparseclt.graph.attribution import attribute
 from sparseclt.graph.prompt import prompt_tokens, token_strings
-from sparseclt.graph.run import PromptRun, check_connected, sparse_model_run
+from sparseclt.graph.run import PromptRun, check_exact, sparse_model_run
 from sparseclt.language_model.language_model import LanguageModel
-from sparseclt.model.clt import SparseCLT
+from sparseclt.model.clt import SparseCLT, in_evaluation_mode
 from sparseclt.model.forward import ForwardPass
 from sparseclt.model.modules import Latents
 from sparseclt.model.sites import MODES, Mode, Site
@@ -81,6 +81,7 @@ class Effects:
     """[k] the change of the logits along the sparse model's graph, which is linear."""
 
 
+@in_evaluation_mode
 @torch.no_grad()
 def intervene(
     clt: SparseCLT,
@@ -97,7 +98,7 @@ def intervene(
     Raises ValueError for sites, latents and positions that do not exist, for two interventions on one latent at one
     position, and where `prompt_graph` does.
     """
-    check_connected(clt)
+    check_exact(clt, language_model)
     tokens = prompt_tokens(language_model, prompt, special_tokens)
     places = _resolve(clt, tokens.shape[1], interventions)
     runs = {mode: _runs(clt, language_model, tokens, mode, places) for mode in dict.fromkeys(("sparse", *modes))}
@@ -154,7 +155,7 @@ class _IntervenedPass(ForwardPass):
         """As without interventions, with a spare slot for each latent that may not be active."""
         plain = super().encode(index, rows, k)
         values = torch.nn.functional.pad(plain.values, (0, self.spare))
-        indices = torch.nn.functional.pad(plain.indices, (0, self.spare))
+        indices = torch.nn.functional.pad(plain.indices, (0, self.spare), value=-1)  # an empty slot
         for spare, (position, latent, wanted) in enumerate(self.changes.get(self.clt.sites[index], [])):
             slots = ((plain.indices[position] == latent) & (plain.values[position] > 0)).nonzero()[:, 0]
             slot = int(slots[0]) if len(slots) else plain.values.shape[1] + spare

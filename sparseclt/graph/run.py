@@ -74,8 +74,15 @@ class PromptRun:
         return written
 
 
-def check_connected(clt: SparseCLT) -> None:
-    """Raises ValueError for a CLT without sparsely-connected mode, of which there is no graph."""
+def check_exact(clt: SparseCLT, language_model: LanguageModel) -> None:
+    """Raises ValueError for a CLT without sparsely-connected mode, of which there is no graph, and for half precision,
+    in which nothing would add up."""
+    dtypes = {"clt": next(clt.parameters()).dtype, "language_model": language_model.dtype}
+    for name, dtype in dtypes.items():
+        if dtype not in (torch.float32, torch.float64):
+            raise ValueError(
+                f"{name}: expected float32 or float64, in which a graph is exact, got {dtype}; call .float()"
+            )
     if not (clt.connected and clt.reads_upstream):
         raise ValueError(
             "clt: expected a CLT with connections, whose sparsely-connected mode a graph describes, got one without; "

@@ -51,6 +51,7 @@ def logit_directions(model: LanguageModel, tokens: Tensor) -> tuple[Tensor, Tens
     bias = getattr(norm.original_component, "bias", None)
     if bias is not None:
         offsets = offsets + bias.detach().double() @ chosen
-    gain = norm.weight + 1 if norm.uses_weight_offset else norm.weight
-    directions = (gain.detach().double()[:, None] * chosen).T
+    if (weight := getattr(norm.original_component, "weight", None)) is not None:
+        chosen = (weight.detach().double() + int(norm.uses_weight_offset))[:, None] * chosen
+    directions = chosen.T
     return (centre(directions) if model.shape.centred else directions), offsets

@@ -6,7 +6,7 @@ import pytest
 import torch
 from clts import connect_random, random_clt
 from graphs import TOKENS, clt_of, graph_of, model_of, run_of
-from tiny_models import FAMILIES, hf_model, tokenizer
+from tiny_models import FAMILIES, further_config, hf_model, tokenizer
 
 from sparseclt.graph.attribution import attribute, top_logits
 from sparseclt.graph.run import sparse_model_run
@@ -72,6 +72,17 @@ def test_attention_latents_have_edges_between_tokens():
     pairs = [(graph.nodes[s], graph.nodes[t]) for s, t in zip(graph.source, graph.target, strict=True)]
     between = [t for s, t in pairs if s.kind == "latent" and s.position < t.position]
     assert between and all(t.site.kind == "attn" for t in between)
+
+
+@pytest.mark.parametrize("attention", ["frozen", "latents"])
+@pytest.mark.parametrize("family", ["Phi", "Olmo2"])  # one norm for both, and norms behind attention and MLP
+def test_other_families_add_up_too(family, attention):
+    model = LanguageModel.from_hf(hf_model(further_config(family)), tokenizer(), name=family)
+    clt = random_clt(model, attention)
+    connect_random(clt, 6)
+    graph = attribute(sparse_model_run(clt, model, TOKENS))
+    sums = torch.zeros_like(graph.values).index_add_(0, graph.target, graph.weight)
+    torch.testing.assert_close(sums[graph.stage >= 0], graph.values[graph.stage >= 0], rtol=0, atol=1e-9)
 
 
 def test_layers_that_the_clt_does_not_cover_are_one_node():

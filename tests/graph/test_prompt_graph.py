@@ -189,6 +189,12 @@ def test_a_clt_without_connections_has_no_graph():
         prompt_graph(random_clt(model_of("gpt2")), model_of("gpt2"), PROMPT)
 
 
+def test_half_precision_is_refused():
+    clt = random_clt(model_of("gpt2")).bfloat16()
+    with pytest.raises(ValueError, match="clt: expected float32 or float64, in which a graph is exact, got torch.bf"):
+        prompt_graph(clt, model_of("gpt2"), PROMPT)
+
+
 def test_a_prompt_of_one_word_has_a_graph():
     short = prompt_graph(clt_of("gpt2", "frozen"), model_of("gpt2"), "w5")
     assert len(short.graph.tokens) == 2 and graph_json(short)["links"]
