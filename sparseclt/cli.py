@@ -16,6 +16,7 @@ import tyro
 
 from sparseclt.config import TrainConfig
 from sparseclt.model.shape import ModelShape
+from sparseclt.storage.run_config import read_config
 from sparseclt.strict import ConfigError
 
 Config = Annotated[TrainConfig, tyro.conf.arg(name="")]
@@ -28,13 +29,16 @@ def train(config: Config = TrainConfig()) -> Work:  # noqa: B008
     return partial(_train, config)
 
 
-def resume(run: Run) -> Work:
-    """Continue an interrupted run exactly from its newest checkpoint.
+def resume(run: Run, config: Config = TrainConfig(), checkpoint: Path | None = None) -> Work:  # noqa: B008
+    """Go on with a run exactly where its newest whole checkpoint stands. Options that do not change what is trained
+    may get other values, more steps among them; they default to those of the run.
 
     Args:
-        run: The run directory.
+        run: The run directory, wherever it lies now.
+        config: The configuration of the run.
+        checkpoint: One of its checkpoints, such as step_00000500, to go on from instead.
     """
-    return partial(_resume, run)
+    return partial(_resume, run, config, checkpoint)
 
 
 def repeat(run: Run, out: Run) -> Work:
@@ -47,13 +51,15 @@ def repeat(run: Run, out: Run) -> Work:
     return partial(_repeat, run, out)
 
 
-def evaluate(run: Run) -> Work:
+def evaluate(run: Run, device: str | None = None, checkpoint: Path | None = None) -> Work:
     """Evaluate a finished run on its held-out text and print the table.
 
     Args:
         run: The run directory.
+        device: 'cpu', 'cuda', ... None: that of the run.
+        checkpoint: One of its checkpoints, such as step_00000500, to evaluate instead.
     """
-    return partial(_evaluate, run)
+    return partial(_evaluate, run, device, checkpoint)
 
 
 def sweep(config: Config = TrainConfig(out="runs/sweep"), connections: tuple[int, ...] = (8, 16, 32, 64)) -> Work:  # noqa: B008
@@ -89,6 +95,7 @@ def graph(
     edge_share: float = 0.98,
     max_logits: int = 10,
     special_tokens: bool = False,
+    device: str | None = None,
     out: Path | None = None,
 ) -> Work:
     """Trace which latents made the next token likely on one prompt: the graph of sparsely-connected mode, exact.
@@ -102,15 +109,20 @@ def graph(
         edge_share: Keep the fewest edges between them that have this share.
         max_logits: The most next tokens to trace.
         special_tokens: Read text such as <|endoftext|> in the prompt as the special token, not as plain text.
+        device: 'cpu', 'cuda', ... None: that of the run.
         out: The Graph JSON to write. None: graphs/NAME.json in the run directory, named after the prompt.
     """
     options = {"error_nodes": error_nodes, "node_share": node_share, "edge_share": edge_share}
     options |= {"max_logits": max_logits, "special_tokens": special_tokens}
-    return partial(_graph, run, prompt, out, options)
+    return partial(_graph, run, prompt, device, out, options)
 
 
 def intervene(
-    run: Run, prompt: tyro.conf.Positional[str], latents: tuple[str, ...], special_tokens: bool = False
+    run: Run,
+    prompt: tyro.conf.Positional[str],
+    latents: tuple[str, ...],
+    special_tokens: bool = False,
+    device: str | None = None,
 ) -> Work:
     """Set latents to other values on one prompt: the change of the logits, and what the graph predicts.
 
@@ -119,8 +131,9 @@ def intervene(
         prompt: The prompt.
         latents: SITE/LATENT@POSITIONS=VALUE: mlp_2/137@5=0, mlp_2/137@5-8=x2 (twice its value), mlp_2/137@*=1.5.
         special_tokens: Read text such as <|endoftext|> in the prompt as the special token, not as plain text.
+        device: 'cpu', 'cuda', ... None: that of the run.
     """
-    return partial(_intervene, run, prompt, latents, special_tokens)
+    return partial(_intervene, run, prompt, latents, special_tokens, device)
 
 
 def selftest(device: str = "auto", backends: tuple[str, ...] = ()) -> Work:
@@ -150,26 +163,30 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the command.
 
     Returns 0 on success; 1 if the self-test fails or a planned run does not fit; 2 on bad input or when a disk or the
-    network refuses something, after a message on standard error.
+    network refuses something, after a message on standard error; 130 or 143 after SIGINT or SIGTERM.
     """
     try:
-        return _parse(arguments)() or 0
+        return _parse(sys.argv[1:] if arguments is None else arguments)() or 0
     except (ValueError, TypeError) as error:
         print(f"sparseclt: {error}", file=sys.stderr)
         return 2
     except OSError as error:  # a full disk, a directory that may not be written: the error names it
         print(f"sparseclt: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt as stop:  # that of a training run has written a checkpoint, and says so
+        print(f"sparseclt: {stop or 'interrupted'}", file=sys.stderr)
+        return getattr(stop, "exit_status", 130)
 
 
-def _parse(arguments: list[str] | None) -> Work:
+def _parse(arguments: list[str]) -> Work:
     """The work that the arguments ask for. tyro frames and wraps the errors of a configuration; they are raised as
     they are instead."""
     messages = io.StringIO()
+    commands = COMMANDS | {"resume": _resume_of(arguments)}
     try:
         with redirect_stderr(messages):
             work: Work = tyro.extras.subcommand_cli_from_dict(
-                COMMANDS, prog="sparseclt", description="Sparsely-connected cross-layer transcoders.", args=arguments
+                commands, prog="sparseclt", description="Sparsely-connected cross-layer transcoders.", args=arguments
             )
     except SystemExit as stop:
         cause: BaseException | None = stop
@@ -183,6 +200,21 @@ def _parse(arguments: list[str] | None) -> Work:
     return work
 
 
+def _resume_of(arguments: list[str]) -> Callable[..., Work]:
+    """`resume` with the configuration of the run that is named first as its defaults."""
+    if arguments[:1] != ["resume"] or len(arguments) < 2 or arguments[1] in ("-h", "--help"):
+        return resume
+    if arguments[1].startswith("-"):
+        raise ValueError(f"resume: expected the run directory before all options, got {arguments[1]}")
+    stored = read_config(arguments[1])
+
+    def of_run(run: Run, config: Config = stored, checkpoint: Path | None = None) -> Work:
+        return resume(run, config, checkpoint)
+
+    of_run.__doc__ = resume.__doc__
+    return of_run
+
+
 def _train(config: TrainConfig) -> None:
     from sparseclt import runs
     from sparseclt.evaluation import report
@@ -191,27 +223,26 @@ def _train(config: TrainConfig) -> None:
     print(f"\nRun directory: {config.out}")
 
 
-def _resume(run: Path) -> None:
+def _resume(run: Path, config: TrainConfig, checkpoint: Path | None) -> None:
     from sparseclt import runs
     from sparseclt.evaluation import report
-    from sparseclt.training.trainer import Trainer
+    from sparseclt.training.run_directory import steps_done
 
-    trainer = Trainer.from_run(run)
-    trainer.fit(resume=run)
-    print(report.evaluation_table(runs.evaluate_run(run, trainer.language_model).to_dict()))
+    if checkpoint is None and steps_done(run) == config.steps:
+        print(f"{run} has done all its {config.steps} steps; --steps gives it more. It is evaluated again.\n")
+    print(report.evaluation_table(runs.resume(run, config, checkpoint=checkpoint).to_dict()))
 
 
 def _repeat(run: Path, out: Path) -> None:
-    from sparseclt.training.run_directory import read_config
-
     _train(replace(read_config(run), out=str(out)))
 
 
-def _evaluate(run: Path) -> None:
+def _evaluate(run: Path, device: str | None, checkpoint: Path | None) -> None:
     from sparseclt import runs
     from sparseclt.evaluation import report
 
-    print(report.evaluation_table(runs.evaluate_run(run).to_dict()))
+    result = runs.evaluate_run(run, device=device, checkpoint=checkpoint)
+    print(report.evaluation_table(result.to_dict()))
 
 
 def _sweep(config: TrainConfig, connections: tuple[int, ...]) -> None:
@@ -236,26 +267,26 @@ def _plan(config: TrainConfig, shape: ModelShape, memory_gib: float | None) -> i
     return 0 if plan.fits else 1
 
 
-def _graph(run: Path, prompt: str, out: Path | None, options: dict[str, Any]) -> None:
+def _graph(run: Path, prompt: str, device: str | None, out: Path | None, options: dict[str, Any]) -> None:
     from sparseclt import runs
     from sparseclt.graph.explain import prompt_graph
     from sparseclt.graph.graph_json import graph_name, write_graph
     from sparseclt.graph.summary import graph_summary
 
-    clt, model = runs.load_run(run)
+    clt, model = runs.load_run(run, device=device)
     explained = prompt_graph(clt, model, prompt, **options)
     path = write_graph(explained, out or run / "graphs" / f"{graph_name(explained)}.json")
     print(f"{graph_summary(explained)}\n\nGraph: {path}")
 
 
-def _intervene(run: Path, prompt: str, latents: tuple[str, ...], special_tokens: bool) -> None:
+def _intervene(run: Path, prompt: str, latents: tuple[str, ...], special_tokens: bool, device: str | None) -> None:
     from sparseclt import runs
     from sparseclt.graph.intervention import Intervention
     from sparseclt.graph.intervention import intervene as change
     from sparseclt.graph.summary import effects_table
 
     wanted = [Intervention.parse(text) for text in latents]
-    clt, model = runs.load_run(run)
+    clt, model = runs.load_run(run, device=device)
     print(effects_table(change(clt, model, prompt, wanted, special_tokens=special_tokens)))
 
 

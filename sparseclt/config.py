@@ -226,6 +226,8 @@ class CheckpointConfig:
 
     every_steps: Positive = 500
     """Steps from one checkpoint to the next; the last step always writes one."""
+    every_minutes: Annotated[float, Field(gt=0)] | None = None
+    """Minutes after which a checkpoint is due as well. None: only by steps."""
     keep: Positive = 2
     """How many of the newest checkpoints stay on disk."""
 

@@ -86,9 +86,10 @@ class RowWriter:
     def stored(self, split: str = "train") -> "Stored":
         """Facts about what was written. Raises ValueError if that is not a single row."""
         if not self.rows:
+            what, more = ("text", "") if split == "train" else ("held-out text", ", a larger data.held_out_share")
             raise ValueError(
-                f"data.source: expected {'text' if split == 'train' else 'held-out text'} for at least one row of "
-                f"{self.row_tokens} tokens, got {len(self.rest)} tokens; give more text or a smaller data.row_tokens"
+                f"data.source: expected {what} for at least one row of {self.row_tokens} tokens, got "
+                f"{len(self.rest)} tokens; give more text{more} or a smaller data.row_tokens"
             )
         return Stored(self.rows, finish_digest(self.hash, self.rows, self.row_tokens), self.largest)
 

@@ -5,7 +5,6 @@ Fields that neither knows (`site` and `latent` of a node, `sparseclt` of the met
 
 import hashlib
 import json
-import os
 import re
 from dataclasses import asdict
 from pathlib import Path
@@ -15,6 +14,7 @@ from sparseclt.graph.attribution import LOGIT_SHARE
 from sparseclt.graph.explain import PromptGraph
 from sparseclt.graph.graph import Node, NodeKind
 from sparseclt.model.sites import Site
+from sparseclt.storage.json_files import replace_file
 
 INDEX = "graph-metadata.json"
 # Their names for what a node is. Attention that is taken as given is what attention latents would leave unexplained.
@@ -68,9 +68,7 @@ def write_graph(explained: PromptGraph, path: Path) -> Path:
 
 
 def _write(path: Path, values: dict[str, Any]) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(values, allow_nan=False) + "\n", encoding="utf-8")
-    os.replace(partial, path)
+    replace_file(path, json.dumps(values, allow_nan=False) + "\n")
 
 
 def _metadata(explained: PromptGraph, slug: str) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from sparseclt.language_model.files import DTYPES, EXPECTED, DType, load_hf, locate
 from sparseclt.language_model.hooks import BlockNorms, Hook, Replace, StopRun, recording_hooks
+from sparseclt.language_model.identity import tensors_digest
 from sparseclt.model.activations import Activations, at_least_float32
 from sparseclt.model.attention import AttentionWeights, attention_write, centre
 from sparseclt.model.shape import ModelShape
@@ -39,6 +40,7 @@ class LanguageModel:
             raise ValueError(f"hf_model: expected float32, bfloat16, float16 or float64 weights, got {self.dtype}")
         bridge.eval().requires_grad_(False)
         self.bridge, self.tokenizer = bridge, tokenizer
+        self._digest: tuple[list[tuple[int, int]], str] | None = None
         self._class_name = type(bridge.original_model).__name__
         self._norms = BlockNorms.of(bridge, parallel=bool(cfg.parallel_attn_mlp))
         self.shape = ModelShape(
@@ -105,6 +107,19 @@ class LanguageModel:
         # Without the tokenizer, which a bridge would fetch anew under the model's name.
         bridge = build_bridge_from_module(hf_model, type(hf_model).__name__, hf_config=hf_model.config)
         return cls(bridge, tokenizer, layers=layers, name=name)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.bridge.original_model.parameters()).device
+
+    def digest(self) -> str:
+        """blake2b, in hex, of the weights; computed once, and again after they were changed in place."""
+        parameters = list(self.bridge.original_model.parameters())
+        versions = [(parameter.data_ptr(), parameter._version) for parameter in parameters]
+        if self._digest is None or self._digest[0] != versions:
+            self._digest = versions, tensors_digest(parameters)
+        return self._digest[1]
 
     @torch.no_grad()
     def capture(self, tokens: Tensor, *, attention: bool = False) -> Activations:

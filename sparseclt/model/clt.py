@@ -5,6 +5,8 @@ from functools import wraps
 from pathlib import Path
 from typing import Concatenate, ParamSpec, TypeVar
 
+import torch
+
 from sparseclt.model import pretrained
 from sparseclt.model.activations import Activations
 from sparseclt.model.decoder_gradients import DecoderGradients
@@ -72,10 +74,17 @@ class SparseCLT(Transcoders):
         return pretrained.save(self, Path(path))
 
     @classmethod
-    def from_pretrained(cls, path: str | Path) -> "SparseCLT":
-        """Read what `save_pretrained` or a training run wrote; every file is checked against its digest."""
+    def from_pretrained(
+        cls, path: str | Path, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> "SparseCLT":
+        """Read what `save_pretrained` or a training run wrote, a checkpoint included; every file is checked against its
+        digest.
+
+        `device`: where it goes. None: the CPU. `dtype`: of its weights. None: as they were saved. The logits of
+        learned connections keep theirs.
+        """
         architecture, attention, tensors = pretrained.read(Path(path))
-        clt = cls(architecture, attention)
+        clt = cls(architecture, attention).to(device=device, dtype=dtype or pretrained.dtype_of(tensors))
         pretrained.load_tensors(clt, tensors)
         clt.eval()
         return clt

@@ -102,3 +102,8 @@ def read(path: Path) -> tuple[Architecture, list[AttentionWeights] | None, Tenso
         for layer in range(architecture.model.layers)
     ]
     return architecture, attention, tensors
+
+
+def dtype_of(tensors: TensorFiles) -> torch.dtype:
+    """The dtype of the weights of a CLT on disk."""
+    return tensors["mlp.0.W_enc"].dtype

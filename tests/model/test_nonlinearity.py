@@ -188,5 +188,5 @@ def test_a_token_has_at_most_four_times_k_latents():
     assert Architecture(shape, 100, 5).slots == 5
     assert Architecture(shape, 100, 5, activation="jumprelu").slots == 20
     assert Architecture(shape, 12, 5, activation="batchtopk").slots == 12
-    with pytest.raises(ValueError, match="activation: expected one of .*, got 'relu'"):
+    with pytest.raises(ValueError, match="activation: expected 'topk', .*, got 'relu'"):
         Architecture(shape, 12, 5, activation="relu")
