@@ -58,7 +58,7 @@ class DataConfig:
     Hugging Face data set."""
     text_field: Text = "text"
     """The field with the text, in JSON lines, Parquet files and data sets."""
-    row_tokens: Annotated[int, Field(ge=2, le=LARGEST)] = 128
+    row_tokens: Annotated[int, Field(ge=3, le=LARGEST)] = 128
     """Tokens per row of text."""
     bos: Literal["row", "document", "none"] = "row"
     """row: every row begins with the tokenizer's BOS (else EOS) token, and an EOS (else BOS) token parts documents.

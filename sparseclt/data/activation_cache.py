@@ -22,7 +22,7 @@ from sparseclt.config import TrainConfig
 from sparseclt.data.activation_stream import as_activations, vectors_of
 from sparseclt.language_model.identity import tensors_digest
 from sparseclt.language_model.language_model import LanguageModel
-from sparseclt.model.activations import Activations
+from sparseclt.model.activations import Activations, all_but_first
 from sparseclt.model.shape import ModelShape
 from sparseclt.storage.directories import CheckpointError, atomic_directory, verify
 from sparseclt.storage.json_files import read_json, replace_file
@@ -127,7 +127,8 @@ class ActivationCache:
             )
         if info.dtype == "int8":
             vectors *= vector_scales[..., None]
-        return as_activations(tokens.to(device), vectors.to(device), scale.to(device))
+        tokens = tokens.to(device)
+        return as_activations(tokens, vectors.to(device), scale.to(device), all_but_first(tokens))
 
     def _shard(self, number: int) -> dict[str, Any]:
         if number not in self._shards:

@@ -50,7 +50,7 @@ def fvu_against_c(
     with _own_connections_kept(clt):
         for _, activations in captures(clt, language_model, rows[1::2], batch_rows):
             real = activations.outputs(clt.sites)
-            variance.add(real)
+            variance.add(real, activations.counted_flat)
             vanilla.add(clt(activations, "vanilla", backend=backend), real)
             for C in Cs:
                 for module, connections in zip(clt, chosen[C], strict=True):
@@ -75,7 +75,7 @@ def _activity_on(
     recent = RecentLatents(M, a.slots, rows.numel(), device)
     activity = Activity(M, a.latents, device=device, recent=recent)
     for _, activations in captures(clt, language_model, rows, batch_rows):
-        activity.update(clt(activations, "vanilla", backend=backend).latents)
+        activity.update(clt(activations, "vanilla", backend=backend).latents, activations.counted_flat)
     return activity
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from sparseclt.language_model.files import DTYPES, EXPECTED, DType, load_hf, locate
 from sparseclt.language_model.hooks import BlockNorms, Hook, Replace, StopRun, recording_hooks
 from sparseclt.language_model.identity import tensors_digest
-from sparseclt.model.activations import Activations, at_least_float32
+from sparseclt.model.activations import Activations, all_but_first, at_least_float32
 from sparseclt.model.attention import AttentionWeights, attention_write, centre
 from sparseclt.model.shape import ModelShape
 
@@ -129,7 +129,7 @@ class LanguageModel:
             raise StopRun
 
         tokens = self._checked(tokens)
-        live = Activations(tokens, torch.empty(0))
+        live = Activations(tokens, torch.empty(0), counted=all_but_first(tokens))
         hooks = self._hooks(live, attention)
         try:
             self._run(tokens, [*hooks, (f"blocks.{self.shape.layers - 1}.hook_resid_post", stop)])
@@ -149,17 +149,23 @@ class LanguageModel:
         functions return.
         """
         tokens = self._checked(tokens)
-        live = Activations(tokens, torch.empty(0))
+        live = Activations(tokens, torch.empty(0), counted=all_but_first(tokens))
         return self._run(tokens, self._hooks(live, on_attn is not None, on_mlp, on_attn))
 
     def cross_entropy(self, tokens: Tensor, *, on_mlp: Replace | None = None, on_attn: Replace | None = None) -> Tensor:
         """Mean next-token cross-entropy in nats, [], at least in float32, with outputs replaced as in
-        `replaced_logits`."""
+        `replaced_logits`; without the prediction made at position 0 of a row. Raises ValueError for rows of fewer than
+        3 tokens."""
+        if tokens.ndim == 2 and tokens.shape[1] < 3:
+            raise ValueError(
+                f"tokens: expected rows of at least 3 tokens, as the prediction made at position 0 does not count, "
+                f"got {tokens.shape[1]}"
+            )
         logits = self.replaced_logits(tokens, on_mlp=on_mlp, on_attn=on_attn)
-        targets = tokens[:, 1:].to(logits.device, torch.int64)
+        targets = tokens[:, 2:].to(logits.device, torch.int64)
         # A row at a time: beside the logits there is never another tensor of their size.
         rows = [
-            torch.nn.functional.cross_entropy(at_least_float32(row[:-1]), target, reduction="sum")
+            torch.nn.functional.cross_entropy(at_least_float32(row[1:-1]), target, reduction="sum")
             for row, target in zip(logits, targets, strict=True)
         ]
         return torch.stack(rows).sum() / targets.numel()

@@ -46,7 +46,8 @@ class ForwardPass:
         self._readings: list[Tensor] = []  # [N, D] per module
 
     def output(self, site: Site) -> Tensor:
-        """The reconstruction [N, D] of a site, complete once all modules up to it have run."""
+        """The reconstruction [N, D] of a site, complete once all modules up to it have run; the model's own output at
+        tokens that do not count (`Activations.counted`)."""
         return self._outputs[site]
 
     def advance(self, site: Site, activations: Activations) -> Tensor:
@@ -57,6 +58,7 @@ class ForwardPass:
         self.activations = activations
         self._readings.append(self._read(site))
         latents = self.encode(index)
+        latents = latents._replace(values=activations.where_counted(latents.values, 0.0))
         self.latents.append(latents)
         if self.mode == "sparse":
             self._upstream.add(latents)
@@ -78,7 +80,8 @@ class ForwardPass:
         module = self.clt.transcoder(index)
         for to, written in self.decode(index, latents):
             self._outputs[to] = self._outputs[to] + written if to in self._outputs else written
-        self._outputs[module.site] = self._outputs[module.site] + module.b_dec
+        complete = self._outputs[module.site] + module.b_dec
+        self._outputs[module.site] = self.activations.where_counted(complete, self.activations.output(module.site))
 
     def _read(self, site: Site) -> Tensor:
         """What `site` reads without a mask, [N, D]. Vanilla mode: the model's own input of that site."""
@@ -104,12 +107,15 @@ class ForwardPass:
         if a.activation == "topk":
             return candidates
         if a.activation == "batchtopk" and self.clt.training:
-            return nonlinearity.batch_top_k(candidates, a.active, len(candidates.values))
+            # Emptied first: tokens that do not count take no part in the selection.
+            values = self.activations.where_counted(candidates.values, 0.0)
+            counted = self.activations.counted_tokens
+            return nonlinearity.batch_top_k(candidates._replace(values=values), a.active, counted)
         threshold = module.threshold_of(self.mode)
         if a.activation == "batchtopk":
             return nonlinearity.above(candidates, threshold)
         latents, l0 = nonlinearity.jump_relu(candidates, threshold, a.bandwidth)
-        self.l0.append(l0)
+        self.l0.append(self.activations.where_counted(l0[:, None], 0.0)[:, 0])
         return latents
 
     def _strongest(self, index: int, k: int, rows: Tensor | None = None) -> Latents:

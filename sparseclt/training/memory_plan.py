@@ -175,6 +175,8 @@ def _pass_terms(x: _Run) -> list[MemoryTerm]:
                    "modes x 4 n D L; n: tokens of a micro-batch"),
         MemoryTerm("active latents", x.active_latents, ALWAYS, "modes x 12 N K M"),
         MemoryTerm("candidates for active latents", candidates, FORWARD, "modes x 14 n K M"),
+        MemoryTerm("latents before those of position 0 are emptied", x.modes * FLOAT * x.n * x.K * x.M, FORWARD,
+                   "modes x 4 n K M"),
         MemoryTerm("latents of all micro-batches", x.in_parts * x.active_latents, NOTED, "modes x 12 N K M"),
         MemoryTerm("kept for backward", x.sparse * kept, FORWARD, "4 n D L + 33 n K M"),
         MemoryTerm("AuxK, when latents are dead", aux, FORWARD, "modes x (12 n D L + 20 n M aux_latents)"),

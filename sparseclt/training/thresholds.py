@@ -45,12 +45,12 @@ def follow(clt: SparseCLT, latents: Mapping[Mode, Sequence[Latents]]) -> None:
             module.threshold_of("sparse").copy_(module.threshold_of("vanilla"))
 
 
-def metrics(clt: SparseCLT, latents: Mapping[Mode, Sequence[Latents]]) -> dict[str, float]:
-    """Means over modules: active latents per token, and the share of tokens that use all their slots and may have
-    wanted more latents than that."""
+def metrics(clt: SparseCLT, latents: Mapping[Mode, Sequence[Latents]], counted: int) -> dict[str, float]:
+    """Means over modules: active latents per token, of which so many count, and the share of tokens that use all their
+    slots and may have wanted more latents than that."""
     found: dict[str, float] = {}
     for mode, of_modules in latents.items():
-        tokens = len(of_modules) * len(of_modules[0].values)
+        tokens = len(of_modules) * counted
         found[f"l0_{mode}"] = sum(int((z.values > 0).sum()) for z in of_modules) / tokens
         if clt.architecture.slots < clt.architecture.latents:
             found[f"full_{mode}"] = sum(int(full_rows(z)) for z in of_modules) / tokens

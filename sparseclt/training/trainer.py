@@ -117,7 +117,7 @@ class Trainer:
         passes = objective.passes(activations, gradients)
         terms = objective.terms(passes, activations, objective.means(activations))
         rho = schedule.sparse_weight(self.config, step)
-        total, values = objective.loss(terms, activations.tokens.numel(), rho)
+        total, values = objective.loss(terms, activations.counted_tokens, rho)
         return total, values, passes
 
     def train_step(self, activations: Activations) -> dict[str, float]:
@@ -143,10 +143,12 @@ class Trainer:
             )
         finite.check_gradient(spoiled, step)
         for mode, latents in backward.latents.items():
-            self.activity[mode].update(latents)
+            self.activity[mode].update(latents, activations.counted_flat)
         thresholds.follow(self.clt, backward.latents)
         self.step += 1
-        counts = {} if config.clt.activation == "topk" else thresholds.metrics(self.clt, backward.latents)
+        counts = {}
+        if config.clt.activation != "topk":
+            counts = thresholds.metrics(self.clt, backward.latents, activations.counted_tokens)
         return self._metrics(backward.terms, norm) | counts
 
     @contextmanager
