@@ -40,7 +40,7 @@ class PromptRun:
 
     def counted(self) -> Tensor:
         """Whether each token has latents, [S]; a token that has none keeps the model's own outputs."""
-        counted = getattr(self.forward.activations, "counted", None)
+        counted = self.forward.activations.counted
         return torch.ones_like(self.tokens, dtype=torch.bool) if counted is None else counted[0]
 
     def given(self) -> dict[Site, Tensor]:

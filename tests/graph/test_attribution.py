@@ -67,6 +67,15 @@ def test_frozen_attention_is_one_node_for_each_layer_and_position(family):
     assert sorted(places) == sorted((f"attn_{layer}", p) for layer in range(3) for p in range(TOKENS.shape[1]))
 
 
+@both_kinds
+def test_position_0_has_no_latents_and_what_the_model_writes_there_is_given(attention):
+    graph, clt = graph_of("gpt2", attention, False), clt_of("gpt2", attention)
+    first = [node for node in graph.nodes if node.position == 0 and node.kind in ("latent", "error")]
+    assert {node.kind for node in first} == {"error"} and {node.site for node in first} == set(clt.sites)
+    errors = [node for node in graph.nodes if node.kind == "error"]
+    assert errors == first  # elsewhere the sparse model leaves nothing unexplained
+
+
 def test_attention_latents_have_edges_between_tokens():
     graph = graph_of("gpt2", "latents", False)
     pairs = [(graph.nodes[s], graph.nodes[t]) for s, t in zip(graph.source, graph.target, strict=True)]
