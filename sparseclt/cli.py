@@ -10,7 +10,7 @@ from contextlib import redirect_stderr
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 
@@ -87,6 +87,55 @@ def plan(
     return partial(_plan, config, shape, memory_gib)
 
 
+def graph(
+    run: Run,
+    prompt: tyro.conf.Positional[str],
+    error_nodes: bool = False,
+    node_share: float = 0.8,
+    edge_share: float = 0.98,
+    max_logits: int = 10,
+    special_tokens: bool = False,
+    device: str | None = None,
+    out: Path | None = None,
+) -> Work:
+    """Trace which latents made the next token likely on one prompt: the graph of sparsely-connected mode, exact.
+
+    Args:
+        run: The run directory.
+        prompt: The prompt.
+        error_nodes: Describe the language model's own run, with a node for what each module fails to reconstruct. Else:
+            the sparse model.
+        node_share: Keep the fewest nodes that have this share of all influence on the logits.
+        edge_share: Keep the fewest edges between them that have this share.
+        max_logits: The most next tokens to trace.
+        special_tokens: Read text such as <|endoftext|> in the prompt as the special token, not as plain text.
+        device: 'cpu', 'cuda', ... None: that of the run.
+        out: The Graph JSON to write. None: graphs/NAME.json in the run directory, named after the prompt.
+    """
+    options = {"error_nodes": error_nodes, "node_share": node_share, "edge_share": edge_share}
+    options |= {"max_logits": max_logits, "special_tokens": special_tokens}
+    return partial(_graph, run, prompt, device, out, options)
+
+
+def intervene(
+    run: Run,
+    prompt: tyro.conf.Positional[str],
+    latents: tuple[str, ...],
+    special_tokens: bool = False,
+    device: str | None = None,
+) -> Work:
+    """Set latents to other values on one prompt: the change of the logits, and what the graph predicts.
+
+    Args:
+        run: The run directory.
+        prompt: The prompt.
+        latents: SITE/LATENT@POSITIONS=VALUE: mlp_2/137@5=0, mlp_2/137@5-8=x2 (twice its value), mlp_2/137@*=1.5.
+        special_tokens: Read text such as <|endoftext|> in the prompt as the special token, not as plain text.
+        device: 'cpu', 'cuda', ... None: that of the run.
+    """
+    return partial(_intervene, run, prompt, latents, special_tokens, device)
+
+
 def selftest(device: str = "auto", backends: tuple[str, ...] = ()) -> Work:
     """Compare every op, dtype, backend and gradient with float64 on this machine; print the errors.
 
@@ -104,6 +153,8 @@ COMMANDS: dict[str, Callable[..., Work]] = {
     "eval": evaluate,
     "sweep": sweep,
     "plan": plan,
+    "graph": graph,
+    "intervene": intervene,
     "selftest": selftest,
 }
 
@@ -214,6 +265,29 @@ def _plan(config: TrainConfig, shape: ModelShape, memory_gib: float | None) -> i
     if available is not None and not plan.fits:
         print(memory.advice_text(config, shape, available))
     return 0 if plan.fits else 1
+
+
+def _graph(run: Path, prompt: str, device: str | None, out: Path | None, options: dict[str, Any]) -> None:
+    from sparseclt import runs
+    from sparseclt.graph.explain import prompt_graph
+    from sparseclt.graph.graph_json import graph_name, write_graph
+    from sparseclt.graph.summary import graph_summary
+
+    clt, model = runs.load_run(run, device=device)
+    explained = prompt_graph(clt, model, prompt, **options)
+    path = write_graph(explained, out or run / "graphs" / f"{graph_name(explained)}.json")
+    print(f"{graph_summary(explained)}\n\nGraph: {path}")
+
+
+def _intervene(run: Path, prompt: str, latents: tuple[str, ...], special_tokens: bool, device: str | None) -> None:
+    from sparseclt import runs
+    from sparseclt.graph.intervention import Intervention
+    from sparseclt.graph.intervention import intervene as change
+    from sparseclt.graph.summary import effects_table
+
+    wanted = [Intervention.parse(text) for text in latents]
+    clt, model = runs.load_run(run, device=device)
+    print(effects_table(change(clt, model, prompt, wanted, special_tokens=special_tokens)))
 
 
 def _selftest(device: str, backends: tuple[str, ...]) -> int:
