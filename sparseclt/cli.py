@@ -122,13 +122,16 @@ COMMANDS: dict[str, Callable[..., Work]] = {
 def main(arguments: list[str] | None = None) -> int:
     """Run the command.
 
-    Returns 0 on success; 1 if the self-test fails or a planned run does not fit; 2 on bad input, after a message on
-    standard error.
+    Returns 0 on success; 1 if the self-test fails or a planned run does not fit; 2 on bad input or when a disk or the
+    network refuses something, after a message on standard error.
     """
     try:
         return _parse(arguments)() or 0
     except (ValueError, TypeError) as error:
         print(f"sparseclt: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:  # a full disk, a directory that may not be written: the error names it
+        print(f"sparseclt: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
 
 

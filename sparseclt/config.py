@@ -45,6 +45,8 @@ class ModelConfig:
     """'embedded' (the small model in the package), a local directory, a GGUF file, or a name on the hub."""
     layers: Positive | None = None
     """Cover only the first so many layers. None: all."""
+    dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Data type of its weights and activations. bf16, fp16: half the memory. The CLT computes in fp32 all the same."""
 
 
 @strict("data")

@@ -35,7 +35,7 @@ def evaluate_run(run: str | Path, language_model: LanguageModel | None = None) -
     plots there and returns the evaluation."""
     config = replace(read_config(Path(run)), out=str(run))
     if language_model is None:
-        language_model = LanguageModel.load(config.model.path, layers=config.model.layers)
+        language_model = LanguageModel.load(config.model.path, layers=config.model.layers, dtype=config.model.dtype)
     clt = SparseCLT.from_pretrained(Path(run) / CLT)
     return _measure(config, clt, language_model, held_out_rows(config, language_model))
 

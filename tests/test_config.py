@@ -65,6 +65,7 @@ BAD = {
     "seed": [-1, 2**63, 0.5],
     "model.path": [""],
     "model.layers": [0, -1],
+    "model.dtype": ["float16", "int8", "fp64"],
     "data.source": [""],
     "data.text_field": [""],
     "data.row_tokens": [1, 0, -128],

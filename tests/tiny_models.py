@@ -6,6 +6,9 @@ import torch
 
 VOCAB, WIDTH, LAYERS, HEADS, CONTEXT = 50, 32, 3, 4, 24
 FAMILIES = ("gpt2", "pythia", "llama")
+# Further ones, by the name of their transformers configuration; those in the second line have biases in attention.
+FURTHER_FAMILIES = ("GPTJ", "Phi", "Mistral", "Gemma", "Gemma3Text", "Qwen3",
+                    "Qwen2", "Gemma2", "Olmo2")  # fmt: skip
 NORM_EPS = 1e-3  # large enough that a wrong one shows
 
 
@@ -40,6 +43,23 @@ def config(family: str) -> Any:
         **sizes,
         **common,
     )
+
+
+def further_config(family: str) -> Any:
+    """A configuration of two layers; windows of attention, where a family has them, are shorter than rows."""
+    import transformers
+
+    cls = getattr(transformers, f"{family}Config")
+    special = {"vocab_size": VOCAB, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
+    if family == "GPTJ":
+        return cls(n_positions=CONTEXT, n_embd=WIDTH, n_layer=2, n_head=HEADS, rotary_dim=4, **special)
+    windows = {"sliding_window": 5} if family in ("Mistral", "Gemma2", "Gemma3Text") else {}
+    grouped = {} if family == "Phi" else {"num_key_value_heads": 2, "head_dim": WIDTH // HEADS, **windows}
+    biased = {"attention_bias": True} if family in ("Gemma2", "Olmo2") else {}
+    return cls(
+        hidden_size=WIDTH, num_hidden_layers=2, num_attention_heads=HEADS, intermediate_size=48,
+        max_position_embeddings=CONTEXT, tie_word_embeddings=False, **special, **grouped, **biased,
+    )  # fmt: skip
 
 
 def hf_model(family: str | Any, seed: int = 0, dtype: torch.dtype = torch.float64) -> Any:

@@ -27,7 +27,7 @@ def select_top_connections(
     chosen: list[Tensor | None] = [None] * len(clt.sites)
     decoders = [m.W_dec.detach() for m in clt]
     for reader, E in effective_decoders(clt.readers(), clt.sites, decoders):
-        rows, keep = clt.reading_rows(reader.index).detach(), min(C, len(E))
+        rows, keep = clt.reading_rows(reader.index).detach().to(E.dtype), min(C, len(E))
         if importance == "coactivation" and reader.attention is None:
             parts = []
             for part in chunks(len(rows), len(E) * rows.element_size(), SELECTION_BYTES):

@@ -1,8 +1,9 @@
 """The activations of all training rows on disk, so that the language model runs over them once.
 
 A cache is a directory: `cache.json` says what it holds, each `shard_NNNNN` has the activations of some rows, in the
-order of the rows, and `complete` appears once the last shard is there. All are directories of `storage.directories`:
-they appear whole or not at all, with the digests of their files.
+order of the rows, and `complete` appears once the last shard is there. The last two are directories of
+`storage.directories`: they appear whole or not at all, with the digests of their files. The cache itself is only added
+to, never renamed, so it may be a mount point.
 """
 
 import hashlib
@@ -10,6 +11,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,8 @@ from sparseclt.language_model.language_model import LanguageModel
 from sparseclt.model.activations import Activations
 from sparseclt.model.shape import ModelShape
 from sparseclt.storage.directories import CheckpointError, atomic_directory, verify
-from sparseclt.storage.safetensors_stream import save_file
+from sparseclt.storage.json_files import read_json, replace_file
+from sparseclt.storage.safetensors_stream import TensorFiles, save_file, stored_names
 
 FORMAT_VERSION = 1
 SHARD_BYTES = 256 << 20
@@ -130,9 +133,18 @@ class ActivationCache:
         if number not in self._shards:
             path = self.directory / _name(number)
             _verify(path, self.directory)
-            file = safe_open(path / SHARD, framework="pt")
-            self._shards[number] = {name: file.get_slice(name) for name in file.keys()}
+            self._shards[number] = self._slices(path / SHARD, number)
         return self._shards[number]
+
+    def _slices(self, file: Path, number: int) -> dict[str, Any]:
+        """The parts of a shard, to be read row by row, in the shapes that this cache's shards have."""
+        rows = min(self.info.shard_rows, self.info.rows - number * self.info.shard_rows)
+        expected = _room(self.info, rows, "meta")
+        stored = TensorFiles({name: (file, name) for name in stored_names(file)})
+        for name, tensor in expected.items():
+            stored.check(name, [tensor.dtype], tensor.shape)
+        opened = safe_open(file, framework="pt")
+        return {name: opened.get_slice(name) for name in expected}
 
 
 def _name(shard: int) -> str:
@@ -150,26 +162,35 @@ def _verify(path: Path, directory: Path) -> None:
 
 def _check_info(directory: Path, info: CacheInfo) -> None:
     """Refuse a directory that holds something other than `info` says."""
-    if not directory.exists() or directory.is_dir() and not any(directory.iterdir()):
+    fresh = {"lost+found", f"{INFO}.tmp"}  # of a new file system, and of a first write that was cut short
+    if not directory.exists() or directory.is_dir() and {path.name for path in directory.iterdir()} <= fresh:
         return
     if not (directory / INFO).is_file():
         raise ValueError(
             f"activations.cache: expected a cache of activations or an empty or absent directory, got {directory}, "
             f"which has no {INFO}; choose another one"
         )
-    _verify(directory, directory)
-    found, expected = _flat(json.loads((directory / INFO).read_text())), _flat(asdict(info))
+    found, expected = _flat(_read_info(directory)), _flat(asdict(info))
     for name in expected | found:
         if found.get(name) != expected.get(name):
             raise ValueError(
                 f"activations.cache: expected {name} {expected.get(name)}, but {directory} has {found.get(name)}: it "
-                f"is of other rows, another model or dtype; choose another directory"
+                f"is of other rows, another model or dtype, or damaged; choose another directory"
             )
+
+
+def _read_info(directory: Path) -> dict[str, Any]:
+    try:
+        return read_json(directory / INFO)
+    except CheckpointError as error:
+        raise CheckpointError(f"activations.cache: {error}; or remove {directory}") from error
 
 
 def _flat(values: dict[str, Any]) -> dict[str, Any]:
     """With the fields of `model` beside the others, as "model.layers" and so on."""
-    model = values.get("model") or {}
+    model = values.get("model")
+    if not isinstance(model, dict):
+        return values
     return {name: value for name, value in values.items() if name != "model"} | {
         f"model.{name}": value for name, value in model.items()
     }
@@ -186,8 +207,8 @@ def _write(
     to_do = sum(len(part) for part in missing.values())
     _check_space(directory, to_do * info.row_bytes)
     if not (directory / INFO).exists():
-        with atomic_directory(directory) as new:
-            (new / INFO).write_text(json.dumps(asdict(info), indent=2) + "\n")
+        directory.mkdir(parents=True, exist_ok=True)
+        replace_file(directory / INFO, json.dumps(asdict(info), indent=2) + "\n")
     bar = tqdm(
         total=info.rows, initial=info.rows - to_do, desc="capturing", unit="row", disable=not config.logging.progress
     )  # fmt: skip
@@ -204,17 +225,16 @@ def _write(
         pass
 
 
-def _room(info: CacheInfo, rows: int) -> dict[str, Tensor]:
+def _room(info: CacheInfo, rows: int, device: str = "cpu") -> dict[str, Tensor]:
     """The tensors of a shard, unfilled: all that a row has lies together."""
+    empty = partial(torch.empty, device=device)
     parts = (rows, 1 + 3 * info.model.layers, info.row_length)
     tensors = {
-        "tokens": torch.empty(rows, info.row_length, dtype=torch.int32),
-        "vectors": torch.empty(
-            *parts, info.model.d_model, dtype=torch.int8 if info.dtype == "int8" else torch.bfloat16
-        ),
-        "scale": torch.empty(rows, info.model.layers, info.row_length),
+        "tokens": empty(rows, info.row_length, dtype=torch.int32),
+        "vectors": empty(*parts, info.model.d_model, dtype=torch.int8 if info.dtype == "int8" else torch.bfloat16),
+        "scale": empty(rows, info.model.layers, info.row_length),
     }
-    return tensors | ({"vector_scales": torch.empty(parts)} if info.dtype == "int8" else {})
+    return tensors | ({"vector_scales": empty(parts)} if info.dtype == "int8" else {})
 
 
 def _put(tensors: dict[str, Tensor], start: int, piece: Activations) -> None:

@@ -3,8 +3,12 @@
 import os
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import torch
+
+DType = Literal["fp32", "bf16", "fp16"]
+DTYPES: dict[DType, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 EXPECTED = "'embedded', an existing local path or a model on the Hugging Face hub"
 FILE_SUFFIXES = (".gguf", ".txt", ".json", ".jsonl", ".gz")
 
@@ -51,9 +55,8 @@ def locate(name_or_path: str | Path) -> Path | None:
     return files[0]
 
 
-def load_hf(path: Path) -> tuple[Any, Any]:
-    """Model (float32) and tokenizer of a directory written by `save_pretrained`, or of a .gguf file."""
-    import torch
+def load_hf(path: Path, dtype: torch.dtype) -> tuple[Any, Any]:
+    """Model, in `dtype`, and tokenizer of a directory written by `save_pretrained`, or of a .gguf file."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
@@ -63,7 +66,7 @@ def load_hf(path: Path) -> tuple[Any, Any]:
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()  # a bar of its own would stand between ours
     try:
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, **extra)
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **extra)
     finally:
         if shown:
             logging.enable_progress_bar()

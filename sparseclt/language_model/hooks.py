@@ -1,11 +1,12 @@
 """What is recorded of a run of the language model, and the hooks that record it and replace outputs."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
-from sparseclt.model.activations import Activations
+from sparseclt.model.activations import Activations, at_least_float32
 
 Hook = tuple[str, Callable[..., Tensor | None]]
 
@@ -17,9 +18,34 @@ class StopRun(Exception):
     """Ends a run behind the last covered layer."""
 
 
+@dataclass(frozen=True)
+class BlockNorms:
+    """The norms of a block, by their names in it; None where there is none."""
+
+    before_attention: str | None = "ln1"
+    behind_attention: str | None = None
+    before_mlp: str | None = "ln2"
+
+    @classmethod
+    def of(cls, bridge: Any, parallel: bool) -> "BlockNorms":
+        """Those of the first block of a `TransformerBridge`."""
+
+        def present(name: str) -> str | None:
+            return name if f"blocks.0.{name}.hook_scale" in bridge.hook_dict else None
+
+        before, own = present("ln1"), present("ln2")
+        # Parallel blocks with a single norm (GPT-J, Phi): the MLP reads the one before attention.
+        return cls(before, present("ln1_post"), before if parallel and own is None else own)
+
+    @property
+    def mlp_input(self) -> str:
+        """The hook of what the MLP reads, before the gain and bias of a norm."""
+        return "mlp.hook_in" if self.before_mlp is None else f"{self.before_mlp}.hook_normalized"
+
+
 def recording_hooks(
     layers: int,
-    mlp_norm: str,
+    norms: BlockNorms,
     live: Activations,
     attention: bool,
     on_mlp: Replace | None = None,
@@ -28,7 +54,6 @@ def recording_hooks(
     """Hooks on the first `layers` blocks that fill `live` in the order of the run.
 
     Where `on_mlp` (`on_attn`) is given, its result takes the place of the output in the run and in `live`.
-    `mlp_norm`: the norm the MLP reads, "ln2" or, with a single norm for both, "ln1".
     """
 
     def embedding(value: Tensor, hook: Any) -> None:
@@ -38,22 +63,42 @@ def recording_hooks(
     for layer in range(layers):
         block = f"blocks.{layer}"
         hooks += [
-            (f"{block}.{mlp_norm}.hook_scale", _keep(live.scale, squeeze=True)),
-            (f"{block}.{mlp_norm}.hook_normalized", _keep(live.x)),
+            _scale(block, norms.before_mlp, "mlp.hook_in", live.scale),
+            (f"{block}.{norms.mlp_input}", _input(live)),
             (f"{block}.hook_attn_out", _keep_or_replace("on_attn", live.attn_out, on_attn, layer, live)),
             (f"{block}.hook_mlp_out", _keep_or_replace("on_mlp", live.mlp_out, on_mlp, layer, live)),
         ]
         if attention:
             hooks += [
-                (f"{block}.ln1.hook_scale", _keep(live.attn_scale, squeeze=True)),
-                (f"{block}.attn.hook_pattern", _keep(live.attn_pattern)),
+                _scale(block, norms.before_attention, "attn.hook_in", live.attn_scale),
+                (f"{block}.attn.hook_pattern", _pattern(live.attn_pattern)),
             ]
+            if norms.behind_attention:
+                hooks.append(_scale(block, norms.behind_attention, "", live.attn_post_scale))
     return hooks
 
 
-def _keep(kept: list[Tensor], squeeze: bool = False) -> Callable:
+def _scale(block: str, norm: str | None, without_norm: str, kept: list[Tensor]) -> Hook:
+    """Keeps what `norm` divides by, [B, S]: 1 without a norm, then noted at hook `without_norm`."""
+
     def hook(value: Tensor, hook: Any) -> None:
-        kept.append(value.squeeze(-1) if squeeze else value)
+        kept.append(at_least_float32(value[..., 0] if norm else value.new_ones(value.shape[:-1])))
+
+    return f"{block}.{norm}.hook_scale" if norm else f"{block}.{without_norm}", hook
+
+
+def _input(live: Activations) -> Callable:
+    """Keeps the MLP's input in the model's dtype: its norm computes in float32."""
+
+    def hook(value: Tensor, hook: Any) -> None:
+        live.x.append(value.to(live.r_0.dtype))
+
+    return hook
+
+
+def _pattern(kept: list[Tensor]) -> Callable:
+    def hook(value: Tensor, hook: Any) -> None:
+        kept.append(value)
 
     return hook
 

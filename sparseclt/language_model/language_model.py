@@ -9,14 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparseclt.language_model.files import EXPECTED, load_hf, locate
-from sparseclt.language_model.hooks import Hook, Replace, StopRun, recording_hooks
-from sparseclt.model.activations import Activations
+from sparseclt.language_model.files import DTYPES, EXPECTED, DType, load_hf, locate
+from sparseclt.language_model.hooks import BlockNorms, Hook, Replace, StopRun, recording_hooks
+from sparseclt.model.activations import Activations, at_least_float32
 from sparseclt.model.attention import AttentionWeights, attention_write, centre
 from sparseclt.model.shape import ModelShape
 
 PROBE_TOKENS = 8
-PROBE_TOLERANCE = 1e-3  # of the largest entry: far above float32 rounding, far below a wrong formula
+# Of the largest entry: far above rounding, far below a wrong formula. In half precision the residual stream is rounded
+# at each of its additions.
+PROBE_TOLERANCE = {torch.float16: 1e-2, torch.bfloat16: 6e-2}
+FINE_TOLERANCE = 1e-3  # in float32 and float64
 
 
 class LanguageModel:
@@ -26,17 +29,18 @@ class LanguageModel:
         """Wrap a `TransformerBridge`; use `load` or `from_hf`.
 
         Raises ValueError if the model has fewer layers than `layers`, or is not one whose MLPs read, through
-        a norm, the sum of the embedding and all earlier attention and MLP outputs.
+        a norm or as it is, the sum of the embedding and all earlier attention and MLP outputs.
         """
         cfg = bridge.cfg
         if layers is not None and not 1 <= layers <= cfg.n_layers:
             raise ValueError(f"layers: expected 1 to {cfg.n_layers} (the model's layers), got {layers}")
-        dtype = next(bridge.original_model.parameters()).dtype
-        if dtype not in (torch.float32, torch.float64):
-            raise ValueError(f"hf_model: expected float32 or float64 weights, got {dtype}; call .float()")
+        self.dtype = next(bridge.original_model.parameters()).dtype
+        if self.dtype not in (torch.float64, *DTYPES.values()):
+            raise ValueError(f"hf_model: expected float32, bfloat16, float16 or float64 weights, got {self.dtype}")
         bridge.eval().requires_grad_(False)
         self.bridge, self.tokenizer = bridge, tokenizer
         self._class_name = type(bridge.original_model).__name__
+        self._norms = BlockNorms.of(bridge, parallel=bool(cfg.parallel_attn_mlp))
         self.shape = ModelShape(
             layers=layers or cfg.n_layers,
             d_model=cfg.d_model,
@@ -44,39 +48,47 @@ class LanguageModel:
             parameters=sum(parameter.numel() for parameter in bridge.original_model.parameters()),
             parallel=bool(cfg.parallel_attn_mlp),
             centred=not cfg.uses_rms_norm,
+            mlp_input=self._norms.mlp_input,
             context=cfg.n_ctx,
             vocab=cfg.d_vocab,
             name=name,
         )
-        # Parallel blocks with a single norm (GPT-J, Phi): the MLP reads the one before attention.
-        one_norm = self.shape.parallel and "blocks.0.ln2.hook_scale" not in bridge.hook_dict
-        self._mlp_norm = "ln1" if one_norm else "ln2"
-        if dtype == torch.float64:
+        if self.dtype == torch.float64:
             _keep_float64(bridge)
         self._check_hooks()
         self._check_residual()
 
     @classmethod
     def load(
-        cls, name_or_path: str | Path, *, layers: int | None = None, device: str | torch.device = "cpu"
+        cls,
+        name_or_path: str | Path,
+        *,
+        layers: int | None = None,
+        device: str | torch.device = "cpu",
+        dtype: DType = "fp32",
     ) -> "LanguageModel":
-        """Load in float32: "embedded" (the shipped model), a local directory or .gguf file, or a hub name.
+        """Load "embedded" (the shipped model), a local directory or .gguf file, or a hub name.
 
-        `layers`: how many layers, from the first, the CLT covers (all of them if None). Raises ValueError for
-        a path that does not exist, a directory without a model, and a name that cannot be fetched.
+        `layers`: how many layers, from the first, the CLT covers (all of them if None). `dtype`: "fp32", "bf16" or
+        "fp16", whatever the files hold. Raises ValueError for a path that does not exist, a directory without a model,
+        and a name that cannot be fetched.
         """
+        if dtype not in DTYPES:
+            raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")
         path = locate(name_or_path)
         if path is None:
-            return cls._from_hub(str(name_or_path), layers, device)
-        hf_model, tokenizer = load_hf(path)
+            return cls._from_hub(str(name_or_path), layers, device, DTYPES[dtype])
+        hf_model, tokenizer = load_hf(path, DTYPES[dtype])
         return cls.from_hf(hf_model.to(device), tokenizer, layers=layers, name=str(name_or_path))
 
     @classmethod
-    def _from_hub(cls, name: str, layers: int | None, device: str | torch.device) -> "LanguageModel":
+    def _from_hub(
+        cls, name: str, layers: int | None, device: str | torch.device, dtype: torch.dtype
+    ) -> "LanguageModel":
         from transformer_lens.model_bridge import TransformerBridge
 
         try:
-            bridge = TransformerBridge.boot_transformers(name, device=device, dtype=torch.float32)
+            bridge = TransformerBridge.boot_transformers(name, device=device, dtype=dtype)
         except OSError as error:
             raise ValueError(
                 f"model.path: expected {EXPECTED}, got {name!r}, which is no local path and could not be "
@@ -126,33 +138,43 @@ class LanguageModel:
         return self._run(tokens, self._hooks(live, on_attn is not None, on_mlp, on_attn))
 
     def cross_entropy(self, tokens: Tensor, *, on_mlp: Replace | None = None, on_attn: Replace | None = None) -> Tensor:
-        """Mean next-token cross-entropy in nats, [], with outputs replaced as in `replaced_logits`."""
-        logits = self.replaced_logits(tokens, on_mlp=on_mlp, on_attn=on_attn)[:, :-1]
+        """Mean next-token cross-entropy in nats, [], at least in float32, with outputs replaced as in
+        `replaced_logits`."""
+        logits = self.replaced_logits(tokens, on_mlp=on_mlp, on_attn=on_attn)
         targets = tokens[:, 1:].to(logits.device, torch.int64)
-        return torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
+        # A row at a time: beside the logits there is never another tensor of their size.
+        rows = [
+            torch.nn.functional.cross_entropy(at_least_float32(row[:-1]), target, reduction="sum")
+            for row, target in zip(logits, targets, strict=True)
+        ]
+        return torch.stack(rows).sum() / targets.numel()
 
     @torch.no_grad()
     def attention_weights(self, layer: int) -> AttentionWeights:
-        """The OV circuits of a layer's attention, with the gain and bias of the norm before it folded in.
+        """The OV circuits of a layer's attention, at least in float32, with the gain and bias of the norm before it
+        and the gain of one behind it folded in.
 
-        Raises ValueError if they do not give the model's own attention output (a norm behind attention,
-        attention sinks and the like).
+        Raises ValueError if they do not give the model's own attention output (attention sinks, gates and the like).
         """
         if not 0 <= layer < self.shape.layers:
             raise ValueError(f"layer: expected a covered layer, 0 to {self.shape.layers - 1}, got {layer}")
         block = self.bridge.blocks[layer]
-        attn, norm = block.attn, block.ln1
+        attn = block.attn
         repeat = self.shape.heads // len(attn.W_V)  # grouped-query attention: heads that share a value head
-        W_V, W_O = attn.W_V.repeat_interleave(repeat, 0), attn.W_O
-        bias = W_O.new_zeros(self.shape.d_model) if attn.b_O is None else attn.b_O
+        W_V, W_O = at_least_float32(attn.W_V).repeat_interleave(repeat, 0), at_least_float32(attn.W_O)
+        bias = W_O.new_zeros(self.shape.d_model) if attn.b_O is None else at_least_float32(attn.b_O)
         if attn.b_V is not None:
-            bias = bias + torch.einsum("he,hed->d", attn.b_V.repeat_interleave(repeat, 0), W_O)
-        # RMSNorm bridges have no bias attribute of their own; the wrapped module decides.
-        norm_bias = getattr(norm.original_component, "bias", None)
-        if norm_bias is not None:
-            bias = bias + torch.einsum("d,hde,hef->f", norm_bias, W_V, W_O)
-        gain = norm.weight + 1 if norm.uses_weight_offset else norm.weight
-        weights = AttentionWeights(gain[:, None] * W_V, W_O.clone(), bias.clone(), self.shape.centred)
+            b_V = at_least_float32(attn.b_V).repeat_interleave(repeat, 0)
+            bias = bias + torch.einsum("he,hed->d", b_V, W_O)
+        if self._norms.before_attention:
+            gain, norm_bias = _gain_and_bias(block.get_submodule(self._norms.before_attention))
+            if norm_bias is not None:
+                bias = bias + torch.einsum("d,hde,hef->f", norm_bias, W_V, W_O)
+            W_V = gain[:, None] * W_V
+        if self._norms.behind_attention:
+            gain, _ = _gain_and_bias(block.get_submodule(self._norms.behind_attention))
+            W_O, bias = W_O * gain, bias * gain
+        weights = AttentionWeights(W_V.clone(), W_O.clone(), bias.clone(), self.shape.centred)
         self._check_attention(layer, weights)
         return weights
 
@@ -178,27 +200,32 @@ class LanguageModel:
         on_mlp: Replace | None = None,
         on_attn: Replace | None = None,
     ) -> list[Hook]:
-        return recording_hooks(self.shape.layers, self._mlp_norm, live, attention, on_mlp, on_attn)
+        return recording_hooks(self.shape.layers, self._norms, live, attention, on_mlp, on_attn)
 
     def _check_hooks(self) -> None:
         names = [name for name, _ in self._hooks(Activations(torch.empty(0), torch.empty(0)), attention=True)]
         missing = [name for name in names if name not in self.bridge.hook_dict]
         if missing:
             raise ValueError(
-                f"model.path: expected pre-norm blocks of attention and MLP (as in GPT-2, Pythia, Llama), "
-                f"but {self._class_name} has no {missing[0]}"
+                f"model.path: expected blocks of attention and MLP (as in GPT-2, Pythia, Llama, Gemma), but "
+                f"{self._class_name} has no {missing[0]}"
             )
 
     def _probe(self, attention: bool) -> Activations:
         length = min(PROBE_TOKENS, self.shape.context or PROBE_TOKENS)
-        return self.capture(torch.arange(length)[None] % self.shape.vocab, attention=attention)
+        probe = self.capture(torch.arange(length)[None] % self.shape.vocab, attention=attention)
+        if self.dtype == torch.float16 and not all(y.isfinite().all() for y in [probe.r_0, *probe.x, *probe.mlp_out]):
+            raise ValueError(
+                f"model.dtype: {self._class_name} overflows in fp16, which ends at 65,504; expected 'bf16' or 'fp32'"
+            )
+        return probe
 
     def _check_residual(self) -> None:
         probe = self._probe(attention=False)
         for layer in range(self.shape.layers):
             residual = probe.residual(layer, after_attention=not self.shape.parallel)
             read = centre(residual) if self.shape.centred else residual
-            if not _close(probe.x[layer] * probe.scale[layer][..., None], read):
+            if not self._close(probe.x[layer] * probe.scale[layer][..., None], read):
                 raise ValueError(
                     f"model.path: expected an MLP that reads the plain sum of the embedding and all earlier "
                     f"attention and MLP outputs, which layer {layer} of {self._class_name} does not "
@@ -207,16 +234,27 @@ class LanguageModel:
 
     def _check_attention(self, layer: int, weights: AttentionWeights) -> None:
         probe = self._probe(attention=True)
-        mix = probe.attn_pattern[layer] / probe.attn_scale[layer][:, None, None, :]
-        if not _close(attention_write(probe.residual(layer), mix, weights), probe.attn_out[layer]):
+        post_scale = probe.attn_post_scale[layer] if probe.attn_post_scale else None
+        written = attention_write(probe.residual(layer), probe.mix(layer), weights, post_scale)
+        if not self._close(written, probe.attn_out[layer]):
             raise ValueError(
                 f"attention: expected attention outputs that are linear given pattern and scale, which layer "
                 f"{layer} of {self._class_name} does not have; train without attention modules on this model"
             )
 
+    def _close(self, a: Tensor, b: Tensor) -> bool:
+        return _close(a, b, PROBE_TOLERANCE.get(self.dtype, FINE_TOLERANCE))
 
-def _close(a: Tensor, b: Tensor) -> bool:
-    return bool((a - b).abs().max() <= PROBE_TOLERANCE * b.abs().max())
+
+def _close(a: Tensor, b: Tensor, tolerance: float = FINE_TOLERANCE) -> bool:
+    return bool((a - b).abs().max() <= tolerance * b.abs().max())
+
+
+def _gain_and_bias(norm: Any) -> tuple[Tensor, Tensor | None]:
+    """Of a norm, [D] each, at least in float32. RMSNorm bridges have no bias of their own; the wrapped module decides."""
+    bias = getattr(norm.original_component, "bias", None)
+    gain = at_least_float32(norm.weight) + norm.uses_weight_offset
+    return gain, None if bias is None else at_least_float32(bias)
 
 
 def _keep_float64(bridge: Any) -> None:

@@ -4,16 +4,23 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from sparseclt.model.sites import Site
+
+
+def at_least_float32(tensor: Tensor) -> Tensor:
+    """The tensor itself, or, of a language model in half precision, a copy in float32: what is computed with."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 @dataclass
 class Activations:
     """One batch, of a real or a replaced run, in the model's dtype. Lists hold one tensor per covered layer.
 
-    `attn_pattern` and `attn_scale` stay empty unless attention was asked for.
+    `attn_pattern`, `attn_scale` and `attn_post_scale` stay empty unless attention was asked for, the last one also
+    without a norm behind attention. Scales are 1 without a norm, and in float32 where the model is in half precision.
     """
 
     tokens: Tensor  # [B, S]
@@ -24,18 +31,25 @@ class Activations:
     attn_out: list[Tensor] = field(default_factory=list)  # [B, S, D]
     attn_pattern: list[Tensor] = field(default_factory=list)  # [B, H, S, S] query, key
     attn_scale: list[Tensor] = field(default_factory=list)  # [B, S] what the norm before attention divides by
+    attn_post_scale: list[Tensor] = field(default_factory=list)  # [B, S] what a norm behind attention divides by
 
     def output(self, site: Site) -> Tensor:
-        """The model's own output of a site, [N, D]: tokens flattened to N = B S."""
-        return (self.mlp_out if site.kind == "mlp" else self.attn_out)[site.layer].flatten(0, 1)
+        """The model's own output of a site, [N, D], at least in float32: tokens flattened to N = B S."""
+        return at_least_float32((self.mlp_out if site.kind == "mlp" else self.attn_out)[site.layer].flatten(0, 1))
 
     def outputs(self, sites: Sequence[Site]) -> dict[Site, Tensor]:
         """The model's own outputs of several sites, [N, D] each: what a CLT reconstructs."""
         return {site: self.output(site) for site in sites}
 
     def residual(self, layer: int, after_attention: bool = False) -> Tensor:
-        """The residual stream [B, S, D] before block `layer`, or after that block's attention."""
-        return sum(self.mlp_out[:layer] + self.attn_out[: layer + after_attention], self.r_0)
+        """The residual stream [B, S, D] before block `layer`, or after that block's attention, at least in float32."""
+        return sum(self.mlp_out[:layer] + self.attn_out[: layer + after_attention], at_least_float32(self.r_0))
+
+    def mix(self, layer: int) -> Tensor:
+        """What attention of `layer` multiplies values with, given its norms: [B, H, S, S], at least in float32. The
+        pattern over the key's scale and, where a norm follows attention, over the query's scale there."""
+        mix = self.attn_pattern[layer] / self.attn_scale[layer][:, None, None, :]
+        return mix / self.attn_post_scale[layer][:, None, :, None] if self.attn_post_scale else mix
 
     def split(self, rows: int) -> list["Activations"]:
         """Views of `rows` rows each; the last may have fewer."""

@@ -8,11 +8,11 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class AttentionWeights:
-    """The frozen OV circuits of one layer's attention, with LayerNorm's gain and bias folded in.
+    """The frozen OV circuits of one layer's attention, with the gains and biases of the norms around it folded in.
 
     `W_V` [H, D, d_head] reads the normalised residual stream, `W_O` [H, d_head, D] writes, and `bias` [D] is
-    what attention writes when its linear input is zero (the pattern's rows sum to one). `centred`: the norm
-    subtracts the mean over D.
+    what attention writes when its linear input is zero (the pattern's rows sum to one); where a norm follows
+    attention, it is divided by that norm's scale. `centred`: the norm before attention subtracts the mean over D.
     """
 
     W_V: Tensor
@@ -32,12 +32,13 @@ def head_rows(W_enc: Tensor, weights: AttentionWeights, head: int) -> Tensor:
     return centre(rows) if weights.centred else rows
 
 
-def attention_write(base: Tensor, mix: Tensor, weights: AttentionWeights) -> Tensor:
+def attention_write(base: Tensor, mix: Tensor, weights: AttentionWeights, post_scale: Tensor | None = None) -> Tensor:
     """What attention writes for the residual stream `base` [B, S, D]: [B, S, D].
 
-    `mix` [B, H, S, S]: pattern over the key's scale.
+    `mix` [B, H, S, S]: `Activations.mix`. `post_scale` [B, S]: what a norm behind attention divides by.
     """
     if weights.centred:
         base = centre(base)
     heads = torch.einsum("bhqk,bkd,hde->bhqe", mix, base, weights.W_V)
-    return torch.einsum("bhqe,hed->bqd", heads, weights.W_O) + weights.bias
+    bias = weights.bias if post_scale is None else weights.bias / post_scale[..., None]
+    return torch.einsum("bhqe,hed->bqd", heads, weights.W_O) + bias

@@ -5,6 +5,10 @@ E_u(l) = sum_{t<l} W_dec_u[:, t-u]. One buffer [U, D] holds all of them and move
 addition per module and layer; the backward pass walks the readers in reverse, takes the additions back, and
 the gradient of every decoder slice is the suffix sum over the readers behind it. No sum is rebuilt for a
 pair of layers, and nothing larger than the buffer and its gradient is alive.
+
+The buffer is in fp32 at least, also where weights are bf16: rounded to bf16 after each of many additions and
+subtractions, E would be wrong by some per cent at 26 layers. It is one buffer beside L (L + 1) / 2 decoder slices per
+module, so that its 4 instead of 2 bytes are few; rebuilding it for every reader would cost no less memory, and time.
 """
 
 from collections.abc import Iterator, Sequence
@@ -16,6 +20,7 @@ from torch import Tensor
 from sparseclt import ops
 from sparseclt.model.attention import AttentionWeights, head_rows
 from sparseclt.model.sites import Site
+from sparseclt.ops.rows import accumulation_dtype
 
 
 @dataclass(frozen=True)
@@ -30,12 +35,12 @@ class Reader:
 
 
 class _RunningDecoders:
-    """E [U, D] at a layer, moved up and down by additions and subtractions of decoder slices."""
+    """E [U, D] at a layer, moved up and down by additions and subtractions of decoder slices; in fp32 at least."""
 
     def __init__(self, sites: Sequence[Site], decoders: Sequence[Tensor], upstream_modules: int):
         self.sites, self.decoders, self.layer = sites[:upstream_modules], decoders, 0
         F, _, D = decoders[0].shape
-        self.E = decoders[0].new_zeros(upstream_modules, F, D)
+        self.E = decoders[0].new_zeros(upstream_modules, F, D, dtype=accumulation_dtype(decoders[0].dtype))
         for u, site in enumerate(self.sites):
             if site.kind == "attn":  # writes once; whether it is upstream is a matter of the slice taken
                 self.E[u] = decoders[u][:, 0]
@@ -59,7 +64,8 @@ class _RunningDecoders:
 def effective_decoders(
     readers: Sequence[Reader], sites: Sequence[Site], decoders: Sequence[Tensor]
 ) -> Iterator[tuple[Reader, Tensor]]:
-    """(reader, E [U, D]) for every reader with upstream modules, in model order. E is one buffer, reused."""
+    """(reader, E [U, D]) for every reader with upstream modules, in model order. E is one buffer, reused; in fp32 at
+    least."""
     readers = [reader for reader in readers if reader.upstream_modules]
     if not readers:
         return
@@ -71,10 +77,11 @@ def effective_decoders(
 
 
 def _reader_weights(reader: Reader, rows: Tensor, E: Tensor, backend: str | None) -> Tensor:
-    """V [F, C] of an MLP reader, [H, F, C] of an attention reader; rows [F, D] is its (centred) encoder."""
+    """V [F, C] of an MLP reader, [H, F, C] of an attention reader; rows [F, D] is its (centred) encoder. In the dtype
+    of `rows`, computed in that of E."""
     assert reader.connections is not None
     if reader.attention is None:
-        return ops.virtual_weights(rows, E, reader.connections, backend=backend)
+        return ops.virtual_weights(rows.to(E.dtype), E, reader.connections, backend=backend).to(rows.dtype)
     heads = range(len(reader.attention.W_V))
     return torch.stack(
         [

@@ -87,8 +87,8 @@ class DecoderGradients:
             W_enc = self.clt.transcoder(reader.index).W_enc
             for carry, dV in self._heads(reader):
                 with torch.enable_grad():
-                    read = products.gather_sum(dV, reader.connections.indices, E, backend=self.backend)
-                    carry(W_enc).backward(read, inputs=[W_enc])
+                    read = products.gather_sum(dV.to(E.dtype), reader.connections.indices, E, backend=self.backend)
+                    carry(W_enc).backward(read.to(W_enc.dtype), inputs=[W_enc])
 
     def chunks(self, index: int) -> Iterator[Chunk]:
         """The gradient of module `index`'s decoder, all of it, some rows at a time."""

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 
+import torch
 from torch import Tensor
 
 from sparseclt import ops
@@ -58,7 +59,7 @@ class ForwardPass:
         if self.mode == "sparse":
             self._upstream.add(latents)
         self._write(index, latents)
-        return self._outputs[site].view_as(activations.r_0)
+        return self._outputs[site].view_as(activations.r_0).to(activations.r_0.dtype)
 
     def decode(self, index: int, latents: Latents) -> Iterator[tuple[Site, Tensor]]:
         """What latents of module `index` write, without bias: each target with its [N, D]."""
@@ -68,7 +69,8 @@ class ForwardPass:
         else:
             parts = self.gradients.decode(index, latents)
         for target, written in enumerate(parts):
-            yield Site(module.site.kind, module.site.layer + target), written.to(self.activations.r_0.dtype)
+            at = Site(module.site.kind, module.site.layer + target)
+            yield at, written.to(torch.promote_types(self.activations.r_0.dtype, torch.float32))
 
     def _write(self, index: int, latents: Latents) -> None:
         module = self.clt.transcoder(index)
@@ -127,7 +129,7 @@ class ForwardPass:
         values, indices = ops.attention_encode(
             reading.unflatten(0, by_sequence), W_enc, b_enc,
             z.values.unflatten(0, by_sequence), z.indices.unflatten(0, by_sequence),
-            V, connections, self._mix(site.layer).to(V.dtype), k, backend=self.backend,
+            V, connections, self.activations.mix(site.layer).to(V.dtype), k, backend=self.backend,
         )  # fmt: skip
         return Latents(values.flatten(0, 1), indices.flatten(0, 1))
 
@@ -139,8 +141,5 @@ class ForwardPass:
         weights = self.clt.attention_of(site)
         assert weights is not None
         base = stream.unflatten(0, self.activations.tokens.shape)
-        return attention_write(base, self._mix(site.layer), weights).flatten(0, 1)
-
-    def _mix(self, layer: int) -> Tensor:
-        """Frozen pattern over the key's scale: [B, H, S, S]."""
-        return self.activations.attn_pattern[layer] / self.activations.attn_scale[layer][:, None, None, :]
+        post_scale = self.activations.attn_post_scale[site.layer] if self.activations.attn_post_scale else None
+        return attention_write(base, self.activations.mix(site.layer), weights, post_scale).flatten(0, 1)

@@ -1,6 +1,5 @@
 """A CLT as named tensors on disk: what `SparseCLT.save_pretrained` writes and `from_pretrained` reads."""
 
-from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -9,9 +8,11 @@ from torch import Tensor, nn
 from sparseclt.model.attention import AttentionWeights
 from sparseclt.model.modules import Transcoder
 from sparseclt.model.shape import Architecture
+from sparseclt.model.stored_shapes import check_tensors
 from sparseclt.model.transcoders import Transcoders
 from sparseclt.storage import clt_files
-from sparseclt.storage.directories import atomic_directory
+from sparseclt.storage.directories import CheckpointError, atomic_directory
+from sparseclt.storage.safetensors_stream import TensorFiles
 
 
 def _prefix(module: Transcoder) -> str:
@@ -38,8 +39,12 @@ def named_tensors(clt: Transcoders) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def load_tensors(clt: Transcoders, tensors: Mapping[str, Tensor]) -> None:
-    """Copy in the tensors of a CLT of the same architecture."""
+def load_tensors(clt: Transcoders, tensors: TensorFiles) -> None:
+    """Copy in the tensors of a CLT of the same architecture.
+
+    Raises CheckpointError, naming the file, for tensors of other shapes and connections that are out of range.
+    """
+    check_tensors(clt.architecture, tensors)
     for module in clt:
         prefix = _prefix(module)
         for name in ("W_enc", "b_enc", "W_dec", "b_dec"):
@@ -47,7 +52,10 @@ def load_tensors(clt: Transcoders, tensors: Mapping[str, Tensor]) -> None:
             parameter.copy_(tensors[prefix + name].view_as(parameter))
         device = module.W_enc.device
         if prefix + "connections" in tensors:
-            module.connect(tensors[prefix + "connections"].to(device))
+            try:
+                module.connect(tensors[prefix + "connections"].to(device))
+            except ValueError as error:
+                raise CheckpointError(f"{tensors.place(prefix + 'connections')}: {error}") from error
         if prefix + "logits" in tensors:
             logits = tensors[prefix + "logits"].to(device)
             if module.logits is None:
@@ -60,7 +68,7 @@ def write(directory: Path, clt: Transcoders) -> None:
     """Write `clt` into `directory`, which the caller makes atomic."""
     architecture = clt.architecture
     config = {"model_name": architecture.model.name, **architecture.to_dict()}
-    clt_files.save_clt(directory, config, named_tensors(clt))
+    clt_files.save_clt(directory, config, named_tensors(clt), mlp_input=architecture.model.mlp_input)
 
 
 def save(clt: Transcoders, path: Path) -> Path:
@@ -70,10 +78,15 @@ def save(clt: Transcoders, path: Path) -> Path:
     return path
 
 
-def read(path: Path) -> tuple[Architecture, list[AttentionWeights] | None, Mapping[str, Tensor]]:
+def read(path: Path) -> tuple[Architecture, list[AttentionWeights] | None, TensorFiles]:
     """The architecture, the OV circuits (for attention latents) and the tensors of the CLT in directory `path`."""
     config, tensors = clt_files.load_clt(path)
-    architecture = Architecture.from_dict({name: value for name, value in config.items() if name != "model_name"})
+    try:
+        architecture = Architecture.from_dict({name: value for name, value in config.items() if name != "model_name"})
+    except ValueError as error:
+        problems = "; ".join(str(error).splitlines())
+        raise CheckpointError(f"{path / clt_files.CONFIG} is no CLT's configuration: {problems}") from error
+    check_tensors(architecture, tensors)  # before anything of the sizes that it claims is made
     if architecture.attention == "frozen":
         return architecture, None, tensors
     centred = architecture.model.centred

@@ -1,34 +1,42 @@
 """The shapes of the language model and of the CLT on top of it: stated once, read by everything else."""
 
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from dataclasses import asdict
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from sparseclt.strict import from_json_values, strict
+
+Natural = Annotated[int, Field(ge=0)]
 
 
-@dataclass(frozen=True)
+@strict()
 class ModelShape:
     """The facts about a language model on which a CLT, its memory plan and a cache of activations depend."""
 
-    layers: int = 0
+    layers: Natural = 0
     """Layers that the CLT covers (L); 0: read the whole shape from the configuration of the model that is named."""
-    d_model: int = 0
+    d_model: Natural = 0
     """Width of the residual stream (D)."""
-    heads: int = 0
+    heads: Natural = 0
     """Attention heads (H); only attention latents need them."""
-    parameters: int = 0
+    parameters: Natural = 0
     """Parameters of the language model."""
     parallel: bool = False
     """Whether attention and MLP of a block read the same residual stream."""
     centred: bool = True
     """Whether the norms subtract the mean over D (LayerNorm does, RMSNorm does not)."""
+    mlp_input: str = "ln2.hook_normalized"
+    """The TransformerLens hook of what a block's MLP reads: ln1's where both read one norm, mlp.hook_in without any."""
     context: int | None = None
     """Longest row of tokens that the model takes; None: no limit."""
-    vocab: int = 0
+    vocab: Natural = 0
     """Tokens in the vocabulary."""
     name: str = ""
     """The model's name or path, as it was given."""
 
 
-@dataclass(frozen=True)
+@strict()
 class Architecture:
     """The shape of a CLT: that of its language model, F latents per module, K of them active per token.
 
@@ -48,8 +56,6 @@ class Architecture:
                 raise ValueError(f"{name}: expected at least 1, got {size}")
         if self.active > self.latents:
             raise ValueError(f"active: expected at most latents = {self.latents}, got {self.active}")
-        if self.attention not in ("frozen", "latents"):
-            raise ValueError(f"attention: expected 'frozen' or 'latents', got {self.attention!r}")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as they are written beside the weights."""
@@ -57,5 +63,5 @@ class Architecture:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Architecture":
-        """The reverse of `to_dict`."""
-        return cls(**{**values, "model": ModelShape(**values["model"])})
+        """The reverse of `to_dict`. Raises ConfigError for unknown fields and values of other types."""
+        return from_json_values(cls, values)

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from sparseclt.model.activations import Activations
+from sparseclt.model.activations import Activations, at_least_float32
 from sparseclt.model.sites import Site, model_sites, upstream_modules
 from sparseclt.model.transcoders import Transcoders
 
@@ -24,7 +24,7 @@ class UnmaskedStream:
     def before(self, site: Site, activations: Activations, outputs: Mapping[Site, Tensor]) -> Tensor:
         """What `site` reads, [N, D]. `outputs`: the reconstructions [N, D] of earlier modules."""
         if self._stream is None:
-            self._stream = activations.r_0.flatten(0, 1)
+            self._stream = at_least_float32(activations.r_0.flatten(0, 1))
         earlier = upstream_modules(self._order, self._order.index(site), self.clt.architecture.model.parallel)
         for writer in self._order[self._passed : earlier]:
             real = activations.output(writer)

@@ -101,9 +101,11 @@ class Transcoders(nn.Module):
         return cross_layer_virtual_weights(self.readers(), self.sites, rows, decoders, backend)
 
     def masked(self, weights: Sequence[Tensor | None]) -> list[Tensor | None]:
-        """Virtual weights with closed learned connections at 0."""
+        """Virtual weights with closed learned connections at 0, in their own dtype; the logits may be wider."""
         masks = [module.mask() for module in self]
-        return [V if mask is None or V is None else V * mask for V, mask in zip(weights, masks, strict=True)]
+        return [
+            V if mask is None or V is None else (V * mask).to(V.dtype) for V, mask in zip(weights, masks, strict=True)
+        ]
 
     def virtual_weights(self, backend: str | None = None) -> list[Tensor | None]:
         """V of every module ([F, C]; attention [H, F, C]), learned masks applied; None without upstream.

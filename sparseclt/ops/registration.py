@@ -5,7 +5,7 @@ torch._dynamo to keep itself from being traced) and 15 us to each.
 """
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from operator import itemgetter
 from typing import Any
@@ -45,11 +45,12 @@ class Operator:
 
     `forward`: the inputs that a backend's `forward` takes (None: all of them).
 
-    `backward`: "arguments -> inputs": the arguments of a backend's `backward`, named after inputs, outputs,
-    `grad_OUTPUT` (`grad` of a single unnamed output) and `needed` (which gradients are wanted), and the inputs
-    that it differentiates by. It becomes the operator `NAME_backward`, which has no derivative itself. A gradient has
-    the shape of its input; `vectors` names the matrix that one without a place among the arguments has an entry
-    for each row of ("b_enc": "W_enc").
+    `backward`: "arguments -> inputs": the arguments of a backend's `backward`, and the inputs that it differentiates
+    by. Arguments are named after inputs and outputs; `grad_OUTPUT` is the gradient of an output (`grad` where there is
+    a single unnamed one), and an output without it is not differentiable; `needed` lists which gradients are wanted.
+    This becomes the operator `NAME_backward`, which has no derivative itself. A gradient has the shape of its input;
+    for an input that is not among the arguments, as b_enc [F], `vectors` names the matrix that has as many rows
+    ("b_enc": "W_enc").
     """
 
     def __init__(
@@ -68,7 +69,7 @@ class Operator:
         self._loaded: dict[str, Implementation] = {}
         self._fake, self._check, self._vectors = fake, check, vectors or {}
         names = list(inputs)
-        self._read_forward = itemgetter(*(names.index(name) for name in forward.split(", "))) if forward else None
+        self._read_forward = _getter(names.index(name) for name in forward.split(", ")) if forward else None
         if backward is not None:
             self._prepare_backward(inputs, outputs, backward)
         self._call = _define(
@@ -85,12 +86,12 @@ class Operator:
         return self._loaded[backend]
 
     def _run(self, *args: Any) -> Any:
-        *inputs, backend = args
+        inputs = args[:-1]
         if self._check is not None:
             self._check(*inputs)
         if self._read_forward is not None:
             inputs = self._read_forward(inputs)
-        return self.implementation(backend).forward(*inputs)
+        return self.implementation(args[-1]).forward(*inputs)
 
     def _prepare_backward(self, inputs: dict[str, str], outputs: list[str], backward: str) -> None:
         reads, _, differentiated = backward.partition(" -> ")
@@ -102,36 +103,39 @@ class Operator:
         self._call_backward = _define(
             f"{self.name}_backward({arguments}, str backend) -> ({results})", self._run_backward, self._fake_backward
         )
-        # Where things lie: differentiable inputs, and what is read, among inputs and outputs side by side.
+        # Selections of tuples, prepared because small calls consist of little else: of inputs and outputs side by side,
+        # and of what a backward pass has at hand.
         places = {name: place for place, name in enumerate((*inputs, *outputs))}
         self._inputs = [places[name] for name in self._differentiated]
         kept = [name for name in self._reads if name not in grads and name != "needed"]
         tensors = [name for name in kept if types[name].startswith("Tensor")]
-        others = [name for name in kept if name not in tensors]
-        self._tensors, self._others = ([places[name] for name in names] for names in (tensors, others))
+        others = [name for name in kept if name not in tensors] + ["backend"]
+        self._tensors, self._others = (_getter(places[name] for name in names) for names in (tensors, others))
+        self._constant = [place for place, grad in enumerate(grads) if grad not in self._reads]
         available = [*grads, *tensors, *others, "needed"]
-        self._arrange = itemgetter(*(available.index(name) for name in self._reads))
+        self._arrange = _getter(available.index(name) for name in (*self._reads, "backend"))
 
     def _save(self, ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         outputs = output if isinstance(output, tuple) else (output,)
-        values = (*inputs, *outputs)
-        ctx.save_for_backward(*[values[place] for place in self._tensors])
-        ctx.others, ctx.backend = [values[place] for place in self._others], inputs[-1]
-        ctx.mark_non_differentiable(*[tensor for tensor in outputs if not tensor.is_floating_point()])
+        values = inputs + outputs
+        ctx.save_for_backward(*self._tensors(values))
+        ctx.others = self._others(values)
+        if self._constant:
+            ctx.mark_non_differentiable(*[outputs[place] for place in self._constant])
 
     def _differentiate(self, ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        needed = [ctx.needs_input_grad[place] for place in self._inputs]
-        read = self._arrange((*grads, *ctx.saved_tensors, *ctx.others, needed))
-        result: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
-        for place, wanted, gradient in zip(self._inputs, needed, self._call_backward(*read, ctx.backend), strict=True):
-            if wanted:
+        needs = ctx.needs_input_grad
+        needed = [needs[place] for place in self._inputs]
+        gradients = self._call_backward(*self._arrange((*grads, *ctx.saved_tensors, *ctx.others, needed)))
+        result: list[Tensor | None] = [None] * len(needs)
+        for place, gradient in zip(self._inputs, gradients, strict=True):
+            if needs[place]:
                 result[place] = gradient
         return tuple(result)
 
     def _run_backward(self, *args: Any) -> tuple[Tensor, ...]:
-        *read, backend = args
-        gradients = self.implementation(backend).gradients(*read)
-        return tuple(torch.empty(0) if gradient is None else gradient for gradient in gradients)
+        gradients = self.implementation(args[-1]).gradients(*args[:-1])
+        return tuple([torch.empty(0) if gradient is None else gradient for gradient in gradients])
 
     def _fake_backward(self, *args: Any) -> tuple[Tensor, ...]:
         read = dict(zip(self._reads, args, strict=False))  # without the backend
@@ -144,6 +148,12 @@ class Operator:
 
         pairs = zip(self._differentiated, read["needed"], strict=True)
         return tuple(like(name) if wanted else torch.empty(0) for name, wanted in pairs)
+
+
+def _getter(places: Iterable[int]) -> Callable[[tuple[Any, ...]], tuple[Any, ...]]:
+    """`itemgetter`, which gives a tuple for a single place, too."""
+    first, *rest = places
+    return itemgetter(first, *rest) if rest else lambda values: (values[first],)
 
 
 def _parse(schema: str) -> tuple[str, dict[str, str], list[str]]:

@@ -6,6 +6,7 @@ needs a calibrated threshold before its results there mean anything.
 
 import json
 import re
+import reprlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparseclt.storage.directories import FORMAT_VERSION, CheckpointError, read_versioned, verified, write_json
+from sparseclt.storage.directories import FORMAT_VERSION, CheckpointError, read_versioned, verified
+from sparseclt.storage.json_files import write_json, write_text
 from sparseclt.storage.safetensors_stream import TensorFiles, check_tensor, save_file, stored_names
 
+CONFIG = "sparseclt.json"
 # (site, name in memory) -> (file, name in the file): "mlp.3.b_enc" is b_enc_3 in W_enc_3.safetensors.
 _LAYOUT = {
     ("mlp", "W_enc"): ("W_enc", "W_enc"),
@@ -40,7 +43,13 @@ _KEY = re.compile(r"(mlp|attn)\.(0|[1-9]\d*)\.(\w+)")
 _ON_DISK = re.compile(r"(\w+)_(0|[1-9]\d*)")
 
 
-def save_clt(directory: str | Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+def save_clt(
+    directory: str | Path,
+    config: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    *,
+    mlp_input: str = "ln2.hook_normalized",
+) -> None:
     """Write a CLT's weights and configuration into `directory`, which is best one from `atomic_directory`.
 
     tensors: flat, with keys "mlp.{l}.NAME" and "attn.{l}.NAME". NAME is W_enc [F, D], b_enc [F], b_dec [D],
@@ -48,6 +57,7 @@ def save_clt(directory: str | Path, config: Mapping[str, Any], tensors: Mapping[
         logits [F, C]; for attn also the model's own W_V, W_O and bias. mlp layers must be 0..L-1.
         Written a piece at a time: never a copy of a whole tensor.
     config: JSON values, with a "model_name"; tuples come back as lists.
+    mlp_input: the TransformerLens hook, in a block, of what the model's MLPs read.
 
     The files are circuit-tracer's (`config.yaml`, `W_enc_{l}`, `W_dec_{l}`) and our sidecars (`attn_{l}`,
     `connections_{l}`, `attn_connections_{l}`, `attn_model_{l}`, `sparseclt.json`). circuit-tracer reads a CLT
@@ -60,28 +70,28 @@ def save_clt(directory: str | Path, config: Mapping[str, Any], tensors: Mapping[
         raise ValueError('config must not have the key "format_version", save_clt writes its own: remove it')
     directory = Path(directory)
     files = _group_by_file(tensors)
-    write_json(directory / "sparseclt.json", {"format_version": FORMAT_VERSION, **config}, "config")
-    (directory / "config.yaml").write_text(
+    write_json(directory / CONFIG, {"format_version": FORMAT_VERSION, **config}, "config")
+    write_text(
+        directory / "config.yaml",
         "# Without threshold tensors circuit-tracer runs this model as plain ReLU.\n"
         "# If it was trained with TopK, add a calibrated threshold first.\n"
         "model_kind: cross_layer_transcoder\n"
         f"model_name: {json.dumps(config['model_name'])}\n"
-        'feature_input_hook: "ln2.hook_normalized"\n'
+        f"feature_input_hook: {json.dumps(mlp_input)}\n"
         'feature_output_hook: "hook_mlp_out"\n',
-        encoding="utf-8",
     )
     for file, named_tensors in files.items():
         save_file(named_tensors, directory / file)
 
 
-def load_clt(path: str | Path) -> tuple[dict[str, Any], Mapping[str, Tensor]]:
+def load_clt(path: str | Path) -> tuple[dict[str, Any], TensorFiles]:
     """Verify a CLT directory and read back (config, tensors) as given to `save_clt`, each tensor read, onto the CPU,
     when it is asked for.
 
     Raises CheckpointError for a missing or damaged file, a newer format version, or an unknown tensor.
     """
     path, files = verified(path)
-    config = read_versioned(path, files, "sparseclt.json")
+    config = read_versioned(path, files, CONFIG)
     places = {}
     for file in files:
         match = _ON_DISK.fullmatch(file.removesuffix(".safetensors"))
@@ -91,7 +101,7 @@ def load_clt(path: str | Path) -> tuple[dict[str, Any], Mapping[str, Tensor]]:
         for stored in stored_names(path / file):
             in_memory = _IN_MEMORY.get((stem, stored.removesuffix(f"_{layer}")))
             if in_memory is None or not stored.endswith(f"_{layer}"):
-                raise CheckpointError(f"{path / file}: unknown tensor {stored!r} for layer {layer}")
+                raise CheckpointError(f"{path / file}: unknown tensor {reprlib.repr(stored)} for layer {layer}")
             places[f"{in_memory[0]}.{layer}.{in_memory[1]}"] = path / file, stored
     return config, TensorFiles(places)
 

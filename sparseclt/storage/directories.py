@@ -7,18 +7,19 @@ blake2b digest of every file. Everything but tensors is JSON or plain text; noth
 import hashlib
 import json
 import os
+import reprlib
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from sparseclt.storage.json_files import CheckpointError, fsync, naming, read_json, write_json
+
+__all__ = ["FORMAT_VERSION", "MANIFEST", "CheckpointError", "atomic_directory", "remove_directory", "verify"]
+
 FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
-
-
-class CheckpointError(ValueError):
-    """A checkpoint on disk is missing, incomplete, damaged or of another format."""
 
 
 @contextmanager
@@ -31,35 +32,69 @@ def atomic_directory(path: str | Path) -> Iterator[Path]:
     is `<path>.old`: `verify`, `load_clt`, `load_state` and `latest` read that in its place, and the next
     `atomic_directory(path)` puts it back. On an exception the temporary directory is removed and `path` is
     left as it was. One writer at a time: what a killed writer left in `<path>.tmp` is removed by the next.
-    Raises ValueError if `path` is a file.
+    Raises ValueError, before anything is written, if `path` is a file, a mount point, or a directory of files that
+    were not written this way, which would be lost; OSError, naming the file, if the disk refuses something.
     """
     path = Path(path).resolve()
-    if path.exists() and not path.is_dir():
-        raise ValueError(f"path must be a directory or absent, but {path} is a file: choose another path")
-    temporary, old = path.with_name(f"{path.name}.tmp"), path.with_name(f"{path.name}.old")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    shutil.rmtree(temporary, ignore_errors=True)
-    if old.exists():
-        if path.exists():
-            shutil.rmtree(old)
-        else:
-            os.rename(old, path)
-    temporary.mkdir()
+    _check_replaceable(path)
+    temporary, old = _temporary(path), _old(path)
+    with naming(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(temporary, ignore_errors=True)
+        if old.exists():
+            if path.exists():
+                shutil.rmtree(old)
+            else:
+                os.rename(old, path)
+        temporary.mkdir()
     try:
-        yield temporary
-        _write_manifest(temporary)
-        _fsync_tree(temporary)
-        if path.exists():
-            os.rename(path, old)
-        os.rename(temporary, path)
+        with naming(temporary):
+            yield temporary
+            _write_manifest(temporary)
+            _fsync_tree(temporary)
+            if path.exists():
+                os.rename(path, old)
+            os.rename(temporary, path)
     except BaseException:
-        if old.exists() and not path.exists():
-            os.rename(old, path)
+        with suppress(OSError):  # the first error says what is wrong; readers find the old one where it is
+            if old.exists() and not path.exists():
+                os.rename(old, path)
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    _fsync(path.parent)
+    fsync(path.parent)
     if old.exists():
         shutil.rmtree(old)
+
+
+def remove_directory(path: str | Path) -> None:
+    """Remove what `atomic_directory` wrote; a crash halfway leaves nothing that passes for a checkpoint."""
+    path = Path(path).resolve()
+    temporary, old = _temporary(path), _old(path)
+    shutil.rmtree(temporary, ignore_errors=True)
+    if path.exists() and old.exists():
+        shutil.rmtree(old)
+    os.rename(_find(path), temporary)
+    shutil.rmtree(temporary)
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(f"{path.name}.tmp")
+
+
+def _old(path: Path) -> Path:
+    return path.with_name(f"{path.name}.old")
+
+
+def _check_replaceable(path: Path) -> None:
+    if path.exists() and not path.is_dir():
+        raise ValueError(f"path must be a directory or absent, but {path} is a file: choose another path")
+    if os.path.ismount(path):
+        raise ValueError(f"{path} is a mount point, which nothing can be renamed to: choose a directory inside it")
+    if path.is_dir() and not (path / MANIFEST).exists() and any(path.iterdir()):
+        raise ValueError(
+            f"{path} holds files, but no {MANIFEST}: expected an absent or empty directory, or one that was written "
+            f"here before, because all in it is replaced; choose another path"
+        )
 
 
 def verify(path: str | Path) -> None:
@@ -74,12 +109,12 @@ def verify(path: str | Path) -> None:
 def _find(path: Path) -> Path:
     """Where the checkpoint really is: `path`, or `<path>.old` after a crash between the two renames."""
     path = path.resolve()
-    old = path.with_name(f"{path.name}.old")
+    old = _old(path)
     return old if not path.exists() and old.is_dir() else path
 
 
 def _digest(file: Path) -> str:
-    with file.open("rb") as stream:
+    with naming(file), file.open("rb") as stream:
         return hashlib.file_digest(stream, "blake2b").hexdigest()
 
 
@@ -105,20 +140,10 @@ def verified(path: str | Path) -> tuple[Path, list[str]]:
     path = _find(Path(path))
     if not path.is_dir():
         raise CheckpointError(f"{path} is not a directory: expected a checkpoint directory")
-    manifest = path / MANIFEST
-    if not manifest.is_file():
-        raise CheckpointError(f"{manifest} is missing: the checkpoint is incomplete, use another one")
-    try:
-        content = json.loads(manifest.read_bytes())
-        files, expected = content["files"], content["blake2b"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{manifest} is damaged ({error}): use another checkpoint") from error
-    if _listing_digest(files) != expected:
-        raise CheckpointError(f"{manifest} is damaged (its own digest differs): use another checkpoint")
+    files = _listed(path)
     for name, entry in files.items():
         file = path / name
-        if not file.is_file():
-            raise CheckpointError(f"{file} is missing: restore it or use another checkpoint")
+        _check_regular(path, name)
         size = file.stat().st_size
         if size != entry["size"]:
             expected = entry["size"]
@@ -128,36 +153,60 @@ def verified(path: str | Path) -> tuple[Path, list[str]]:
     return path, list(files)
 
 
-def write_json(file: Path, content: Mapping[str, Any], argument: str) -> None:
-    try:
-        text = json.dumps(content, indent=2, allow_nan=False)
-    except (TypeError, ValueError) as error:
-        raise type(error)(f"{argument} must hold plain JSON values only: {error}") from error
-    file.write_text(text + "\n", encoding="utf-8")
+def _listed(path: Path) -> dict[str, dict[str, Any]]:
+    """What the manifest says of each file, in the types that it must have."""
+    manifest = path / MANIFEST
+    if not manifest.is_file():
+        raise CheckpointError(f"{manifest} is missing: the checkpoint is incomplete, use another one")
+    _check_regular(path, MANIFEST)
+    content = read_json(manifest)
+    files = content.get("files")
+    if not isinstance(files, dict) or not all(_is_entry(entry) for entry in files.values()):
+        raise CheckpointError(f"{manifest} is damaged: expected a size and a blake2b for each of its files")
+    if _listing_digest(files) != content.get("blake2b"):
+        raise CheckpointError(f"{manifest} is damaged (its own digest differs): use another checkpoint")
+    for name in files:
+        if not _is_name(name):
+            raise CheckpointError(f"{manifest} lists {reprlib.repr(name)}: expected files below {path}, not itself")
+    return files
+
+
+def _is_entry(entry: object) -> bool:
+    return isinstance(entry, dict) and type(entry.get("size")) is int and isinstance(entry.get("blake2b"), str)
+
+
+def _is_name(name: str) -> bool:
+    """Whether a manifest may list `name`: a relative path that stays below the directory and fits a file system."""
+    parts = name.split("/")
+    stays = name != MANIFEST and not {"", ".", ".."} & set(parts) and "\\" not in name
+    return stays and name.isprintable() and len(name) <= 1024 and all(len(part.encode()) <= 255 for part in parts)
+
+
+def _check_regular(path: Path, name: str) -> None:
+    """Refuse links, which may leave the directory, and everything that is no file, such as a pipe."""
+    place = path
+    for part in name.split("/"):
+        place = place / part
+        if place.is_symlink():
+            raise CheckpointError(f"{place} is a symbolic link: expected a file of the checkpoint, copy it in")
+    if not place.is_file():
+        raise CheckpointError(f"{place} is missing: restore it or use another checkpoint")
 
 
 def read_versioned(path: Path, files: list[str], name: str) -> dict[str, Any]:
     """The content of one of our JSON files without its format version, which must be ours."""
     if name not in files:
         raise CheckpointError(f"{path / name} is not part of this checkpoint: expected one that holds it")
-    content: dict[str, Any] = json.loads((path / name).read_bytes())
-    version = content.pop("format_version")
-    if version != FORMAT_VERSION:
+    content = read_json(path / name)
+    version = content.pop("format_version", None)
+    if type(version) is not int or version != FORMAT_VERSION:
         raise CheckpointError(
-            f"{path / name} has format version {version}, expected {FORMAT_VERSION}: "
+            f"{path / name} has format version {version!r}, expected {FORMAT_VERSION}: "
             "read it with the version of sparseclt that wrote it"
         )
     return content
 
 
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def _fsync_tree(directory: Path) -> None:
     for path in [*directory.rglob("*"), directory]:
-        _fsync(path)
+        fsync(path)

@@ -9,13 +9,18 @@ gives each tensor's dtype, shape and place; the tensors' bytes. Read back by any
 
 import json
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from sparseclt.storage.json_files import CheckpointError, naming, parse_object
+
+LONGEST_HEADER = 16 << 20  # bytes; ours have a hundred for each tensor
 PIECE_BYTES = 16 << 20  # copied to the CPU at a time
 NAMES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
@@ -40,7 +45,7 @@ def save_file(tensors: Mapping[str, Tensor], path: Path) -> None:
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     room = torch.empty(max(PIECE_BYTES, 8), dtype=torch.uint8)  # a scalar has up to 8 bytes
-    with path.open("wb") as file:
+    with naming(path), path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for tensor in tensors.values():
             for piece in _pieces(tensor.detach()):
@@ -75,7 +80,7 @@ class TensorFiles(Mapping[str, Tensor]):
 
     def __getitem__(self, name: str) -> Tensor:
         file, stored = self._places[name]
-        with safe_open(file, framework="pt") as tensors:
+        with _opened(file) as tensors:
             return tensors.get_tensor(stored)
 
     def __iter__(self) -> Iterator[str]:
@@ -84,8 +89,65 @@ class TensorFiles(Mapping[str, Tensor]):
     def __len__(self) -> int:
         return len(self._places)
 
+    def place(self, name: str) -> str:
+        """Where a tensor lies, for errors: "W_enc_0.safetensors: W_enc_0" with the whole path."""
+        file, stored = self._places[name]
+        return f"{file}: {stored}"
+
+    def check(self, name: str, dtypes: Collection[torch.dtype], shape: Sequence[int | None]) -> None:
+        """That the tensor is there with one of `dtypes` and `shape`, of which None stands for any size. Only the
+        header of its file is read. Raises CheckpointError, naming the file."""
+        if name not in self._places:
+            folder = next((str(file.parent) for file, _ in self._places.values()), "the checkpoint")
+            raise CheckpointError(f"{folder} lacks the tensor {name!r}: expected one of shape {_text(shape)}")
+        file, stored = self._places[name]
+        with _opened(file) as tensors:
+            part = tensors.get_slice(stored)
+            dtype, got = part.get_dtype(), part.get_shape()
+        expected = [NAMES[dtype] for dtype in dtypes]
+        if dtype not in expected:
+            raise CheckpointError(f"{self.place(name)} is of dtype {dtype}, expected {' or '.join(expected)}")
+        if len(got) != len(shape) or any(b not in (None, a) for a, b in zip(got, shape, strict=True)):
+            raise CheckpointError(f"{self.place(name)} has shape {_text(got)}, expected {_text(shape)}")
+
+    def copy_into(self, name: str, target: Tensor) -> None:
+        """Fill `target` with the tensor. Raises CheckpointError unless it has the shape and the dtype of `target`."""
+        self.check(name, [target.dtype], target.shape)
+        target.copy_(self[name])
+
+
+def _text(shape: Sequence[int | None]) -> str:
+    return f"[{', '.join('any' if size is None else str(size) for size in shape)}]"
+
 
 def stored_names(file: Path) -> list[str]:
-    """The names of the tensors in a file."""
-    with safe_open(file, framework="pt") as tensors:
+    """The names of the tensors in a file.
+
+    Raises CheckpointError, naming the file, if it is no safetensors file or names a tensor twice.
+    """
+    _check_header(file)
+    with _opened(file) as tensors:
         return list(tensors.keys())
+
+
+@contextmanager
+def _opened(file: Path) -> Iterator[Any]:
+    """`safe_open`, which checks that every tensor has its own bytes within the file."""
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            yield tensors
+    except SafetensorError as error:
+        raise CheckpointError(f"{file} is not a whole safetensors file ({error}): use another checkpoint") from error
+
+
+def _check_header(file: Path) -> None:
+    """That the header is not too long to be read, nor names a tensor twice, of which `safe_open` takes the last."""
+    with naming(file), file.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        if length > LONGEST_HEADER:
+            raise CheckpointError(
+                f"{file} is not a safetensors file of ours: its header has {length} bytes, expected at most "
+                f"{LONGEST_HEADER}"
+            )
+        header = stream.read(length)
+    parse_object(header, file)

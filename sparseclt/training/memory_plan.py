@@ -216,5 +216,5 @@ def _connection_terms(x: _Run) -> list[MemoryTerm]:
     return [
         MemoryTerm("connections", slots * (ID + POSITION) + pointers, ALWAYS, "12 F C + 4 U per reader"),
         MemoryTerm("virtual weights and their gradient", 2 * x.w * slots, ALWAYS, "2 w F C per reader"),
-        MemoryTerm("effective decoders", x.w * x.F * x.D * max(x.readers), ("forward", "encoders"), "w F D (L - 1)"),
+        MemoryTerm("effective decoders", FLOAT * x.F * x.D * max(x.readers), ("forward", "encoders"), "4 F D (L - 1)"),
     ]

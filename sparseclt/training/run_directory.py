@@ -1,7 +1,6 @@
 """The files of a training run: its configuration, its metrics, its checkpoints."""
 
 import json
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,8 @@ from sparseclt.model.clt import SparseCLT
 from sparseclt.model.sites import Mode
 from sparseclt.storage import checkpoint, clt_files
 from sparseclt.storage.directories import atomic_directory
+from sparseclt.storage.json_files import read_json, replace_file
+from sparseclt.strict import ConfigError
 from sparseclt.training.optimizer import RowAdam
 
 CONFIG, METRICS, CLT, CHECKPOINTS = "config.json", "metrics.jsonl", "clt", "checkpoints"
@@ -25,13 +26,16 @@ def read_config(run: str | Path) -> TrainConfig:
     path = Path(run) / CONFIG
     if not path.is_file():
         raise ValueError(f"run: expected a run directory with config.json, got {run}")
-    return from_dict(json.loads(path.read_text()))
+    try:
+        return from_dict(read_json(path))
+    except ConfigError as error:
+        raise ConfigError(f"{path}: " + f"\n{path}: ".join(str(error).splitlines())) from error
 
 
 def write_config(run: Path, config: TrainConfig) -> None:
     """Write `config` into the run directory, which is made if it is not there."""
     run.mkdir(parents=True, exist_ok=True)
-    (run / CONFIG).write_text(json.dumps(to_dict(config), indent=2) + "\n")
+    replace_file(run / CONFIG, json.dumps(to_dict(config), indent=2) + "\n")
 
 
 def same_results(a: TrainConfig, b: TrainConfig) -> bool:
@@ -70,12 +74,12 @@ class TrainingState:
     def save(self, run: Path, step: int, micro_rows: int, keep: int) -> Path:
         """Write checkpoints/step_N of the run directory, whole or not at all, and keep only the `keep` newest ones."""
         folder = run / CHECKPOINTS
+        folder.mkdir(exist_ok=True)  # without parents: a run directory that vanished is not made anew elsewhere
         path = folder / f"step_{step:08d}"
         with atomic_directory(path) as directory:
             pretrained.write(directory, self.clt)
             checkpoint.save_state(directory, self.tensors(), {"step": step, "micro_rows": micro_rows})
-        for old in sorted(folder.glob("step_????????"))[:-keep]:
-            shutil.rmtree(old)
+        checkpoint.prune(run, keep)
         return path
 
     def load(self, path: Path) -> tuple[int, int]:
@@ -86,6 +90,6 @@ class TrainingState:
         pretrained.load_tensors(self.clt, clt_files.load_clt(path)[1])
         saved, numbers = checkpoint.load_state(path)
         for name, tensor in self.tensors().items():
-            tensor.copy_(saved[name])
-        self.optimizer.step = int(numbers["step"])
-        return self.optimizer.step, int(numbers["micro_rows"])
+            saved.copy_into(name, tensor)
+        self.optimizer.step = checkpoint.whole_number(path, numbers, "step", 0)
+        return self.optimizer.step, checkpoint.whole_number(path, numbers, "micro_rows", 1)

@@ -64,7 +64,7 @@ class Trainer:
         self.config, self.out = config, Path(config.out)
         self.device = resolve(config.device)
         self.language_model = language_model or LanguageModel.load(
-            config.model.path, layers=config.model.layers, device=str(self.device)
+            config.model.path, layers=config.model.layers, device=str(self.device), dtype=config.model.dtype
         )
         context = self.language_model.shape.context
         if context and config.data.row_tokens > context:

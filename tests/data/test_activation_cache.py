@@ -1,7 +1,10 @@
 """The cache on disk: what comes back, that the model stays idle, and that nothing half-written or damaged is read."""
 
+import errno
 import json
+import os
 import shutil
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,7 +21,8 @@ from sparseclt.data import activation_cache
 from sparseclt.data.activation_cache import ActivationCache, cache_info, open_cache, quantise
 from sparseclt.data.activation_stream import token_bytes, vectors_of
 from sparseclt.language_model.language_model import LanguageModel
-from sparseclt.storage.directories import CheckpointError
+from sparseclt.storage.directories import CheckpointError, atomic_directory
+from sparseclt.storage.safetensors_stream import save_file
 from sparseclt.training.finite import NonFiniteError
 
 DTYPES = ("bf16", "int8")
@@ -180,10 +184,70 @@ def test_a_shard_that_is_gone_from_a_complete_cache_is_an_error_that_names_it(ca
         opened(cache, Idle(model)).read(torch.tensor([8]))
 
 
-def test_a_changed_description_is_an_error_that_names_it(cache, model):
-    damage(cache / "cache.json", "flipped")
-    with pytest.raises(CheckpointError, match="activations.cache: .*cache.json has changed bytes"):
+@pytest.mark.parametrize(
+    ("before", "after", "message"),
+    [
+        ('"rows": 30', '"rows": 31', "expected rows 30, but .* has 31: .* or damaged; choose another directory"),
+        ('"model": {', '"model": {"layers": 1, ', "cache.json is damaged .the key 'layers' comes twice"),
+        ('"dtype"', '"dtyp\0"', "cache.json is damaged .Invalid control character"),
+        ('"bf16"\n}', '"bf16"\n', "cache.json is damaged"),
+    ],
+    ids=["value", "key twice", "control character", "cut off"],
+)
+def test_a_changed_description_is_an_error_that_names_it(cache, model, before, after, message):
+    file = cache / "cache.json"
+    assert before in file.read_text()
+    file.write_text(file.read_text().replace(before, after))
+    with pytest.raises(ValueError, match=f"activations.cache: .*{message}"):
         opened(cache, Idle(model))
+
+
+def mounted(directory: Path, monkeypatch) -> None:
+    """Refuse to rename or remove `directory`, as the kernel does for a mount point."""
+    directory.mkdir()
+    rename, rmdir = os.rename, os.rmdir
+
+    def busy(*paths, **keywords):
+        if directory.resolve() in [Path(path).resolve() for path in paths]:
+            raise OSError(errno.EBUSY, "Device or resource busy", str(directory))
+        return (rename if len(paths) == 2 else rmdir)(*paths, **keywords)
+
+    monkeypatch.setattr(os, "rename", busy)
+    monkeypatch.setattr(os, "replace", busy)
+    monkeypatch.setattr(os, "rmdir", busy)
+
+
+@pytest.mark.parametrize("inside", [[], ["lost+found"], ["cache.json.tmp"]], ids=str)
+def test_a_cache_may_be_a_mount_point(tmp_path, model, written, monkeypatch, inside):
+    cache = tmp_path / "cache"
+    mounted(cache, monkeypatch)
+    for name in inside:
+        (cache / name).mkdir() if name == "lost+found" else (cache / name).write_text("half")
+    opened(cache, model)
+    assert contents(cache) == contents(written)
+    opened(cache, Idle(model)).read(torch.tensor([0, 29]))
+
+
+@pytest.mark.skipif(not shutil.which("mount") or os.geteuid() != 0, reason="only root may mount")
+def test_a_cache_on_a_real_mount_point(tmp_path, model, written):
+    cache = tmp_path / "cache"
+    cache.mkdir()
+    mount = subprocess.run(["mount", "-t", "tmpfs", "tmpfs", str(cache)], capture_output=True, text=True)
+    if mount.returncode:
+        pytest.skip(f"this machine does not let root mount: {mount.stderr}")
+    try:
+        opened(cache, model)
+        assert contents(cache) == contents(written)
+    finally:
+        subprocess.run(["umount", str(cache)], check=True)
+
+
+def test_a_shard_of_other_shapes_is_an_error_that_names_it(cache, model):
+    shard = cache / "shard_00001"
+    with atomic_directory(shard) as directory:
+        save_file({"tokens": torch.zeros(2, 12, dtype=torch.int32)}, directory / "activations.safetensors")
+    with pytest.raises(CheckpointError, match=r"shard_00001/activations.safetensors: tokens has shape \[2, 12\]"):
+        opened(cache, Idle(model)).read(torch.tensor([8]))
 
 
 def test_shards_that_changed_places_are_noticed(cache, model):

@@ -306,7 +306,7 @@ def test_a_failing_rename_puts_the_old_checkpoint_back(saved: Path, monkeypatch:
 
 def test_everything_is_on_disk_before_the_rename(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     synced: list[str] = []
-    monkeypatch.setattr(directories, "_fsync", lambda path: synced.append(path.name))
+    monkeypatch.setattr(directories, "fsync", lambda path: synced.append(path.name))
     rename = os.rename
 
     def recorded_rename(source: Path, target: Path) -> None:
