@@ -1,5 +1,6 @@
 """From a run directory to a folder of pages."""
 
+import hashlib
 import json
 import tempfile
 from collections.abc import Mapping
@@ -12,17 +13,19 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from sparseclt import __version__
 from sparseclt.atlas import connections, folder
 from sparseclt.atlas.gather import Gathered, gather
+from sparseclt.atlas.graphs import copy_graphs
 from sparseclt.atlas.latents import SHARD, ModulePages
 from sparseclt.atlas.logits import Unembedding
 from sparseclt.atlas.tokens import TokenIndex, token_texts
-from sparseclt.config import to_dict
+from sparseclt.config import TrainConfig, to_dict
 from sparseclt.data.text import Split, load_rows
 from sparseclt.evaluation.metrics import modes_of
 from sparseclt.language_model.language_model import LanguageModel
 from sparseclt.model.clt import SparseCLT
-from sparseclt.storage.directories import atomic_directory
+from sparseclt.storage.directories import MANIFEST, atomic_directory
 from sparseclt.training.loggers import read_metrics
 from sparseclt.training.run_directory import CLT, METRICS, read_config
 
@@ -36,6 +39,8 @@ def build_atlas(
 ) -> Path:
     """Write the atlas of a finished run to the directory `out` (RUN/atlas by default); returns that path.
 
+    An atlas of the same run and text that is there already is kept; only the graphs in RUN/graphs are taken in anew.
+
     tokens: how many of the text to run over. None: as many as an evaluation does.
 
     Raises ValueError for a run without weights, for fewer tokens than one row, and for an `out` that holds something
@@ -47,18 +52,29 @@ def build_atlas(
     wanted = config.data.held_out_tokens if tokens is None else tokens
     if wanted < config.data.row_tokens and tokens is not None:
         raise ValueError(f"tokens: expected at least one row of {config.data.row_tokens} tokens, got {tokens}")
-    language_model = LanguageModel.load(config.model.path, layers=config.model.layers)
-    clt = SparseCLT.from_pretrained(run / CLT)
-    rows = load_rows(config, language_model.tokenizer, split)
-    rows = rows[: max(1, wanted // rows.shape[1])]
-    about = {
-        "name": run.resolve().name,
-        "config": to_dict(config),
-        "evaluation": _json(run / "evaluation.json"),
-        "metrics": curves(read_metrics(run / METRICS)) if (run / METRICS).is_file() else {},
-        "split": split,
-    }
-    return write_atlas(clt, language_model, rows, out, about, backend=config.compute.backend)
+    identity = _identity(run, config, wanted, split)
+    if not (out / "data" / ATLAS).is_file() or folder.read(out / "data" / ATLAS).get("identity") != identity:
+        language_model = LanguageModel.load(config.model.path, layers=config.model.layers)
+        clt = SparseCLT.from_pretrained(run / CLT)
+        rows = load_rows(config, language_model.tokenizer, split)
+        about = {
+            "name": run.resolve().name,
+            "identity": identity,
+            "config": to_dict(config),
+            "evaluation": _json(run / "evaluation.json"),
+            "metrics": curves(read_metrics(run / METRICS)) if (run / METRICS).is_file() else {},
+            "split": split,
+        }
+        rows = rows[: max(1, wanted // rows.shape[1])]
+        write_atlas(clt, language_model, rows, out, about, backend=config.compute.backend)
+    add_graphs(run / "graphs", out)
+    return out
+
+
+def add_graphs(graphs: Path, out: Path) -> None:
+    """Take the Graph JSON files of directory `graphs` into the atlas in `out`."""
+    content = folder.read(out / "data" / ATLAS)
+    folder.write(out / "data" / ATLAS, content | {"graphs": copy_graphs(graphs, out / "data")})
 
 
 def write_atlas(
@@ -144,6 +160,18 @@ def _write_tokens(data: Path, indices: Mapping[Any, TokenIndex], rows: NDArray[n
         }
         if shard:
             folder.write(data / "tokens" / f"{first // TOKEN_SHARD}.json.gz", shard)
+
+
+def _identity(run: Path, config: TrainConfig, tokens: int, split: Split) -> str:
+    """A digest of everything that an atlas depends on; of local text and models, the dates and sizes of their files."""
+    parts: list[Any] = [FORMAT, __version__, tokens, split, to_dict(config)]
+    for file in (run / CLT / MANIFEST, run / "evaluation.json", run / METRICS):
+        parts.append(hashlib.blake2b(file.read_bytes()).hexdigest() if file.is_file() else None)
+    for name in (config.data.source, config.model.path):
+        path = Path(name).expanduser()
+        files = sorted(path.rglob("*")) if path.is_dir() else [path]
+        parts.append([[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files if file.is_file()])
+    return hashlib.blake2b(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
 def _json(file: Path) -> Any:

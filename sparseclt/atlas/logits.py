@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from sparseclt.language_model.language_model import LanguageModel
+from sparseclt.model.activations import at_least_float32
 from sparseclt.model.attention import centre
 
 SHOWN = 10
@@ -29,8 +30,10 @@ class Unembedding:
         """That of a language model."""
         bridge = language_model.bridge
         norm = bridge.ln_final
-        gain = norm.weight + 1 if norm.uses_weight_offset else norm.weight
-        weight = (gain[:, None] * bridge.W_U).detach()
+        weight = at_least_float32(bridge.W_U.detach())
+        gain = getattr(norm.original_component, "weight", None)
+        if gain is not None:
+            weight = (gain.detach() + int(norm.uses_weight_offset))[:, None] * weight
         return cls(weight - weight.mean(1, keepdim=True), language_model.shape.centred)
 
     def logits(self, rows: Tensor) -> Tensor:

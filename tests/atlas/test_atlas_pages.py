@@ -1,9 +1,13 @@
 """The pages in a real browser: they open without an error, lead to one another, and keep text as text."""
 
+import os
+from pathlib import Path
+
 import pytest
 from atlases import DEAD, IMAGE, NAME, SCRIPT, SCRIPT_ID
 from browser import Pages, chromium, served
 
+from sparseclt.atlas.build import build_atlas
 from sparseclt.atlas.folder import read
 
 SIZES = {"desktop": (1200, 900), "phone": (400, 800)}
@@ -58,6 +62,8 @@ def test_every_page_opens_without_errors_and_fits(browser, url, size, scheme):
         "#/token/9",
         "#/nowhere",
         "#/latent/mlp_9/1",
+        "#/graphs",
+        "#/graph/tiny",
     ]
     for hash in hashes:
         pages.open(hash)
@@ -178,3 +184,55 @@ def test_markup_in_the_text_stays_text(pages, atlas):
 def test_a_dead_latent_says_so(pages):
     pages.open(f"#/latent/mlp_{DEAD[0]}/{DEAD[1]}")
     assert "fired on none of the 760 tokens in either mode" in pages.text("#dead")
+
+
+def test_a_graph_leads_to_latents_and_keeps_pins_and_supernodes_in_its_address(pages):
+    page = pages.page
+    pages.open("#/graphs")
+    page.click("#prompts a")
+    page.wait_for_selector("#picture [data-node]")
+    assert page.locator("#picture [data-node]").count() == 4
+    assert "0.875" in pages.text("#faith") and SCRIPT in pages.text("main")
+    page.click('[data-node="0_4_2"]')
+    assert "Inputs (1)" in pages.text("#node") and "Outputs (2)" in pages.text("#node")
+    weights = [float(d.get_attribute("value")) for d in page.query_selector_all("#node table data")]
+    assert weights == [1.25, 2.0, -0.75]
+    page.click("#pin")
+    page.click('[data-node="1_5_2"]', modifiers=["Shift"])
+    for box in page.query_selector_all("#pins input[type=checkbox]"):
+        box.check()
+    page.fill("#label", "both")
+    page.click("#group")
+    address = page.url
+    page.reload()
+    page.wait_for_selector("#subgraph")
+    assert page.url == address and "both" in pages.text("#pins")
+    assert {"clicked", "pinned"} <= set(page.get_attribute('[data-node="0_4_2"]', "class").split())
+    page.locator("input[type=range]").fill("0.6")
+    assert page.locator("#picture [data-node]").count() == 3  # the pinned ones, and the logit
+    page.click("#to-latent")
+    pages.shows("#/latent/mlp_0/4/sparse")
+    page.go_back()
+    page.wait_for_selector("#subgraph")
+
+
+@pytest.mark.skipif("SPARSECLT_PICTURES" not in os.environ, reason="makes the pictures of docs/atlas.md: see there")
+def test_pictures_for_the_documentation(browser, tmp_path):
+    run, folder = Path(os.environ["SPARSECLT_PICTURES"]), Path(__file__).parents[2] / "docs" / "images"
+    latent, graph = os.environ["SPARSECLT_PICTURED"].split()
+    with served(build_atlas(run, tmp_path / "atlas")) as url:
+        for name, hash, scheme, (width, height) in [
+            ("overview", "#/", "light", (1100, 760)),
+            ("latent", f"#/latent/{latent}", "light", (1100, 900)),
+            ("phone", f"#/latent/{latent}", "dark", (400, 800)),
+            ("graph", f"#/graph/{graph}", "light", (1100, 900)),
+        ]:
+            page = browser.new_page(viewport={"width": width, "height": height}, color_scheme=scheme)
+            pages = Pages(page, url)
+            page.goto(url + hash)
+            page.wait_for_selector("h1")
+            if name == "graph":
+                page.locator("#picture .mark circle").last.click()
+            page.screenshot(path=folder / f"atlas-{name}.png")
+            page.close()
+            assert pages.troubles == []

@@ -5,9 +5,10 @@ import { run, start } from "./data.js";
 import { overview, modules } from "./overview.js";
 import { modulePage } from "./module.js";
 import { latentPage } from "./latent.js";
+import { graphPage, graphsPage } from "./graph.js";
 import { searchPage, tokenPage } from "./search.js";
 
-const PAGES = { "": overview, modules, module: modulePage, latent: latentPage, search: searchPage, token: tokenPage };
+const PAGES = { "": overview, modules, module: modulePage, latent: latentPage, search: searchPage, token: tokenPage, graphs: graphsPage, graph: graphPage };
 const main = document.getElementById("page"), query = document.getElementById("query");
 const scrolled = new Map();
 let shown = { hash: null }, clicked = false, asked = 0;
@@ -28,7 +29,7 @@ async function show() {
   clicked = false;
   main.replaceChildren(...page.content);
   document.title = `${page.title} · ${run.name}`;
-  document.body.dataset.page = hash;
+  document.body.dataset.page = hash; // once all of it is there
   if (document.activeElement !== query) main.focus({ preventScroll: true });
   scrollTo(0, top);
 }
@@ -95,6 +96,7 @@ addEventListener("hashchange", show);
 try {
   await start();
   document.getElementById("home").textContent = run.name;
+  document.getElementById("graphs").hidden = !run.graphs;
   await show();
 } catch (error) {
   main.replaceChildren(el("p", { class: "note" }, `The atlas cannot be read: ${error.message}. Open it with "sparseclt atlas": a page opened from a file may not read others.`));

@@ -21,9 +21,9 @@ export async function modulePage(name, sort = "latent", page = "0") {
     data.token[mode][i] < 0 ? "–" : el("span", { class: "token" }, visible(texts[data.token[mode][i]])),
   ]);
   const pages = el("p", { class: "row" },
-    first > 0 ? el("a", { href: to(sort, Number(page) - 1) }, "← earlier") : null,
+    first > 0 ? el("a", { href: to(sort, Number(page) - 1) }, "← previous") : null,
     `${count(first + 1)} to ${count(Math.min(first + SHOWN, order.length))} of ${count(order.length)}`,
-    first + SHOWN < order.length ? el("a", { href: to(sort, Number(page) + 1) }, "later →") : null);
+    first + SHOWN < order.length ? el("a", { href: to(sort, Number(page) + 1) }, "next →") : null);
   const dead = run.modes.map((mode) => `${count(module.dead[mode])} dead in ${MODES[mode]}`).join(", ");
   return {
     title: name,
