@@ -16,6 +16,7 @@ import tyro
 
 from sparseclt.config import TrainConfig
 from sparseclt.model.shape import ModelShape
+from sparseclt.storage.run_config import read_config
 from sparseclt.strict import ConfigError
 
 Config = Annotated[TrainConfig, tyro.conf.arg(name="")]
@@ -29,13 +30,16 @@ def train(config: Config = TrainConfig()) -> Work:  # noqa: B008
     return partial(_train, config)
 
 
-def resume(run: Run) -> Work:
-    """Continue an interrupted run exactly from its newest checkpoint.
+def resume(run: Run, config: Config = TrainConfig(), checkpoint: Path | None = None) -> Work:  # noqa: B008
+    """Go on with a run exactly where its newest whole checkpoint stands. Options that do not change what is trained
+    may get other values, more steps among them; they default to those of the run.
 
     Args:
-        run: The run directory.
+        run: The run directory, wherever it lies now.
+        config: The configuration of the run.
+        checkpoint: One of its checkpoints, such as step_00000500, to go on from instead.
     """
-    return partial(_resume, run)
+    return partial(_resume, run, config, checkpoint)
 
 
 def repeat(run: Run, out: Run) -> Work:
@@ -48,13 +52,15 @@ def repeat(run: Run, out: Run) -> Work:
     return partial(_repeat, run, out)
 
 
-def evaluate(run: Run) -> Work:
+def evaluate(run: Run, device: str | None = None, checkpoint: Path | None = None) -> Work:
     """Evaluate a finished run on its held-out text and print the table.
 
     Args:
         run: The run directory.
+        device: 'cpu', 'cuda', ... None: that of the run.
+        checkpoint: One of its checkpoints, such as step_00000500, to evaluate instead.
     """
-    return partial(_evaluate, run)
+    return partial(_evaluate, run, device, checkpoint)
 
 
 def sweep(config: Config = TrainConfig(out="runs/sweep"), connections: tuple[int, ...] = (8, 16, 32, 64)) -> Work:  # noqa: B008
@@ -123,26 +129,30 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the command.
 
     Returns 0 on success; 1 if the self-test fails or a planned run does not fit; 2 on bad input or when a disk or the
-    network refuses something, after a message on standard error.
+    network refuses something, after a message on standard error; 130 or 143 after SIGINT or SIGTERM.
     """
     try:
-        return _parse(arguments)() or 0
+        return _parse(sys.argv[1:] if arguments is None else arguments)() or 0
     except (ValueError, TypeError) as error:
         print(f"sparseclt: {error}", file=sys.stderr)
         return 2
     except OSError as error:  # a full disk, a directory that may not be written: the error names it
         print(f"sparseclt: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt as stop:  # that of a training run has written a checkpoint, and says so
+        print(f"sparseclt: {stop or 'interrupted'}", file=sys.stderr)
+        return getattr(stop, "exit_status", 130)
 
 
-def _parse(arguments: list[str] | None) -> Work:
+def _parse(arguments: list[str]) -> Work:
     """The work that the arguments ask for. tyro frames and wraps the errors of a configuration; they are raised as
     they are instead."""
     messages = io.StringIO()
+    commands = COMMANDS | {"resume": _resume_of(arguments)}
     try:
         with redirect_stderr(messages):
             work: Work = tyro.extras.subcommand_cli_from_dict(
-                COMMANDS, prog="sparseclt", description="Sparsely-connected cross-layer transcoders.", args=arguments
+                commands, prog="sparseclt", description="Sparsely-connected cross-layer transcoders.", args=arguments
             )
     except SystemExit as stop:
         cause: BaseException | None = stop
@@ -156,6 +166,21 @@ def _parse(arguments: list[str] | None) -> Work:
     return work
 
 
+def _resume_of(arguments: list[str]) -> Callable[..., Work]:
+    """`resume` with the configuration of the run that is named first as its defaults."""
+    if arguments[:1] != ["resume"] or len(arguments) < 2 or arguments[1] in ("-h", "--help"):
+        return resume
+    if arguments[1].startswith("-"):
+        raise ValueError(f"resume: expected the run directory before all options, got {arguments[1]}")
+    stored = read_config(arguments[1])
+
+    def of_run(run: Run, config: Config = stored, checkpoint: Path | None = None) -> Work:
+        return resume(run, config, checkpoint)
+
+    of_run.__doc__ = resume.__doc__
+    return of_run
+
+
 def _train(config: TrainConfig) -> None:
     from sparseclt import runs
     from sparseclt.evaluation import report
@@ -164,27 +189,26 @@ def _train(config: TrainConfig) -> None:
     print(f"\nRun directory: {config.out}")
 
 
-def _resume(run: Path) -> None:
+def _resume(run: Path, config: TrainConfig, checkpoint: Path | None) -> None:
     from sparseclt import runs
     from sparseclt.evaluation import report
-    from sparseclt.training.trainer import Trainer
+    from sparseclt.training.run_directory import steps_done
 
-    trainer = Trainer.from_run(run)
-    trainer.fit(resume=run)
-    print(report.evaluation_table(runs.evaluate_run(run, trainer.language_model).to_dict()))
+    if checkpoint is None and steps_done(run) == config.steps:
+        print(f"{run} has done all its {config.steps} steps; --steps gives it more. It is evaluated again.\n")
+    print(report.evaluation_table(runs.resume(run, config, checkpoint=checkpoint).to_dict()))
 
 
 def _repeat(run: Path, out: Path) -> None:
-    from sparseclt.training.run_directory import read_config
-
     _train(replace(read_config(run), out=str(out)))
 
 
-def _evaluate(run: Path) -> None:
+def _evaluate(run: Path, device: str | None, checkpoint: Path | None) -> None:
     from sparseclt import runs
     from sparseclt.evaluation import report
 
-    print(report.evaluation_table(runs.evaluate_run(run).to_dict()))
+    result = runs.evaluate_run(run, device=device, checkpoint=checkpoint)
+    print(report.evaluation_table(result.to_dict()))
 
 
 def _sweep(config: TrainConfig, connections: tuple[int, ...]) -> None:

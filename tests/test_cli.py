@@ -126,17 +126,18 @@ def test_eval_of_no_run_says_what_was_expected(tmp_path, capsys):
 
 
 FLAGS = """
-    --activations.cache --activations.cache-dtype --activations.shuffle-bytes --batch-rows --checkpoints.every-steps
-    --checkpoints.keep --clt.active --clt.attention --clt.dtype --clt.latents --compute.backend
-    --compute.micro-batch-rows --connections.anneal-share --connections.candidates-after-steps
+    --activations.cache --activations.cache-dtype --activations.shuffle-bytes --batch-rows --checkpoints.every-minutes
+    --checkpoints.every-steps --checkpoints.keep --clt.active --clt.attention --clt.dtype --clt.latents
+    --compute.backend --compute.micro-batch-rows --connections.anneal-share --connections.candidates-after-steps
     --connections.freeze-after-share --connections.importance --connections.per-latent --connections.policy
     --connections.pressure-weight --connections.recent-tokens --connections.refresh-steps
-    --connections.start-per-latent --data.held-out-share --data.held-out-tokens --data.max-tokens --data.row-tokens
-    --data.source --data.text-field --device --help --logging.every-steps --logging.loggers --logging.no-progress
-    --logging.progress --loss.aux-latents --loss.aux-weight --loss.cross-entropy-weight --loss.dead-after-tokens
-    --loss.latent-agreement-weight --loss.sparse-ramp-share --loss.sparse-start-share --model.layers --model.path
-    --optimizer.betas --optimizer.clip-norm --optimizer.decay-share --optimizer.learning-rate --optimizer.rows
-    --optimizer.state --optimizer.warmup-share --out --seed --steps
+    --connections.start-per-latent --data.bos --data.cache --data.held-out-share --data.held-out-tokens
+    --data.max-tokens --data.row-tokens --data.source --data.text-field --device --help --logging.every-steps
+    --logging.loggers --logging.no-progress --logging.progress --loss.aux-latents --loss.aux-weight
+    --loss.cross-entropy-weight --loss.dead-after-tokens --loss.latent-agreement-weight --loss.sparse-ramp-share
+    --loss.sparse-start-share --model.layers --model.path --optimizer.betas --optimizer.clip-norm
+    --optimizer.decay-share --optimizer.learning-rate --optimizer.rows --optimizer.state --optimizer.warmup-share
+    --out --seed --steps
 """.split()
 
 

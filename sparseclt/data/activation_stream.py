@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from sparseclt.data.prefetch import one_ahead
-from sparseclt.data.text import RowStream, permutation
+from sparseclt.data.row_stream import RowStream, permutation
 from sparseclt.model.activations import Activations
 
 Read = Callable[[Tensor], Activations]  # the activations [B, S, ...] of rows [B], given by number
@@ -17,8 +17,8 @@ TOKENS = 1  # in the seed of a block's order; the order of rows has 0 there
 
 
 def token_bytes(layers: int, d_model: int) -> int:
-    """Bytes of one token of a block: activations in float32, its id, and its place in the order."""
-    return 4 * (d_model * (1 + 3 * layers) + layers) + 8 + 8
+    """Bytes of one token of a block: activations in float32, its id, its place in the order, whether it counts."""
+    return 4 * (d_model * (1 + 3 * layers) + layers) + 8 + 8 + 1
 
 
 def block_batches(shuffle_bytes: int, batch_tokens: int, layers: int, d_model: int) -> int:
@@ -53,10 +53,10 @@ def vectors_of(activations: Activations) -> list[Tensor]:
     return [activations.r_0, *activations.x, *activations.mlp_out, *activations.attn_out]
 
 
-def as_activations(tokens: Tensor, vectors: Tensor, scale: Tensor) -> Activations:
-    """What `vectors_of` took apart: tokens [B, S], vectors [1 + 3 L, B, S, D], scale [L, B, S]."""
+def as_activations(tokens: Tensor, vectors: Tensor, scale: Tensor, counted: Tensor) -> Activations:
+    """What `vectors_of` took apart: tokens [B, S], vectors [1 + 3 L, B, S, D], scale [L, B, S], counted [B, S]."""
     L, (r_0, *rest) = len(scale), vectors.unbind(0)
-    return Activations(tokens, r_0, rest[:L], list(scale.unbind(0)), rest[L : 2 * L], rest[2 * L :])
+    return Activations(tokens, r_0, rest[:L], list(scale.unbind(0)), rest[L : 2 * L], rest[2 * L :], counted=counted)
 
 
 class Block:
@@ -67,6 +67,7 @@ class Block:
         self.tokens = torch.empty(T, dtype=torch.int64, device=device)
         self.vectors = torch.empty(parts, T, like.r_0.shape[-1], device=device)
         self.scale = torch.empty(len(like.scale), T, device=device)
+        self.counted = torch.ones(T, dtype=torch.bool, device=device)
 
     def put(self, start: int, piece: Activations) -> None:
         """Copy the tokens of `piece` in, from place `start`."""
@@ -76,6 +77,8 @@ class Block:
             own[places] = tensor.flatten(0, 1)
         for own, tensor in zip(self.scale, piece.scale, strict=True):
             own[places] = tensor.flatten()
+        if piece.counted is not None:
+            self.counted[places] = piece.counted.flatten()
 
     def take(self, chosen: Tensor) -> Activations:
         """A copy of the tokens at places `chosen` [B, S]."""
@@ -84,6 +87,7 @@ class Block:
             self.tokens[at].view(chosen.shape),
             self.vectors.index_select(1, at).unflatten(1, chosen.shape),
             self.scale.index_select(1, at).unflatten(1, chosen.shape),
+            self.counted[at].view(chosen.shape),
         )
 
 

@@ -35,6 +35,10 @@ def _check_module(architecture: Architecture, tensors: TensorFiles, prefix: str,
         "W_dec": (F, *targets, D),
         "b_dec": (D,),
     }
+    if architecture.activation != "topk":
+        shapes["threshold"] = (F,)
+    if architecture.activation == "batchtopk":
+        shapes["threshold_sparse"] = (F,)
     for name, shape in shapes.items():
         tensors.check(prefix + name, FLOATS, shape)
     if prefix + "connections" in tensors:

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 from sparseclt.config import LoggingConfig
 from sparseclt.model.sites import MODES
+from sparseclt.storage.json_files import naming
 
 PROJECT = "sparseclt"
 
@@ -33,19 +34,21 @@ class JsonLinesLogger:
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         _drop_torn_line(path)
-        self._file = path.open("a", encoding="utf-8")
+        self._path, self._file = path, path.open("a", encoding="utf-8")
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Append one line. Raises ValueError if a metric is called "step"."""
         if "step" in metrics:
             raise ValueError('metrics must not have the key "step", which is the line\'s own: rename it')
         line = {"step": step} | _plain_numbers(metrics)
-        self._file.write(json.dumps(line) + "\n")
-        self._file.flush()
+        with naming(self._path):
+            self._file.write(json.dumps(line) + "\n")
+            self._file.flush()
 
     def close(self) -> None:
         """Close the file."""
-        self._file.close()
+        with naming(self._path):
+            self._file.close()
 
 
 class _RunLogger:

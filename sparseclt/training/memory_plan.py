@@ -7,7 +7,7 @@ from sparseclt.costs import FLOAT, ID, POSITION, CLTSize, adam_state_bytes, dens
 from sparseclt.data.activation_stream import buffer_bytes
 from sparseclt.devices import resolve
 from sparseclt.model.decoder_gradients import CHUNK_BYTES
-from sparseclt.model.shape import ModelShape
+from sparseclt.model.shape import ModelShape, active_slots
 from sparseclt.model.sites import model_sites, upstream_modules
 from sparseclt.ops.scratch import default_scratch
 from sparseclt.training.optimizer import KEPT_BYTES, PIECE_BYTES
@@ -106,11 +106,13 @@ def captured_bytes(config: TrainConfig, shape: ModelShape, tokens: int) -> int:
 
 
 class _Run:
-    """The letters of the formulas for one run. n: tokens of a micro-batch; w: bytes of a weight; M: modules."""
+    """The letters of the formulas for one run. n: tokens of a micro-batch; w: bytes of a weight; M: modules; K: the
+    most active latents of a token."""
 
     def __init__(self, config: TrainConfig, shape: ModelShape):
         self.config, self.shape, self.size = config, shape, clt_size(config, shape)
-        self.L, self.D, self.F, self.K = shape.layers, shape.d_model, config.clt.latents, config.clt.active
+        self.L, self.D, self.F = shape.layers, shape.d_model, config.clt.latents
+        self.K = active_slots(config.clt.activation, config.clt.active, self.F)
         self.M = self.size.modules
         self.N = config.batch_rows * config.data.row_tokens
         rows = min(config.compute.micro_batch_rows or config.batch_rows, config.batch_rows)
@@ -165,12 +167,16 @@ def _pass_terms(x: _Run) -> list[MemoryTerm]:
     noted_aux = x.modes * (FLOAT + ID) * x.N * x.aux * x.M
     kept = x.micro_outputs + 33 * x.n * x.K * x.M
     aux = x.modes * (3 * x.micro_outputs + 20 * x.n * x.aux * x.M) if x.aux else 0
+    candidates = (x.config.clt.activation != "topk") * x.modes * 14 * x.n * x.K * x.M
     one_module = FLOAT * x.n * x.D * x.widest
     return [
         MemoryTerm("encoder gradients", encoders, ALWAYS[1:], "w P_enc"),
         MemoryTerm("reconstructions", x.modes * x.micro_outputs, FORWARD,
                    "modes x 4 n D L; n: tokens of a micro-batch"),
         MemoryTerm("active latents", x.active_latents, ALWAYS, "modes x 12 N K M"),
+        MemoryTerm("candidates for active latents", candidates, FORWARD, "modes x 14 n K M"),
+        MemoryTerm("latents before those of position 0 are emptied", x.modes * FLOAT * x.n * x.K * x.M, FORWARD,
+                   "modes x 4 n K M"),
         MemoryTerm("latents of all micro-batches", x.in_parts * x.active_latents, NOTED, "modes x 12 N K M"),
         MemoryTerm("kept for backward", x.sparse * kept, FORWARD, "4 n D L + 33 n K M"),
         MemoryTerm("AuxK, when latents are dead", aux, FORWARD, "modes x (12 n D L + 20 n M aux_latents)"),

@@ -23,7 +23,7 @@ from sparseclt.config import (
     OptimizerConfig,
     TrainConfig,
 )
-from sparseclt.model.activations import Activations
+from sparseclt.model.activations import Activations, all_but_first
 from sparseclt.model.decoder_gradients import DecoderGradients
 from sparseclt.model.shape import ModelShape
 from sparseclt.training import memory
@@ -50,7 +50,8 @@ def activations(L: int, D: int, rows: int) -> Activations:
         return [torch.randn(rows, S, *last) for _ in range(L)]
 
     scale = [1 + torch.rand(rows, S) for _ in range(L)]
-    return Activations(torch.zeros(rows, S, dtype=torch.int64), layers(D)[0], layers(D), scale, layers(D), layers(D))
+    tokens = torch.zeros(rows, S, dtype=torch.int64)
+    return Activations(tokens, layers(D)[0], layers(D), scale, layers(D), layers(D), counted=all_but_first(tokens))
 
 
 def configured(
