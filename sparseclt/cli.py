@@ -6,11 +6,11 @@ Each command first becomes a piece of work: a bad flag is then reported before a
 import io
 import sys
 from collections.abc import Callable
-from contextlib import redirect_stderr
+from contextlib import redirect_stderr, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -21,6 +21,7 @@ from sparseclt.strict import ConfigError
 
 Config = Annotated[TrainConfig, tyro.conf.arg(name="")]
 Run = tyro.conf.Positional[Path]
+Split = Literal["held_out", "train"]
 Work = Callable[[], int | None]
 
 
@@ -70,6 +71,21 @@ def sweep(config: Config = TrainConfig(out="runs/sweep"), connections: tuple[int
         connections: The numbers of connections (C).
     """
     return partial(_sweep, config, connections)
+
+
+def atlas(
+    run: Run, out: Path | None = None, tokens: int | None = None, port: int = 8137, split: Split = "held_out"
+) -> Work:
+    """Write pages that show the latents and connections of a finished run, and serve them on 127.0.0.1.
+
+    Args:
+        run: The run directory.
+        out: Only write the pages, to this directory. None: to RUN/atlas, and serve them.
+        tokens: Tokens of text to run over. None: as many as an evaluation does.
+        port: The port to serve at. 0: any free one.
+        split: The text that the examples come from.
+    """
+    return partial(_atlas, run, out, tokens, port, split)
 
 
 def plan(
@@ -152,6 +168,7 @@ COMMANDS: dict[str, Callable[..., Work]] = {
     "repeat": repeat,
     "eval": evaluate,
     "sweep": sweep,
+    "atlas": atlas,
     "plan": plan,
     "graph": graph,
     "intervene": intervene,
@@ -251,6 +268,19 @@ def _sweep(config: TrainConfig, connections: tuple[int, ...]) -> None:
 
     print(report.sweep_table(runs.sweep(config, connections)))
     print(f"\nRun directories: {config.out}")
+
+
+def _atlas(run: Path, out: Path | None, tokens: int | None, port: int, split: Split) -> None:
+    from sparseclt.atlas.build import build_atlas
+    from sparseclt.atlas.server import AtlasServer
+
+    path = build_atlas(run, out, tokens=tokens, split=split)
+    print(f"Atlas: {path}")
+    if out is not None:
+        return
+    with AtlasServer(path, port) as server, suppress(KeyboardInterrupt):
+        print(f"Served at {server.url} until you press Ctrl-C.", flush=True)
+        server.serve_forever()
 
 
 def _plan(config: TrainConfig, shape: ModelShape, memory_gib: float | None) -> int:

@@ -12,7 +12,7 @@ from tiny_models import hf_model, tokenizer
 from sparseclt.cli import main
 from sparseclt.training.loggers import read_metrics
 
-COMMANDS = ("train", "resume", "repeat", "eval", "sweep", "plan", "graph", "intervene", "selftest")
+COMMANDS = ("train", "resume", "repeat", "eval", "sweep", "atlas", "plan", "graph", "intervene", "selftest")
 
 
 @pytest.fixture(scope="module")
@@ -214,3 +214,21 @@ def test_importing_sparseclt_brings_in_nothing_heavy_and_prints_nothing():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[1])
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_atlas_writes_pages_of_a_run(run, tmp_path, capsys):
+    assert main(["atlas", str(run), "--out", str(tmp_path / "pages")]) == 0
+    assert (tmp_path / "pages" / "index.html").is_file() and "Atlas: " in capsys.readouterr().out
+    assert (tmp_path / "pages" / "data" / "latents" / "2" / "0.json.gz").stat().st_size > 0
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--tokens", "3"], "tokens: expected at least one row of 12 tokens, got 3"),
+        (["--out", "RUN"], "out: expected an atlas, an empty directory or a new one"),
+    ],
+)
+def test_atlas_refuses_what_it_cannot_do(run, capsys, flags, message):
+    assert main(["atlas", str(run), *(flag.replace("RUN", str(run)) for flag in flags)]) == 2
+    assert message in capsys.readouterr().err and (run / "config.json").is_file()
