@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -60,6 +61,15 @@ def test_resume_of_a_finished_run_says_so_and_evaluates_it(run, capsys):
     (run / "table.md").unlink()
     assert main(["resume", str(run)]) == 0
     assert "has done all its 6 steps" in capsys.readouterr().out and (run / "table.md").exists()
+
+
+def test_a_warning_of_ours_is_one_line(run):
+    file = run / "checkpoints" / "step_00000006" / "W_enc_0.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
+    command = [sys.executable, "-m", "sparseclt", "resume", str(run)]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ)
+    assert done.returncode == 0 and done.stderr.count("\n") == 1, done.stderr
+    assert re.fullmatch(r"sparseclt: .*W_enc_0.safetensors has .* is now step_00000006.damaged, .*\n", done.stderr)
 
 
 @pytest.mark.parametrize(
