@@ -26,8 +26,9 @@ from sparseclt.evaluation.metrics import modes_of
 from sparseclt.language_model.language_model import LanguageModel
 from sparseclt.model.clt import SparseCLT
 from sparseclt.storage.directories import MANIFEST, atomic_directory
+from sparseclt.storage.run_config import CLT, read_config
 from sparseclt.training.loggers import read_metrics
-from sparseclt.training.run_directory import CLT, METRICS, read_config
+from sparseclt.training.run_directory import METRICS
 
 ATLAS, FORMAT = "run.json.gz", 1
 TOKEN_SHARD = 256  # tokens whose latents share a file
