@@ -10,7 +10,7 @@ from contextlib import redirect_stderr
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -136,6 +136,19 @@ def intervene(
     return partial(_intervene, run, prompt, latents, special_tokens, device)
 
 
+def export(run: Run, out: Run, format: Literal["circuit-tracer"] = "circuit-tracer", device: str | None = None) -> Work:
+    """Write the CLT of a run as another tool reads it. TopK becomes one threshold per latent, calibrated on held-out
+    text; the table shows what that costs.
+
+    Args:
+        run: The run directory.
+        out: The new directory.
+        format: The tool.
+        device: 'cpu', 'cuda', ... None: that of the run.
+    """
+    return partial(_export, run, out, device)
+
+
 def selftest(device: str = "auto", backends: tuple[str, ...] = ()) -> Work:
     """Compare every op, dtype, backend and gradient with float64 on this machine; print the errors.
 
@@ -155,6 +168,7 @@ COMMANDS: dict[str, Callable[..., Work]] = {
     "plan": plan,
     "graph": graph,
     "intervene": intervene,
+    "export": export,
     "selftest": selftest,
 }
 
@@ -288,6 +302,12 @@ def _intervene(run: Path, prompt: str, latents: tuple[str, ...], special_tokens:
     wanted = [Intervention.parse(text) for text in latents]
     clt, model = runs.load_run(run, device=device)
     print(effects_table(change(clt, model, prompt, wanted, special_tokens=special_tokens)))
+
+
+def _export(run: Path, out: Path, device: str | None) -> None:
+    from sparseclt import runs
+
+    print(f"{runs.export_run(run, out, device=device)}\n\nExport: {out}")
 
 
 def _selftest(device: str, backends: tuple[str, ...]) -> int:
