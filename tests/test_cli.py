@@ -12,7 +12,9 @@ from tiny_models import hf_model, tokenizer
 from sparseclt.cli import main
 from sparseclt.training.loggers import read_metrics
 
-COMMANDS = ("train", "resume", "repeat", "eval", "sweep", "atlas", "plan", "graph", "intervene", "selftest")
+COMMANDS = (
+    "train", "resume", "repeat", "eval", "sweep", "atlas", "plan", "graph", "intervene", "export", "selftest",
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -140,6 +142,20 @@ def test_intervene_prints_the_change_of_each_logit_in_both_modes(run, capsys):
     assert main(["intervene", str(run), "w3 w14 w15", "--latents", "mlp_0/3@2=1.5", "mlp_2/1@-1=x0"]) == 0
     out = capsys.readouterr().out
     assert "predicted" in out and "vanilla mode" in out and "sparsely-connected mode" in out
+
+
+def test_export_writes_thresholds_and_prints_what_they_cost(run, tmp_path, capsys):
+    from safetensors.torch import load_file
+
+    assert main(["export", str(run), str(tmp_path / "export")]) == 0
+    assert "FVU exported" in capsys.readouterr().out
+    assert set(load_file(tmp_path / "export" / "W_enc_1.safetensors")) == {
+        "W_enc_1",
+        "b_enc_1",
+        "b_dec_1",
+        "threshold_1",
+    }
+    assert "mlp.hook_in" in (tmp_path / "export" / "config.yaml").read_text()
 
 
 @pytest.mark.parametrize(
