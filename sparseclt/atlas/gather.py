@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sparseclt.evaluation.metrics import captures, modes_of
 from sparseclt.language_model.language_model import LanguageModel
-from sparseclt.model.activations import Activations
+from sparseclt.model.activations import Activations, at_least_float32
 from sparseclt.model.clt import SparseCLT
 from sparseclt.model.forward import ForwardPass
 from sparseclt.model.sites import Mode
@@ -139,7 +139,7 @@ def gather(
 ) -> Gathered:
     """Run every mode over `rows` [R, S]; files of active latents are written to `folder`.
 
-    Position 0 of a row is not counted.
+    Tokens that do not count (`Activations.counted`) take no part.
     """
     modes, N = modes_of(clt), rows.numel()
     spools = {mode: Spool(folder, mode, clt, N) for mode in modes}
@@ -153,7 +153,7 @@ def gather(
         sums = [None if shape is None else ConnectionSums(shape, device) for shape in shapes]
     start = counted_tokens = 0
     for batch, activations in captures(clt, language_model, rows, batch_rows):
-        counted = _counted(activations)
+        counted = torch.ones_like(batch, dtype=torch.bool) if activations.counted is None else activations.counted
         for mode in modes:
             forward = clt(activations, mode, backend=backend)
             spools[mode].add(start, forward, counted.flatten())
@@ -164,13 +164,6 @@ def gather(
         start += batch.numel()
         counted_tokens += int(counted.sum())
     return Gathered(rows.cpu().numpy(), counted_tokens, spools, sums, weights, scale)
-
-
-def _counted(activations: Activations) -> Tensor:
-    """[B, S] bool."""
-    counted = torch.ones_like(activations.tokens, dtype=torch.bool)
-    counted[:, 0] = False
-    return counted
 
 
 def _add_connections(
@@ -186,7 +179,9 @@ def _add_connections(
     attention = clt.architecture.attention == "latents"
     piece = S if attention else min(B * S, max(16, DENSE_ENTRIES // (M * F)))
     ids = torch.cat([latents.indices.clamp_min(0) + m * F for m, latents in enumerate(forward.latents)], 1)
-    values = torch.cat([latents.values for latents in forward.latents], 1) * counted.flatten()[:, None]
+    values = (
+        at_least_float32(torch.cat([latents.values for latents in forward.latents], 1)) * counted.flatten()[:, None]
+    )
     dense = values.new_zeros(piece, M * F)
     for start in range(0, B * S, piece):
         here = slice(start, min(start + piece, B * S))

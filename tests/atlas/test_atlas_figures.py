@@ -218,3 +218,9 @@ def test_latents_in_several_ranges_give_the_same_files(tmp_path, monkeypatch, at
     names = [f.relative_to(atlas.folder) for f in (atlas.folder / "data").rglob("*.gz")]
     assert len(names) > 5
     assert all(read(other.folder / name) == read(atlas.folder / name) for name in names if "latents" in str(name))
+
+
+def test_a_bf16_clt_has_pages_too(tmp_path):
+    atlas = make_atlas(tmp_path / "atlas", dtype=torch.bfloat16)
+    page = pages(atlas, 2)[0]
+    assert page["modes"]["sparse"]["fired"] > 0 and any(page["upstream"]["mean"])
