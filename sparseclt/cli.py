@@ -6,14 +6,15 @@ Each command first becomes a piece of work: a bad flag is then reported before a
 import io
 import sys
 from collections.abc import Callable
-from contextlib import redirect_stderr, suppress
-from dataclasses import replace
+from contextlib import redirect_stderr
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import tyro
 
+from sparseclt import commands
+from sparseclt.commands import Split
 from sparseclt.config import TrainConfig
 from sparseclt.model.shape import ModelShape
 from sparseclt.storage.run_config import read_config
@@ -21,13 +22,12 @@ from sparseclt.strict import ConfigError
 
 Config = Annotated[TrainConfig, tyro.conf.arg(name="")]
 Run = tyro.conf.Positional[Path]
-Split = Literal["held_out", "train"]
 Work = Callable[[], int | None]
 
 
 def train(config: Config = TrainConfig()) -> Work:  # noqa: B008
     """Train a sparsely-connected CLT, evaluate it on held-out text, write tables and plots."""
-    return partial(_train, config)
+    return partial(commands.train, config)
 
 
 def resume(run: Run, config: Config = TrainConfig(), checkpoint: Path | None = None) -> Work:  # noqa: B008
@@ -39,7 +39,7 @@ def resume(run: Run, config: Config = TrainConfig(), checkpoint: Path | None = N
         config: The configuration of the run.
         checkpoint: One of its checkpoints, such as step_00000500, to go on from instead.
     """
-    return partial(_resume, run, config, checkpoint)
+    return partial(commands.resume, run, config, checkpoint)
 
 
 def repeat(run: Run, out: Run) -> Work:
@@ -49,7 +49,7 @@ def repeat(run: Run, out: Run) -> Work:
         run: The run directory to repeat.
         out: The new run directory.
     """
-    return partial(_repeat, run, out)
+    return partial(commands.repeat, run, out)
 
 
 def evaluate(run: Run, device: str | None = None, checkpoint: Path | None = None) -> Work:
@@ -60,7 +60,7 @@ def evaluate(run: Run, device: str | None = None, checkpoint: Path | None = None
         device: 'cpu', 'cuda', ... None: that of the run.
         checkpoint: One of its checkpoints, such as step_00000500, to evaluate instead.
     """
-    return partial(_evaluate, run, device, checkpoint)
+    return partial(commands.evaluate, run, device, checkpoint)
 
 
 def sweep(config: Config = TrainConfig(out="runs/sweep"), connections: tuple[int, ...] = (8, 16, 32, 64)) -> Work:  # noqa: B008
@@ -70,7 +70,7 @@ def sweep(config: Config = TrainConfig(out="runs/sweep"), connections: tuple[int
         config: The configuration of the runs.
         connections: The numbers of connections (C).
     """
-    return partial(_sweep, config, connections)
+    return partial(commands.sweep, config, connections)
 
 
 def atlas(
@@ -85,7 +85,7 @@ def atlas(
         port: The port to serve at. 0: any free one.
         split: The text that the examples come from.
     """
-    return partial(_atlas, run, out, tokens, port, split)
+    return partial(commands.atlas, run, out, tokens, port, split)
 
 
 def plan(
@@ -100,7 +100,56 @@ def plan(
         shape: The shape of the language model, if the model itself is not at hand.
         memory_gib: The memory of the device, in GiB. None: what is free on it now.
     """
-    return partial(_plan, config, shape, memory_gib)
+    return partial(commands.plan, config, shape, memory_gib)
+
+
+def graph(
+    run: Run,
+    prompt: tyro.conf.Positional[str],
+    error_nodes: bool = False,
+    node_share: float = 0.8,
+    edge_share: float = 0.98,
+    max_logits: int = 10,
+    special_tokens: bool = False,
+    device: str | None = None,
+    out: Path | None = None,
+) -> Work:
+    """Trace which latents made the next token likely on one prompt: the graph of sparsely-connected mode, exact.
+
+    Args:
+        run: The run directory.
+        prompt: The prompt.
+        error_nodes: Describe the language model's own run, with a node for what each module fails to reconstruct. Else:
+            the sparse model.
+        node_share: Keep the fewest nodes that have this share of all influence on the logits.
+        edge_share: Keep the fewest edges between them that have this share.
+        max_logits: The most next tokens to trace.
+        special_tokens: Read text such as <|endoftext|> in the prompt as the special token, not as plain text.
+        device: 'cpu', 'cuda', ... None: that of the run.
+        out: The Graph JSON to write. None: graphs/NAME.json in the run directory, named after the prompt.
+    """
+    options = {"error_nodes": error_nodes, "node_share": node_share, "edge_share": edge_share}
+    options |= {"max_logits": max_logits, "special_tokens": special_tokens}
+    return partial(commands.graph, run, prompt, device, out, options)
+
+
+def intervene(
+    run: Run,
+    prompt: tyro.conf.Positional[str],
+    latents: tuple[str, ...],
+    special_tokens: bool = False,
+    device: str | None = None,
+) -> Work:
+    """Set latents to other values on one prompt: the change of the logits, and what the graph predicts.
+
+    Args:
+        run: The run directory.
+        prompt: The prompt.
+        latents: SITE/LATENT@POSITIONS=VALUE: mlp_2/137@5=0, mlp_2/137@5-8=x2 (twice its value), mlp_2/137@*=1.5.
+        special_tokens: Read text such as <|endoftext|> in the prompt as the special token, not as plain text.
+        device: 'cpu', 'cuda', ... None: that of the run.
+    """
+    return partial(commands.intervene, run, prompt, latents, special_tokens, device)
 
 
 def selftest(device: str = "auto", backends: tuple[str, ...] = ()) -> Work:
@@ -110,7 +159,7 @@ def selftest(device: str = "auto", backends: tuple[str, ...] = ()) -> Work:
         device: 'cpu', 'cuda', ... auto: CUDA if there is one, else the CPU.
         backends: Backends by name. None given: all that run on the device.
     """
-    return partial(_selftest, device, backends)
+    return partial(commands.selftest, device, backends)
 
 
 COMMANDS: dict[str, Callable[..., Work]] = {
@@ -121,6 +170,8 @@ COMMANDS: dict[str, Callable[..., Work]] = {
     "sweep": sweep,
     "atlas": atlas,
     "plan": plan,
+    "graph": graph,
+    "intervene": intervene,
     "selftest": selftest,
 }
 
@@ -179,78 +230,6 @@ def _resume_of(arguments: list[str]) -> Callable[..., Work]:
 
     of_run.__doc__ = resume.__doc__
     return of_run
-
-
-def _train(config: TrainConfig) -> None:
-    from sparseclt import runs
-    from sparseclt.evaluation import report
-
-    print(report.evaluation_table(runs.train(config).to_dict()))
-    print(f"\nRun directory: {config.out}")
-
-
-def _resume(run: Path, config: TrainConfig, checkpoint: Path | None) -> None:
-    from sparseclt import runs
-    from sparseclt.evaluation import report
-    from sparseclt.training.run_directory import steps_done
-
-    if checkpoint is None and steps_done(run) == config.steps:
-        print(f"{run} has done all its {config.steps} steps; --steps gives it more. It is evaluated again.\n")
-    print(report.evaluation_table(runs.resume(run, config, checkpoint=checkpoint).to_dict()))
-
-
-def _repeat(run: Path, out: Path) -> None:
-    _train(replace(read_config(run), out=str(out)))
-
-
-def _evaluate(run: Path, device: str | None, checkpoint: Path | None) -> None:
-    from sparseclt import runs
-    from sparseclt.evaluation import report
-
-    result = runs.evaluate_run(run, device=device, checkpoint=checkpoint)
-    print(report.evaluation_table(result.to_dict()))
-
-
-def _sweep(config: TrainConfig, connections: tuple[int, ...]) -> None:
-    from sparseclt import runs
-    from sparseclt.evaluation import report
-
-    print(report.sweep_table(runs.sweep(config, connections)))
-    print(f"\nRun directories: {config.out}")
-
-
-def _atlas(run: Path, out: Path | None, tokens: int | None, port: int, split: Split) -> None:
-    from sparseclt.atlas.build import build_atlas
-    from sparseclt.atlas.server import AtlasServer
-
-    path = build_atlas(run, out, tokens=tokens, split=split)
-    print(f"Atlas: {path}")
-    if out is not None:
-        return
-    with AtlasServer(path, port) as server, suppress(KeyboardInterrupt):
-        print(f"Served at {server.url} until you press Ctrl-C.", flush=True)
-        server.serve_forever()
-
-
-def _plan(config: TrainConfig, shape: ModelShape, memory_gib: float | None) -> int:
-    from sparseclt.devices import resolve
-    from sparseclt.training import memory
-
-    if not shape.layers:
-        shape = memory.shape_of(config.model.path, config.model.layers)
-    available = memory.available_bytes(resolve(config.device)) if memory_gib is None else int(memory_gib * memory.GiB)
-    plan = memory.make_plan(config, shape, available)
-    print(memory.table(plan))
-    if available is not None and not plan.fits:
-        print(memory.advice_text(config, shape, available))
-    return 0 if plan.fits else 1
-
-
-def _selftest(device: str, backends: tuple[str, ...]) -> int:
-    from sparseclt.devices import resolve
-    from sparseclt.ops import selftest
-
-    return selftest.main(str(resolve(device)), backends)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from tiny_models import hf_model, tokenizer
 from sparseclt.cli import main
 from sparseclt.training.loggers import read_metrics
 
-COMMANDS = ("train", "resume", "repeat", "eval", "sweep", "atlas", "plan", "selftest")
+COMMANDS = ("train", "resume", "repeat", "eval", "sweep", "atlas", "plan", "graph", "intervene", "selftest")
 
 
 @pytest.fixture(scope="module")
@@ -123,6 +123,40 @@ def test_flags_that_cannot_be_read_are_named(capsys, flags, parts):
 def test_eval_of_no_run_says_what_was_expected(tmp_path, capsys):
     assert main(["eval", str(tmp_path)]) == 2
     assert "run: expected a run directory with config.json" in capsys.readouterr().err
+
+
+def test_graph_prints_a_summary_and_writes_graph_json_into_the_run(run, tmp_path, capsys):
+    assert main(["graph", str(run), "w3 w14 w15"]) == 0
+    out = capsys.readouterr().out
+    assert "edges kept" in out and "Strongest paths" in out
+    (path,) = (path for path in (run / "graphs").glob("*.json") if path.name != "graph-metadata.json")
+    assert out.endswith(f"Graph: {path}\n") and json.loads(path.read_text())["metadata"]["prompt"] == "w3 w14 w15"
+    other = tmp_path / "mine.json"
+    assert main(["graph", str(run), "w3 w14", "--error-nodes", "--node-share", "0.5", "--out", str(other)]) == 0
+    assert json.loads(other.read_text())["metadata"]["pruning_settings"]["node_threshold"] == 0.5
+
+
+def test_intervene_prints_the_change_of_each_logit_in_both_modes(run, capsys):
+    assert main(["intervene", str(run), "w3 w14 w15", "--latents", "mlp_0/3@2=1.5", "mlp_2/1@-1=x0"]) == 0
+    out = capsys.readouterr().out
+    assert "predicted" in out and "vanilla mode" in out and "sparsely-connected mode" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["graph", "RUN", ""], "prompt: expected some text"),
+        (["graph", "RUN", "w1 " * 30], "prompt: expected at most 24 tokens"),
+        (["graph", "RUN", "w1", "--edge-share", "2"], "edge_share: expected a share from 0 to 1, got 2.0"),
+        (["graph", "RUN", "w1", "--out", "graph.txt"], "out: expected a file named NAME.json"),
+        (["intervene", "RUN", "w1", "--latents", "mlp_7/1@1=0"], "latents: expected a site of this CLT"),
+        (["intervene", "RUN", "w1", "--latents", "everything"], "latents: expected SITE/LATENT@POSITIONS=VALUE"),
+    ],
+)
+def test_a_graph_of_bad_input_is_one_clear_line(run, capsys, arguments, message):
+    assert main([str(run) if argument == "RUN" else argument for argument in arguments]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("sparseclt: ") and error.count("\n") == 1 and message in error
 
 
 FLAGS = """

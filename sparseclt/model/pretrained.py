@@ -62,11 +62,10 @@ def load_tensors(clt: Transcoders, tensors: TensorFiles) -> None:
             except ValueError as error:
                 raise CheckpointError(f"{tensors.place(prefix + 'connections')}: {error}") from error
         if prefix + "logits" in tensors:
-            logits = tensors[prefix + "logits"].to(device)
             if module.logits is None:
-                module.logits = nn.Parameter(logits)
+                module.logits = nn.Parameter(tensors[prefix + "logits"].to(device))
             else:
-                module.logits.copy_(logits)
+                tensors.copy_into(prefix + "logits", module.logits)
 
 
 def write(directory: Path, clt: Transcoders) -> None:

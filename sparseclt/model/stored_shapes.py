@@ -44,7 +44,8 @@ def _check_module(architecture: Architecture, tensors: TensorFiles, prefix: str,
     if prefix + "connections" in tensors:
         tensors.check(prefix + "connections", [torch.int32], (F, None))
     if prefix + "logits" in tensors:
-        tensors.check(prefix + "logits", FLOATS, (F, None))
+        slots = tensors.shape(prefix + "connections")[1] if prefix + "connections" in tensors else None
+        tensors.check(prefix + "logits", FLOATS, (F, slots))
 
 
 def _check_attention(architecture: Architecture, tensors: TensorFiles, prefix: str) -> None:

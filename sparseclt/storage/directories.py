@@ -209,7 +209,7 @@ def read_versioned(path: Path, files: list[str], name: str) -> dict[str, Any]:
     version = content.pop("format_version", None)
     if type(version) is not int or version != FORMAT_VERSION:
         raise CheckpointError(
-            f"{path / name} has format version {version!r}, expected {FORMAT_VERSION}: "
+            f"{path / name} has format version {reprlib.repr(version)}, expected {FORMAT_VERSION}: "
             "read it with the version of sparseclt that wrote it"
         )
     return content
