@@ -100,7 +100,7 @@ class ModulePages:
     def _examples(self, examples: Examples, mode: Mode) -> list[dict[str, Any]]:
         S = self.gathered.rows.shape[1]
         parts: NDArray[np.float64] | None = None
-        if mode == "sparse" and self.incoming is not None and self.clt.sites[self.m].kind == "mlp":
+        if mode == "sparse" and self.incoming is not None:
             parts = contributions(self.clt, self.gathered, self.m, examples.latent, examples.token)
             bias = self.clt.transcoder(self.m).b_enc.detach().double().cpu().numpy()[examples.latent]
             rest = folder.rounded(examples.value - bias - parts.sum(1))
@@ -118,7 +118,7 @@ class ModulePages:
                 "tokens": window[e][: length[e]],
                 "values": [v or 0 for v in values[e][: length[e]]],
             }
-            if parts is not None:
+            if parts is not None and rest[e] is not None:
                 example |= {"contributions": [v or 0 for v in parts[e]], "rest": rest[e]}
             found.append(example)
         return found
