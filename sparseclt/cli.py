@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 
@@ -153,6 +153,19 @@ def intervene(
     return partial(commands.intervene, run, prompt, latents, special_tokens, device)
 
 
+def export(run: Run, out: Run, format: Literal["circuit-tracer"] = "circuit-tracer", device: str | None = None) -> Work:
+    """Write the CLT of a run as another tool reads it. TopK becomes one threshold per latent, calibrated on held-out
+    text; the table shows what that costs.
+
+    Args:
+        run: The run directory.
+        out: The new directory.
+        format: The tool.
+        device: 'cpu', 'cuda', ... None: that of the run.
+    """
+    return partial(commands.export, run, out, device)
+
+
 def selftest(device: str = "auto", backends: tuple[str, ...] = ()) -> Work:
     """Compare every op, dtype, backend and gradient with float64 on this machine; print the errors.
 
@@ -173,6 +186,7 @@ COMMANDS: dict[str, Callable[..., Work]] = {
     "plan": plan,
     "graph": graph,
     "intervene": intervene,
+    "export": export,
     "selftest": selftest,
 }
 
