@@ -135,7 +135,7 @@ class Objective:
 
     def means(self, activations: Activations) -> Means:
         """The mean [D] of each site's real output."""
-        return {site: y.mean(0) for site, y in activations.outputs(self.clt.sites).items()}
+        return {site: activations.output(site).mean(0) for site in self.clt.sites}
 
     def loss(self, terms: dict[str, LossTerm], tokens: int, rho: float) -> tuple[Tensor, Values]:
         """The loss of a batch of so many tokens, and its terms by name. `rho`: weight of the sparsely-connected
