@@ -5,17 +5,20 @@ Each command first becomes a piece of work: a bad flag is then reported before a
 
 import io
 import sys
-from collections.abc import Callable
-from contextlib import redirect_stderr
-from dataclasses import replace
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stderr
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 
+from sparseclt import commands
+from sparseclt.commands import Split
 from sparseclt.config import TrainConfig
 from sparseclt.model.shape import ModelShape
+from sparseclt.storage.run_config import read_config
 from sparseclt.strict import ConfigError
 
 Config = Annotated[TrainConfig, tyro.conf.arg(name="")]
@@ -25,16 +28,19 @@ Work = Callable[[], int | None]
 
 def train(config: Config = TrainConfig()) -> Work:  # noqa: B008
     """Train a sparsely-connected CLT, evaluate it on held-out text, write tables and plots."""
-    return partial(_train, config)
+    return partial(commands.train, config)
 
 
-def resume(run: Run) -> Work:
-    """Continue an interrupted run exactly from its newest checkpoint.
+def resume(run: Run, config: Config = TrainConfig(), checkpoint: Path | None = None) -> Work:  # noqa: B008
+    """Go on with a run exactly where its newest whole checkpoint stands. Options that do not change what is trained
+    may get other values, more steps among them; they default to those of the run.
 
     Args:
-        run: The run directory.
+        run: The run directory, wherever it lies now.
+        config: The configuration of the run.
+        checkpoint: One of its checkpoints, such as step_00000500, to go on from instead.
     """
-    return partial(_resume, run)
+    return partial(commands.resume, run, config, checkpoint)
 
 
 def repeat(run: Run, out: Run) -> Work:
@@ -44,16 +50,18 @@ def repeat(run: Run, out: Run) -> Work:
         run: The run directory to repeat.
         out: The new run directory.
     """
-    return partial(_repeat, run, out)
+    return partial(commands.repeat, run, out)
 
 
-def evaluate(run: Run) -> Work:
+def evaluate(run: Run, device: str | None = None, checkpoint: Path | None = None) -> Work:
     """Evaluate a finished run on its held-out text and print the table.
 
     Args:
         run: The run directory.
+        device: 'cpu', 'cuda', ... None: that of the run.
+        checkpoint: One of its checkpoints, such as step_00000500, to evaluate instead.
     """
-    return partial(_evaluate, run)
+    return partial(commands.evaluate, run, device, checkpoint)
 
 
 def sweep(config: Config = TrainConfig(out="runs/sweep"), connections: tuple[int, ...] = (8, 16, 32, 64)) -> Work:  # noqa: B008
@@ -63,7 +71,22 @@ def sweep(config: Config = TrainConfig(out="runs/sweep"), connections: tuple[int
         config: The configuration of the runs.
         connections: The numbers of connections (C).
     """
-    return partial(_sweep, config, connections)
+    return partial(commands.sweep, config, connections)
+
+
+def atlas(
+    run: Run, out: Path | None = None, tokens: int | None = None, port: int = 8137, split: Split = "held_out"
+) -> Work:
+    """Write pages that show the latents and connections of a finished run, and serve them on 127.0.0.1.
+
+    Args:
+        run: The run directory.
+        out: Only write the pages, to this directory. None: to RUN/atlas, and serve them.
+        tokens: Tokens of text to run over. None: as many as an evaluation does.
+        port: The port to serve at. 0: any free one.
+        split: The text that the examples come from.
+    """
+    return partial(commands.atlas, run, out, tokens, port, split)
 
 
 def plan(
@@ -78,7 +101,69 @@ def plan(
         shape: The shape of the language model, if the model itself is not at hand.
         memory_gib: The memory of the device, in GiB. None: what is free on it now.
     """
-    return partial(_plan, config, shape, memory_gib)
+    return partial(commands.plan, config, shape, memory_gib)
+
+
+def graph(
+    run: Run,
+    prompt: tyro.conf.Positional[str],
+    error_nodes: bool = False,
+    node_share: float = 0.8,
+    edge_share: float = 0.98,
+    max_logits: int = 10,
+    special_tokens: bool = False,
+    device: str | None = None,
+    out: Path | None = None,
+) -> Work:
+    """Trace which latents made the next token likely on one prompt: the graph of sparsely-connected mode, exact.
+
+    Args:
+        run: The run directory.
+        prompt: The prompt.
+        error_nodes: Describe the language model's own run, with a node for what each module fails to reconstruct. Else:
+            the sparse model.
+        node_share: Keep the fewest nodes that have this share of all influence on the logits.
+        edge_share: Keep the fewest edges between them that have this share.
+        max_logits: The most next tokens to trace.
+        special_tokens: Read text such as <|endoftext|> in the prompt as the special token, not as plain text.
+        device: 'cpu', 'cuda', ... None: that of the run.
+        out: The Graph JSON to write. None: graphs/NAME.json in the run directory, named after the prompt.
+    """
+    options = {"error_nodes": error_nodes, "node_share": node_share, "edge_share": edge_share}
+    options |= {"max_logits": max_logits, "special_tokens": special_tokens}
+    return partial(commands.graph, run, prompt, device, out, options)
+
+
+def intervene(
+    run: Run,
+    prompt: tyro.conf.Positional[str],
+    latents: tuple[str, ...],
+    special_tokens: bool = False,
+    device: str | None = None,
+) -> Work:
+    """Set latents to other values on one prompt: the change of the logits, and what the graph predicts.
+
+    Args:
+        run: The run directory.
+        prompt: The prompt.
+        latents: SITE/LATENT@POSITIONS=VALUE: mlp_2/137@5=0, mlp_2/137@5-8=x2 (twice its value), mlp_2/137@*=1.5.
+        special_tokens: Read text such as <|endoftext|> in the prompt as the special token, not as plain text.
+        device: 'cpu', 'cuda', ... None: that of the run.
+    """
+    return partial(commands.intervene, run, prompt, latents, special_tokens, device)
+
+
+def export(run: Run, out: Run, format: Literal["circuit-tracer"] = "circuit-tracer", device: str | None = None) -> Work:
+    """Write the CLT of a run as another tool reads it. TopK becomes one threshold per latent, calibrated on held-out
+    text; the table shows what that costs.
+
+    Args:
+        run: The run directory.
+        out: The new directory.
+        format: The tool.
+        device: 'cpu', 'cuda', ... None: that of the run.
+    """
+    return partial(commands.export, run, out, device)
 
 
 def selftest(device: str = "auto", backends: tuple[str, ...] = ()) -> Work:
@@ -88,7 +173,7 @@ def selftest(device: str = "auto", backends: tuple[str, ...] = ()) -> Work:
         device: 'cpu', 'cuda', ... auto: CUDA if there is one, else the CPU.
         backends: Backends by name. None given: all that run on the device.
     """
-    return partial(_selftest, device, backends)
+    return partial(commands.selftest, device, backends)
 
 
 COMMANDS: dict[str, Callable[..., Work]] = {
@@ -97,7 +182,11 @@ COMMANDS: dict[str, Callable[..., Work]] = {
     "repeat": repeat,
     "eval": evaluate,
     "sweep": sweep,
+    "atlas": atlas,
     "plan": plan,
+    "graph": graph,
+    "intervene": intervene,
+    "export": export,
     "selftest": selftest,
 }
 
@@ -106,26 +195,49 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the command.
 
     Returns 0 on success; 1 if the self-test fails or a planned run does not fit; 2 on bad input or when a disk or the
-    network refuses something, after a message on standard error.
+    network refuses something, after a message on standard error; 130 or 143 after SIGINT or SIGTERM.
     """
     try:
-        return _parse(arguments)() or 0
+        with _short_warnings():
+            return _parse(sys.argv[1:] if arguments is None else arguments)() or 0
     except (ValueError, TypeError) as error:
         print(f"sparseclt: {error}", file=sys.stderr)
         return 2
     except OSError as error:  # a full disk, a directory that may not be written: the error names it
         print(f"sparseclt: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt as stop:  # that of a training run has written a checkpoint, and says so
+        print(f"sparseclt: {stop or 'interrupted'}", file=sys.stderr)
+        return getattr(stop, "exit_status", 130)
 
 
-def _parse(arguments: list[str] | None) -> Work:
+@contextmanager
+def _short_warnings() -> Iterator[None]:
+    """Our own warnings as one line, without the line of code that they come from."""
+    usual, ours = warnings.formatwarning, str(Path(__file__).parent)
+
+    def short(
+        message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+    ) -> str:
+        own = filename.startswith(ours)
+        return f"sparseclt: {message}\n" if own else usual(message, category, filename, lineno, line)
+
+    warnings.formatwarning = short
+    try:
+        yield
+    finally:
+        warnings.formatwarning = usual
+
+
+def _parse(arguments: list[str]) -> Work:
     """The work that the arguments ask for. tyro frames and wraps the errors of a configuration; they are raised as
     they are instead."""
     messages = io.StringIO()
+    known = COMMANDS | {"resume": _resume_of(arguments)}
     try:
         with redirect_stderr(messages):
             work: Work = tyro.extras.subcommand_cli_from_dict(
-                COMMANDS, prog="sparseclt", description="Sparsely-connected cross-layer transcoders.", args=arguments
+                known, prog="sparseclt", description="Sparsely-connected cross-layer transcoders.", args=arguments
             )
     except SystemExit as stop:
         cause: BaseException | None = stop
@@ -139,64 +251,19 @@ def _parse(arguments: list[str] | None) -> Work:
     return work
 
 
-def _train(config: TrainConfig) -> None:
-    from sparseclt import runs
-    from sparseclt.evaluation import report
+def _resume_of(arguments: list[str]) -> Callable[..., Work]:
+    """`resume` with the configuration of the run that is named first as its defaults."""
+    if arguments[:1] != ["resume"] or len(arguments) < 2 or arguments[1] in ("-h", "--help"):
+        return resume
+    if arguments[1].startswith("-"):
+        raise ValueError(f"resume: expected the run directory before all options, got {arguments[1]}")
+    stored = read_config(arguments[1])
 
-    print(report.evaluation_table(runs.train(config).to_dict()))
-    print(f"\nRun directory: {config.out}")
+    def of_run(run: Run, config: Config = stored, checkpoint: Path | None = None) -> Work:
+        return resume(run, config, checkpoint)
 
-
-def _resume(run: Path) -> None:
-    from sparseclt import runs
-    from sparseclt.evaluation import report
-    from sparseclt.training.trainer import Trainer
-
-    trainer = Trainer.from_run(run)
-    trainer.fit(resume=run)
-    print(report.evaluation_table(runs.evaluate_run(run, trainer.language_model).to_dict()))
-
-
-def _repeat(run: Path, out: Path) -> None:
-    from sparseclt.training.run_directory import read_config
-
-    _train(replace(read_config(run), out=str(out)))
-
-
-def _evaluate(run: Path) -> None:
-    from sparseclt import runs
-    from sparseclt.evaluation import report
-
-    print(report.evaluation_table(runs.evaluate_run(run).to_dict()))
-
-
-def _sweep(config: TrainConfig, connections: tuple[int, ...]) -> None:
-    from sparseclt import runs
-    from sparseclt.evaluation import report
-
-    print(report.sweep_table(runs.sweep(config, connections)))
-    print(f"\nRun directories: {config.out}")
-
-
-def _plan(config: TrainConfig, shape: ModelShape, memory_gib: float | None) -> int:
-    from sparseclt.devices import resolve
-    from sparseclt.training import memory
-
-    if not shape.layers:
-        shape = memory.shape_of(config.model.path, config.model.layers)
-    available = memory.available_bytes(resolve(config.device)) if memory_gib is None else int(memory_gib * memory.GiB)
-    plan = memory.make_plan(config, shape, available)
-    print(memory.table(plan))
-    if available is not None and not plan.fits:
-        print(memory.advice_text(config, shape, available))
-    return 0 if plan.fits else 1
-
-
-def _selftest(device: str, backends: tuple[str, ...]) -> int:
-    from sparseclt.devices import resolve
-    from sparseclt.ops import selftest
-
-    return selftest.main(str(resolve(device)), backends)
+    of_run.__doc__ = resume.__doc__
+    return of_run
 
 
 if __name__ == "__main__":

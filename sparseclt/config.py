@@ -54,17 +54,23 @@ class DataConfig:
     """The text for training and evaluation."""
 
     source: Text = "embedded"
-    """'embedded', a .txt or .jsonl file, a directory of them, or hf:NAME[:CONFIG] for a Hugging Face data set."""
+    """'embedded', a .txt, .jsonl (also .gz or .zst) or .parquet file, a directory of them, or hf:NAME[:CONFIG] for a
+    Hugging Face data set."""
     text_field: Text = "text"
-    """The field with the text, in JSON lines and data sets."""
-    row_tokens: Annotated[int, Field(ge=2, le=LARGEST)] = 128
+    """The field with the text, in JSON lines, Parquet files and data sets."""
+    row_tokens: Annotated[int, Field(ge=3, le=LARGEST)] = 128
     """Tokens per row of text."""
+    bos: Literal["row", "document", "none"] = "row"
+    """row: every row begins with the tokenizer's BOS (else EOS) token, and an EOS (else BOS) token parts documents.
+    document: BOS begins every document, and rows begin anywhere. none: no special tokens."""
     max_tokens: Positive | None = None
     """Stop reading the text after so many tokens. None: read it all."""
     held_out_tokens: Positive = 65_536
     """Tokens for evaluation."""
     held_out_share: Annotated[float, Field(gt=0, lt=1)] = 0.05
-    """Share of the rows to hold out if the source has no held-out split of its own."""
+    """Share of the documents to hold out if the source has no held-out split of its own."""
+    cache: Text | None = None
+    """Directory that keeps the token ids of a text for later runs. None: sparseclt/tokens in the Hugging Face cache."""
 
     def __post_init__(self) -> None:
         if self.max_tokens is not None and self.max_tokens < self.row_tokens:
@@ -80,7 +86,12 @@ class CLTConfig:
     latents: Positive = 512
     """Latents per module (F)."""
     active: Positive = 16
-    """Active latents per token and module (K)."""
+    """Active latents per token and module (K); except with activation topk, their mean over tokens."""
+    activation: Literal["topk", "batchtopk", "jumprelu"] = "topk"
+    """topk: the K strongest latents of each token. batchtopk: the N K strongest of a batch of N tokens. jumprelu: those
+    above a trained threshold per latent. With the latter two, K on average and at most 4 K per token."""
+    bandwidth: Annotated[float, Field(gt=0)] = 0.1
+    """With activation jumprelu, width of the pre-activations around a threshold from which it learns."""
     attention: Literal["frozen", "latents"] = "frozen"
     """frozen: the model's own attention outputs are taken as given. latents: attention gets latents of its own."""
     dtype: Literal["fp32", "bf16"] = "fp32"
@@ -144,6 +155,8 @@ class LossConfig:
     """The most dead latents per token that AuxK activates."""
     dead_after_tokens: Positive = 3_000
     """A latent counts as dead after so many tokens on which it did not fire."""
+    l0_weight: Weight = 1.0
+    """With activation jumprelu, weight of (active latents per token / clt.active - 1)^2 of each module and mode."""
     cross_entropy_weight: Weight = 0.0
     """Weight of the replaced model's next-token cross-entropy, in each mode. 0: not computed."""
 
@@ -161,7 +174,8 @@ class OptimizerConfig:
     betas: tuple[Beta, Beta] = (0.9, 0.999)
     """Decay rates of Adam's two running means."""
     clip_norm: Annotated[float, Field(gt=0)] | None = 1.0
-    """Scale gradients down to this norm at most. None: never."""
+    """Scale gradients down to this norm at most, in units in which every site's inputs and outputs have size 1. None:
+    never."""
     state: Literal["fp32", "8bit"] = "fp32"
     """Precision of Adam's moments. fp32: 8 bytes per parameter. 8bit: 2 for encoders and decoders, and some scales."""
     rows: Literal["all", "touched"] = "all"
@@ -211,6 +225,8 @@ class CheckpointConfig:
 
     every_steps: Positive = 500
     """Steps from one checkpoint to the next; the last step always writes one."""
+    every_minutes: Annotated[float, Field(gt=0)] | None = None
+    """Minutes after which a checkpoint is due as well. None: only by steps."""
     keep: Positive = 2
     """How many of the newest checkpoints stay on disk."""
 
@@ -256,6 +272,12 @@ class TrainConfig:
             yield (
                 f"activations.shuffle_bytes: expected 0 with loss.cross_entropy_weight > 0, for which the language "
                 f"model runs on whole rows, got {a.shuffle_bytes}"
+            )
+        micro_rows = self.compute.micro_batch_rows
+        if self.clt.activation == "batchtopk" and micro_rows is not None and micro_rows < self.batch_rows:
+            yield (
+                f"compute.micro_batch_rows: expected None with clt.activation 'batchtopk', which chooses the latents "
+                f"of a whole batch at once, got {micro_rows}"
             )
         if c.policy == "learned" and c.candidates_after_steps >= self.steps:
             yield (

@@ -72,7 +72,11 @@ def from_json_values(kind: type[T], values: Mapping[str, Any]) -> T:
     Raises ConfigError for unknown fields and for any value that the constructor would refuse.
     """
     try:
-        return TypeAdapter(kind).validate_json(json.dumps(values))
+        text = json.dumps(values)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ConfigError(f"config: expected plain JSON values: {error}") from None
+    try:
+        return TypeAdapter(kind).validate_json(text)
     except ValidationError as error:
         raise ConfigError(_lines(error, kind, "")) from None
 
@@ -89,7 +93,7 @@ def _line(error: ErrorDetails, kind: type, path: str) -> str:
     for step in error["loc"]:
         if is_dataclass(hint):
             known = tuple(f.name for f in fields(hint))
-            name = known[step] if isinstance(step, int) and step < len(known) else str(step)
+            name = known[step] if isinstance(step, int) and step < len(known) else _name(str(step))
             place = f"{place}.{name}" if place else name
             hint = get_type_hints(hint).get(name)
         else:
@@ -104,4 +108,16 @@ def _line(error: ErrorDetails, kind: type, path: str) -> str:
     template = EXPECTED.get(error["type"])
     expected = str(context.get("error", error["msg"])) if template is None else template.format(**context)
     alternative = " or None" if type(None) in get_args(hint) else ""
-    return f"{place or 'config'}: expected {expected}{alternative}, got {reprlib.repr(error['input'])}"
+    return f"{place or 'config'}: expected {expected}{alternative}, got {_shown(error['input'])}"
+
+
+def _name(key: str) -> str:
+    """The name of a field as it is; anything else, such as a key of many lines, quoted."""
+    return key if key.isidentifier() and len(key) < 99 else reprlib.repr(key)
+
+
+def _shown(value: object) -> str:
+    try:
+        return reprlib.repr(value)
+    except ValueError:  # more digits than Python writes out
+        return f"a value of type {type(value).__name__} too long to show"

@@ -15,10 +15,16 @@ def language_model(family: str, dtype: torch.dtype = torch.float64) -> LanguageM
 
 
 def random_clt(
-    model: LanguageModel, attention: str = "frozen", *, latents: int = F, active: int = K, seed: int = 0
+    model: LanguageModel,
+    attention: str = "frozen",
+    *,
+    latents: int = F,
+    active: int = K,
+    seed: int = 0,
+    activation: str = "topk",
 ) -> SparseCLT:
     """A CLT whose decoders and biases are random too, without connections."""
-    architecture = Architecture(model.shape, latents, active, attention)
+    architecture = Architecture(model.shape, latents, active, attention, activation)
     weights = (
         [model.attention_weights(layer) for layer in range(model.shape.layers)] if attention == "latents" else None
     )

@@ -31,10 +31,13 @@ class Activity:
         self.weight = torch.zeros((), dtype=torch.float64)
 
     @torch.no_grad()
-    def update(self, latents: list[Latents]) -> None:
+    def update(self, latents: list[Latents], counted: Tensor | None = None) -> None:
+        """Take in the latents of N more tokens. `counted` [N]: those that count; None: all. The others have no latents
+        (values 0)."""
+        tokens = len(latents[0].values) if counted is None else int(counted.sum())
+        decay = 0.5 ** (tokens / self.horizon)
         for m, (values, indices) in enumerate(latents):
-            tokens, values = len(values), values.detach().flatten().float()
-            decay = 0.5 ** (tokens / self.horizon)
+            values = values.detach().flatten().float()
             ids = indices.flatten().clamp_min(0)
             mean, square = torch.zeros_like(self.mean[m]), torch.zeros_like(self.mean[m])
             add_at_(mean, ids, values / tokens)
@@ -45,7 +48,7 @@ class Activity:
             self.tokens_since_fired[m][mean > 0] = 0
         self.weight = 1 - (1 - self.weight) * decay
         if self.recent is not None:
-            self.recent.add(latents)
+            self.recent.add(latents, counted)
 
     def magnitude(self, statistic: str) -> Tensor:
         """s [M, F]: the running 'mean' or root mean square ('rms') of every latent."""
@@ -83,14 +86,16 @@ class RecentLatents:
         self.indices = torch.zeros(modules, tokens, active, dtype=torch.int32, device=device)
         self.seen = torch.zeros((), dtype=torch.int64)  # tokens in all; the next one's place is seen % tokens
 
-    def add(self, latents: list[Latents]) -> None:
-        capacity = self.values.shape[1]
-        tokens = min(capacity, len(latents[0].values))
-        places = (int(self.seen) + torch.arange(tokens, device=self.values.device)) % capacity
+    def add(self, latents: list[Latents], counted: Tensor | None = None) -> None:
+        """Put the latents of N more tokens in place of the oldest, except tokens that are not `counted` [N]."""
+        device, capacity = self.values.device, self.values.shape[1]
+        every = torch.arange(len(latents[0].values), device=device)
+        taken = (every if counted is None else every[counted])[-capacity:]
+        places = (int(self.seen) + torch.arange(len(taken), device=device)) % capacity
         for m, (values, indices) in enumerate(latents):
-            self.values[m, places] = values[-tokens:].detach().float()
-            self.indices[m, places] = indices[-tokens:].int()
-        self.seen += tokens
+            self.values[m, places] = values.detach()[taken].float()
+            self.indices[m, places] = indices[taken].clamp_min(0).int()
+        self.seen += len(taken)
 
     def sums_when_active(self, module: int, rows: slice, upstream: int, F: int) -> tuple[Tensor, Tensor]:
         """Sums [rows, U] of the upstream latents over the tokens on which each of `rows` fired, and how many those

@@ -1,5 +1,7 @@
 """Text, tokens and activations for training."""
 
-from sparseclt.data.text import RowStream, load_rows, read_documents, token_rows
+from sparseclt.data.row_stream import RowStream
+from sparseclt.data.text import load_rows, token_rows
+from sparseclt.data.tokens import check_token_ids, rows_digest
 
-__all__ = ["RowStream", "load_rows", "read_documents", "token_rows"]
+__all__ = ["RowStream", "check_token_ids", "load_rows", "rows_digest", "token_rows"]

@@ -6,10 +6,9 @@ order of the rows, and `complete` appears once the last shard is there. The last
 to, never renamed, so it may be a mount point.
 """
 
-import hashlib
 import json
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -21,8 +20,9 @@ from torch import Tensor
 
 from sparseclt.config import TrainConfig
 from sparseclt.data.activation_stream import as_activations, vectors_of
+from sparseclt.data.tokens import rows_digest
 from sparseclt.language_model.language_model import LanguageModel
-from sparseclt.model.activations import Activations
+from sparseclt.model.activations import Activations, all_but_first
 from sparseclt.model.shape import ModelShape
 from sparseclt.storage.directories import CheckpointError, atomic_directory, verify
 from sparseclt.storage.json_files import read_json, replace_file
@@ -81,8 +81,8 @@ def cache_info(language_model: LanguageModel, rows: Tensor, dtype: str) -> Cache
         format_version=FORMAT_VERSION,
         rows=len(rows),
         row_length=rows.shape[1],
-        row_digest=_digest([rows.int()]),
-        model_digest=_digest(language_model.bridge.original_model.parameters()),
+        row_digest=rows_digest(rows),
+        model_digest=language_model.digest(),
         model=replace(language_model.shape, name=""),
         dtype=dtype,
     )
@@ -127,7 +127,8 @@ class ActivationCache:
             )
         if info.dtype == "int8":
             vectors *= vector_scales[..., None]
-        return as_activations(tokens.to(device), vectors.to(device), scale.to(device))
+        tokens = tokens.to(device)
+        return as_activations(tokens, vectors.to(device), scale.to(device), all_but_first(tokens))
 
     def _shard(self, number: int) -> dict[str, Any]:
         if number not in self._shards:
@@ -258,12 +259,3 @@ def _check_space(directory: Path, needed: int) -> None:
             f"activations.cache: {directory} needs {needed / 2**30:.2f} GiB, and {free / 2**30:.2f} GiB are free "
             f"there; choose another directory, cache_dtype int8, or less text (data.max_tokens)"
         )
-
-
-def _digest(tensors: Iterable[Tensor]) -> str:
-    """Of the bytes, shapes and dtypes of tensors, in their order."""
-    digest = hashlib.blake2b()
-    for tensor in tensors:
-        digest.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()

@@ -9,7 +9,7 @@ from torch import Tensor
 from sparseclt.config import TrainConfig
 from sparseclt.costs import BYTES, FLOAT
 from sparseclt.data.prefetch import one_ahead
-from sparseclt.data.text import RowStream, permutation
+from sparseclt.data.row_stream import RowStream, permutation
 from sparseclt.model.activations import Activations
 
 Read = Callable[[Tensor], Activations]  # the activations [B, S, ...] of rows [B], given by number
@@ -24,9 +24,9 @@ def number_bytes(config: TrainConfig) -> int:
 
 
 def token_bytes(layers: int, d_model: int, number: int = FLOAT) -> int:
-    """Bytes of one token of a block: activations of `number` bytes a number, scales, its id, and its place in the
-    order."""
-    return number * d_model * (1 + 3 * layers) + FLOAT * layers + 8 + 8
+    """Bytes of one token of a block: activations of `number` bytes a number, scales, its id, its place in the order,
+    whether it counts."""
+    return number * d_model * (1 + 3 * layers) + FLOAT * layers + 8 + 8 + 1
 
 
 def block_batches(shuffle_bytes: int, batch_tokens: int, layers: int, d_model: int, number: int = FLOAT) -> int:
@@ -63,10 +63,10 @@ def vectors_of(activations: Activations) -> list[Tensor]:
     return [activations.r_0, *activations.x, *activations.mlp_out, *activations.attn_out]
 
 
-def as_activations(tokens: Tensor, vectors: Tensor, scale: Tensor) -> Activations:
-    """What `vectors_of` took apart: tokens [B, S], vectors [1 + 3 L, B, S, D], scale [L, B, S]."""
+def as_activations(tokens: Tensor, vectors: Tensor, scale: Tensor, counted: Tensor) -> Activations:
+    """What `vectors_of` took apart: tokens [B, S], vectors [1 + 3 L, B, S, D], scale [L, B, S], counted [B, S]."""
     L, (r_0, *rest) = len(scale), vectors.unbind(0)
-    return Activations(tokens, r_0, rest[:L], list(scale.unbind(0)), rest[L : 2 * L], rest[2 * L :])
+    return Activations(tokens, r_0, rest[:L], list(scale.unbind(0)), rest[L : 2 * L], rest[2 * L :], counted=counted)
 
 
 class Block:
@@ -79,6 +79,7 @@ class Block:
         dtype = like.r_0.dtype if like.r_0.element_size() == 2 else torch.float32
         self.vectors = torch.empty(parts, T, like.r_0.shape[-1], dtype=dtype, device=device)
         self.scale = torch.empty(len(like.scale), T, device=device)
+        self.counted = torch.ones(T, dtype=torch.bool, device=device)
 
     def put(self, start: int, piece: Activations) -> None:
         """Copy the tokens of `piece` in, from place `start`."""
@@ -88,6 +89,8 @@ class Block:
             own[places] = tensor.flatten(0, 1)
         for own, tensor in zip(self.scale, piece.scale, strict=True):
             own[places] = tensor.flatten()
+        if piece.counted is not None:
+            self.counted[places] = piece.counted.flatten()
 
     def take(self, chosen: Tensor) -> Activations:
         """A copy of the tokens at places `chosen` [B, S]."""
@@ -96,6 +99,7 @@ class Block:
             self.tokens[at].view(chosen.shape),
             self.vectors.index_select(1, at).unflatten(1, chosen.shape),
             self.scale.index_select(1, at).unflatten(1, chosen.shape),
+            self.counted[at].view(chosen.shape),
         )
 
 

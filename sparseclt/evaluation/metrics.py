@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,9 +12,9 @@ from sparseclt.evaluation.statistics import ModeStatistics, Variance
 from sparseclt.evaluation.structure import connection_structure, splitting
 from sparseclt.language_model.language_model import LanguageModel
 from sparseclt.model.activations import Activations
-from sparseclt.model.clt import SparseCLT
+from sparseclt.model.clt import SparseCLT, in_evaluation_mode
 from sparseclt.model.replacement import replacement
-from sparseclt.model.sites import Mode
+from sparseclt.model.sites import Kind, Mode, Site
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,12 +54,13 @@ class ModuleMetrics(Metrics):
 
 @dataclass(frozen=True)
 class CrossEntropies:
-    """Mean next-token cross-entropy in nats per token; None: not measured."""
+    """Mean next-token cross-entropy in nats per token, without the prediction made at position 0 of each row; None: not
+    measured."""
 
     model: float
     """Of the language model itself."""
     zero_ablated: float
-    """With every site's output set to zero."""
+    """With every site's output set to zero, except at position 0 of each row."""
     vanilla: float
     """With every site replaced by its reconstruction in vanilla mode, on the replaced run itself."""
     sparse: float | None = None
@@ -70,7 +72,7 @@ class Evaluation:
     """What `evaluate` measured."""
 
     tokens: int
-    """Held-out tokens."""
+    """Held-out tokens, without position 0 of each row, which no figure includes."""
     C: int
     """Slots for connections of each latent; 0 without connections."""
     modules: tuple[ModuleMetrics, ...]
@@ -91,6 +93,7 @@ def modes_of(clt: SparseCLT) -> list[Mode]:
     return ["vanilla", "sparse"] if clt.connected and clt.reads_upstream else ["vanilla"]
 
 
+@in_evaluation_mode
 @torch.no_grad()
 def evaluate(
     clt: SparseCLT,
@@ -111,7 +114,7 @@ def evaluate(
     entropies: dict[str, float] = {}
     for batch, activations in captures(clt, language_model, rows, batch_rows):
         real = activations.outputs(clt.sites)
-        variance.add(real)
+        variance.add(real, activations.counted_flat)
         for mode in modes:
             statistics[mode].add(clt(activations, mode, backend=backend), real)
         if cross_entropy:
@@ -134,9 +137,9 @@ def evaluate(
 def _cross_entropies(
     clt: SparseCLT, language_model: LanguageModel, tokens: Tensor, modes: Sequence[Mode], backend: str | None
 ) -> dict[str, float]:
-    zero = {"on_mlp": _zero_ablation}
+    zero = {"on_mlp": partial(_zero_ablation, "mlp")}
     if clt.architecture.attention == "latents":
-        zero["on_attn"] = _zero_ablation
+        zero["on_attn"] = partial(_zero_ablation, "attn")
     result = {
         "model": language_model.cross_entropy(tokens).item(),
         "zero_ablated": language_model.cross_entropy(tokens, **zero).item(),
@@ -147,8 +150,9 @@ def _cross_entropies(
     return result
 
 
-def _zero_ablation(layer: int, live: Activations) -> Tensor:
-    return torch.zeros_like(live.r_0)
+def _zero_ablation(kind: Kind, layer: int, live: Activations) -> Tensor:
+    real = live.output(Site(kind, layer))
+    return live.where_counted(torch.zeros_like(real), real).view_as(live.r_0)
 
 
 def captures(

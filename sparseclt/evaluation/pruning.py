@@ -13,13 +13,14 @@ from sparseclt.connections.selection import select_top_connections
 from sparseclt.evaluation.metrics import ModuleMetrics, captures, mean_over_modules, module_row
 from sparseclt.evaluation.statistics import ModeStatistics, Variance
 from sparseclt.language_model.language_model import LanguageModel
-from sparseclt.model.clt import SparseCLT
+from sparseclt.model.clt import SparseCLT, in_evaluation_mode
 from sparseclt.model.sites import Mode
 from sparseclt.ops import Connections
 
 Chosen = list[Connections | None]  # one entry per module; None without upstream modules
 
 
+@in_evaluation_mode
 @torch.no_grad()
 def fvu_against_c(
     clt: SparseCLT,
@@ -49,7 +50,7 @@ def fvu_against_c(
     with _own_connections_kept(clt):
         for _, activations in captures(clt, language_model, rows[1::2], batch_rows):
             real = activations.outputs(clt.sites)
-            variance.add(real)
+            variance.add(real, activations.counted_flat)
             vanilla.add(clt(activations, "vanilla", backend=backend), real)
             for C in Cs:
                 for module, connections in zip(clt, chosen[C], strict=True):
@@ -71,10 +72,10 @@ def _activity_on(
 ) -> Activity:
     """Statistics of vanilla-mode latents on `rows` [R, S]."""
     M, a, device = len(clt.sites), clt.architecture, next(clt.parameters()).device
-    recent = RecentLatents(M, a.active, rows.numel(), device)
+    recent = RecentLatents(M, a.slots, rows.numel(), device)
     activity = Activity(M, a.latents, device=device, recent=recent)
     for _, activations in captures(clt, language_model, rows, batch_rows):
-        activity.update(clt(activations, "vanilla", backend=backend).latents)
+        activity.update(clt(activations, "vanilla", backend=backend).latents, activations.counted_flat)
     return activity
 
 

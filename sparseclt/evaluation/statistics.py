@@ -27,19 +27,20 @@ class ModeStatistics:
 
 
 class Variance:
-    """Squared distance of every site's real output from its mean over all tokens."""
+    """Squared distance of every site's real output from its mean over all tokens that count."""
 
     def __init__(self, clt: Transcoders):
         M, D = len(clt.sites), clt.architecture.model.d_model
         self.total, self.square = torch.zeros(M, D, dtype=torch.float64), torch.zeros(M, dtype=torch.float64)
         self.tokens = 0
 
-    def add(self, real: dict[Site, Tensor]) -> None:
-        """Take in the real outputs [N, D] of one batch."""
+    def add(self, real: dict[Site, Tensor], counted: Tensor | None = None) -> None:
+        """Take in the real outputs [N, D] of one batch. `counted` [N]: the tokens that count; None: all."""
         for m, y in enumerate(real.values()):
-            self.total[m] += y.double().sum(0).cpu()
-            self.square[m] += y.double().square().sum().cpu()
-        self.tokens += len(next(iter(real.values())))
+            y = (y if counted is None else y[counted]).double()
+            self.total[m] += y.sum(0).cpu()
+            self.square[m] += y.square().sum().cpu()
+        self.tokens += len(next(iter(real.values()))) if counted is None else int(counted.sum())
 
     def value(self) -> Tensor:
         """[M]"""

@@ -2,6 +2,7 @@
 
 import os
 import re
+import textwrap
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,7 +11,7 @@ import torch
 DType = Literal["fp32", "bf16", "fp16"]
 DTYPES: dict[DType, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 EXPECTED = "'embedded', an existing local path or a model on the Hugging Face hub"
-FILE_SUFFIXES = (".gguf", ".txt", ".json", ".jsonl", ".gz")
+FILE_SUFFIXES = (".gguf", ".txt", ".json", ".jsonl", ".gz", ".zst", ".parquet")
 
 
 def looks_like_path(name: str) -> bool:
@@ -56,18 +57,28 @@ def locate(name_or_path: str | Path) -> Path | None:
 
 
 def load_hf(path: Path, dtype: torch.dtype) -> tuple[Any, Any]:
-    """Model, in `dtype`, and tokenizer of a directory written by `save_pretrained`, or of a .gguf file."""
+    """Model, in `dtype`, and tokenizer of a directory written by `save_pretrained`, or of a .gguf file.
+
+    Code that lies beside a model is never run. Raises ValueError, naming `path`, for files that cannot be read.
+    """
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
-    extra: dict[str, Any] = {"local_files_only": True}
+    # Without an answer transformers asks on a terminal whether to run Python files that lie beside a model.
+    extra: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+    folder = path
     if path.is_file():
-        path, extra["gguf_file"] = path.parent, path.name
+        folder, extra["gguf_file"] = path.parent, path.name
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()  # a bar of its own would stand between ours
     try:
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **extra)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **extra)
+        return model, AutoTokenizer.from_pretrained(folder, **extra)
+    except (ImportError, MemoryError):
+        raise
+    except Exception as error:  # of any kind: what readers of damaged files raise is not documented
+        reason = textwrap.shorten(f"{type(error).__name__}: {error}", 300)
+        raise ValueError(f"model.path: expected a model that transformers can read in {path}, got {reason}") from error
     finally:
         if shown:
             logging.enable_progress_bar()
-    return model, AutoTokenizer.from_pretrained(path, **extra)

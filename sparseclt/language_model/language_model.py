@@ -11,7 +11,8 @@ from torch import Tensor
 
 from sparseclt.language_model.files import DTYPES, EXPECTED, DType, load_hf, locate
 from sparseclt.language_model.hooks import BlockNorms, Hook, Replace, StopRun, recording_hooks
-from sparseclt.model.activations import Activations, at_least_float32
+from sparseclt.language_model.identity import tensors_digest
+from sparseclt.model.activations import Activations, all_but_first, at_least_float32
 from sparseclt.model.attention import AttentionWeights, attention_write, centre
 from sparseclt.model.shape import ModelShape
 
@@ -39,6 +40,7 @@ class LanguageModel:
             raise ValueError(f"hf_model: expected float32, bfloat16, float16 or float64 weights, got {self.dtype}")
         bridge.eval().requires_grad_(False)
         self.bridge, self.tokenizer = bridge, tokenizer
+        self._digest: tuple[list[tuple[int, int]], str] | None = None
         self._class_name = type(bridge.original_model).__name__
         self._norms = BlockNorms.of(bridge, parallel=bool(cfg.parallel_attn_mlp))
         self.shape = ModelShape(
@@ -108,6 +110,19 @@ class LanguageModel:
         bridge = build_bridge_from_module(hf_model, type(hf_model).__name__, hf_config=hf_model.config)
         return cls(bridge, tokenizer, layers=layers, name=name)
 
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.bridge.original_model.parameters()).device
+
+    def digest(self) -> str:
+        """blake2b, in hex, of the weights; computed once, and again after they were changed in place."""
+        parameters = list(self.bridge.original_model.parameters())
+        versions = [(parameter.data_ptr(), parameter._version) for parameter in parameters]
+        if self._digest is None or self._digest[0] != versions:
+            self._digest = versions, tensors_digest(parameters)
+        return self._digest[1]
+
     @torch.no_grad()
     def capture(self, tokens: Tensor, *, attention: bool = False) -> Activations:
         """The activations of one real run on tokens [B, S], which ends behind the last covered layer."""
@@ -116,7 +131,7 @@ class LanguageModel:
             raise StopRun
 
         tokens = self._checked(tokens)
-        live = Activations(tokens, torch.empty(0))
+        live = Activations(tokens, torch.empty(0), counted=all_but_first(tokens))
         hooks = self._hooks(live, attention)
         try:
             self._run(tokens, [*hooks, (f"blocks.{self.shape.layers - 1}.hook_resid_post", stop)])
@@ -136,17 +151,23 @@ class LanguageModel:
         functions return.
         """
         tokens = self._checked(tokens)
-        live = Activations(tokens, torch.empty(0))
+        live = Activations(tokens, torch.empty(0), counted=all_but_first(tokens))
         return self._run(tokens, self._hooks(live, on_attn is not None, on_mlp, on_attn))
 
     def cross_entropy(self, tokens: Tensor, *, on_mlp: Replace | None = None, on_attn: Replace | None = None) -> Tensor:
         """Mean next-token cross-entropy in nats, [], at least in float32, with outputs replaced as in
-        `replaced_logits`."""
+        `replaced_logits`; without the prediction made at position 0 of a row. Raises ValueError for rows of fewer than
+        3 tokens."""
+        if tokens.ndim == 2 and tokens.shape[1] < 3:
+            raise ValueError(
+                f"tokens: expected rows of at least 3 tokens, as the prediction made at position 0 does not count, "
+                f"got {tokens.shape[1]}"
+            )
         logits = self.replaced_logits(tokens, on_mlp=on_mlp, on_attn=on_attn)
-        targets = tokens[:, 1:].to(logits.device, torch.int64)
+        targets = tokens[:, 2:].to(logits.device, torch.int64)
         # A row at a time: beside the logits there is never another tensor of their size.
         rows = [
-            torch.nn.functional.cross_entropy(at_least_float32(row[:-1]), target, reduction="sum")
+            torch.nn.functional.cross_entropy(at_least_float32(row[1:-1]), target, reduction="sum")
             for row, target in zip(logits, targets, strict=True)
         ]
         return torch.stack(rows).sum() / targets.numel()
@@ -179,6 +200,11 @@ class LanguageModel:
         weights = AttentionWeights(W_V.clone(), W_O.clone(), bias.clone(), self.shape.centred)
         self._check_attention(layer, weights)
         return weights
+
+    def mlp_norm(self, layer: int) -> tuple[Tensor, Tensor | None] | None:
+        """Gain and bias [D] of the norm before a layer's MLP; None if there is no norm."""
+        name = self._norms.before_mlp
+        return None if name is None else _gain_and_bias(self.bridge.blocks[layer].get_submodule(name))
 
     def _run(self, tokens: Tensor, hooks: list[Hook]) -> Tensor:
         return self.bridge.run_with_hooks(tokens, fwd_hooks=hooks, use_cache=False)
@@ -253,7 +279,7 @@ def _close(a: Tensor, b: Tensor, tolerance: float = FINE_TOLERANCE) -> bool:
 
 
 def _gain_and_bias(norm: Any) -> tuple[Tensor, Tensor | None]:
-    """Of a norm, [D] each, at least in float32. RMSNorm bridges have no bias attribute; the wrapped module decides."""
+    """A norm's, [D] each, in float32 at least. RMSNorm bridges have no bias: the wrapped module decides."""
     bias = getattr(norm.original_component, "bias", None)
     gain = at_least_float32(norm.weight) + norm.uses_weight_offset
     return gain, None if bias is None else at_least_float32(bias)

@@ -21,6 +21,10 @@ class Activations:
 
     `attn_pattern`, `attn_scale` and `attn_post_scale` stay empty unless attention was asked for, the last one also
     without a norm behind attention. Scales are 1 without a norm, and in float32 where the model is in half precision.
+
+    `counted`: the tokens that a CLT explains; None: all of them. At the others (position 0 of a row, where many models
+    have activations a thousand times larger than elsewhere) a pass has no latents and keeps the model's own outputs,
+    and no loss and no figure includes them.
     """
 
     tokens: Tensor  # [B, S]
@@ -32,6 +36,27 @@ class Activations:
     attn_pattern: list[Tensor] = field(default_factory=list)  # [B, H, S, S] query, key
     attn_scale: list[Tensor] = field(default_factory=list)  # [B, S] what the norm before attention divides by
     attn_post_scale: list[Tensor] = field(default_factory=list)  # [B, S] what a norm behind attention divides by
+    counted: Tensor | None = None  # [B, S] bool
+
+    @property
+    def counted_tokens(self) -> int:
+        """How many tokens count."""
+        return self.tokens.numel() if self.counted is None else int(self.counted.sum())
+
+    @property
+    def counted_flat(self) -> Tensor | None:
+        """`counted` with tokens flattened, [N]."""
+        return None if self.counted is None else self.counted.flatten()
+
+    def where_counted(self, values: Tensor, otherwise: Tensor | float) -> Tensor:
+        """`values` ([N, ...], or broadcast to it) at the tokens that count, `otherwise` at the others."""
+        if self.counted is None:
+            return values
+        return torch.where(self.counted.flatten()[:, None], values, otherwise)
+
+    def input(self, site: Site) -> Tensor:
+        """What the encoder of a site reads in vanilla mode, [N, D]: the MLP's own input, or attention's output."""
+        return (self.x if site.kind == "mlp" else self.attn_out)[site.layer].flatten(0, 1)
 
     def output(self, site: Site) -> Tensor:
         """The model's own output of a site, [N, D], at least in float32: tokens flattened to N = B S."""
@@ -58,5 +83,14 @@ class Activations:
     def _rows(self, rows: slice) -> "Activations":
         values: dict[str, Any] = {}
         for name, value in vars(self).items():
-            values[name] = [tensor[rows] for tensor in value] if isinstance(value, list) else value[rows]
+            values[name] = [tensor[rows] for tensor in value] if isinstance(value, list) else value
+            if isinstance(value, Tensor):
+                values[name] = value[rows]
         return Activations(**values)
+
+
+def all_but_first(tokens: Tensor) -> Tensor:
+    """`Activations.counted` of whole rows `tokens` [B, S]: every position but 0."""
+    counted = torch.ones_like(tokens, dtype=torch.bool)
+    counted[:, 0] = False
+    return counted

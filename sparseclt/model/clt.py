@@ -1,6 +1,11 @@
 """SparseCLT: a cross-layer transcoder that runs in vanilla and in sparsely-connected mode."""
 
+from collections.abc import Callable
+from functools import wraps
 from pathlib import Path
+from typing import Concatenate, ParamSpec, TypeVar
+
+import torch
 
 from sparseclt.model import pretrained
 from sparseclt.model.activations import Activations
@@ -8,6 +13,24 @@ from sparseclt.model.decoder_gradients import DecoderGradients
 from sparseclt.model.forward import ForwardPass
 from sparseclt.model.sites import Mode
 from sparseclt.model.transcoders import Transcoders
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def in_evaluation_mode(function: Callable[Concatenate["SparseCLT", P], R]) -> Callable[Concatenate["SparseCLT", P], R]:
+    """Decorates a function whose first argument is a CLT: the CLT is in evaluation mode while the function runs."""
+
+    @wraps(function)
+    def run(clt: "SparseCLT", *args: P.args, **keywords: P.kwargs) -> R:
+        training = clt.training
+        clt.eval()
+        try:
+            return function(clt, *args, **keywords)
+        finally:
+            clt.train(training)
+
+    return run
 
 
 class SparseCLT(Transcoders):
@@ -21,7 +44,8 @@ class SparseCLT(Transcoders):
     `attention_weights`: the OV circuits of every layer, needed for `attention="latents"`.
 
     An `nn.Module` in every respect: `.to(device)`, `state_dict()`, `load_state_dict` and `copy.deepcopy` include
-    the connections.
+    the connections. With activation "batchtopk" its latents depend on the batch in training mode (`.train()`, the
+    state of a new CLT), not in evaluation mode (`.eval()`, that of one that was loaded).
     """
 
     def forward(
@@ -50,9 +74,19 @@ class SparseCLT(Transcoders):
         return pretrained.save(self, Path(path))
 
     @classmethod
-    def from_pretrained(cls, path: str | Path) -> "SparseCLT":
-        """Read what `save_pretrained` or a training run wrote; every file is checked against its digest."""
+    def from_pretrained(
+        cls, path: str | Path, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> "SparseCLT":
+        """Read what `save_pretrained` or a training run wrote, a checkpoint included; every file is checked against its
+        digest.
+
+        `device`: where it goes. None: the CPU. `dtype`: of its weights. None: as they were saved. The logits of
+        learned connections keep theirs, and thresholds have at least fp32.
+        """
         architecture, attention, tensors = pretrained.read(Path(path))
-        clt = cls(architecture, attention)
+        clt = cls(architecture, attention).to(device=device, dtype=dtype or pretrained.dtype_of(tensors))
+        for module in clt:
+            module.keep_wide_thresholds()
         pretrained.load_tensors(clt, tensors)
+        clt.eval()
         return clt

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from sparseclt import ops
+from sparseclt.model import nonlinearity
 from sparseclt.model.activations import Activations
 from sparseclt.model.attention import attention_write
 from sparseclt.model.decoder_gradients import DecoderGradients
@@ -35,6 +36,7 @@ class ForwardPass:
             raise ValueError(f"mode: expected one of {MODES}, got {mode!r}")
         self.clt, self.mode, self.backend, self.gradients = clt, mode, backend, gradients
         self.latents: list[Latents] = []
+        self.l0: list[Tensor] = []  # [N] per module, with JumpReLU's gradient; empty with other activations
         self.virtual_weights: list[Tensor | None] = []
         if mode == "sparse":
             self.virtual_weights = clt.virtual_weights(backend) if gradients is None else gradients.virtual_weights()
@@ -44,7 +46,8 @@ class ForwardPass:
         self._readings: list[Tensor] = []  # [N, D] per module
 
     def output(self, site: Site) -> Tensor:
-        """The reconstruction [N, D] of a site, complete once all modules up to it have run."""
+        """The reconstruction [N, D] of a site, complete once all modules up to it have run; the model's own output at
+        tokens that do not count (`Activations.counted`)."""
         return self._outputs[site]
 
     def advance(self, site: Site, activations: Activations) -> Tensor:
@@ -55,6 +58,7 @@ class ForwardPass:
         self.activations = activations
         self._readings.append(self._read(site))
         latents = self.encode(index)
+        latents = latents._replace(values=activations.where_counted(latents.values, 0.0))
         self.latents.append(latents)
         if self.mode == "sparse":
             self._upstream.add(latents)
@@ -76,22 +80,46 @@ class ForwardPass:
         module = self.clt.transcoder(index)
         for to, written in self.decode(index, latents):
             self._outputs[to] = self._outputs[to] + written if to in self._outputs else written
-        self._outputs[module.site] = self._outputs[module.site] + module.b_dec
+        complete = self._outputs[module.site] + module.b_dec
+        self._outputs[module.site] = self.activations.where_counted(complete, self.activations.output(module.site))
 
     def _read(self, site: Site) -> Tensor:
         """What `site` reads without a mask, [N, D]. Vanilla mode: the model's own input of that site."""
         if self.mode == "sparse":
             return self._stream.before(site, self.activations, self._outputs)
-        inputs = self.activations.x if site.kind == "mlp" else self.activations.attn_out
-        return inputs[site.layer].flatten(0, 1)
+        return self.activations.input(site)
 
     def encode(self, index: int, rows: Tensor | None = None, k: int | None = None) -> Latents:
-        """The k strongest latents of module `index`, or of only its latents `rows` [R] (ids then in 0..R-1).
+        """The active latents of module `index`; or the k strongest of only its latents `rows` [R] (ids then in 0..R-1),
+        whatever the activation function.
 
         Its reading must have been taken by `advance`.
         """
+        if rows is None:
+            return self._active(index, self._strongest(index, self.clt.architecture.slots))
+        assert k is not None
+        return self._strongest(index, k, rows)
+
+    def _active(self, index: int, candidates: Latents) -> Latents:
+        """Those of the strongest latents of module `index` that the activation function keeps."""
+        a, module = self.clt.architecture, self.clt.transcoder(index)
+        if a.activation == "topk":
+            return candidates
+        if a.activation == "batchtopk" and self.clt.training:
+            # Emptied first: tokens that do not count take no part in the selection.
+            values = self.activations.where_counted(candidates.values, 0.0)
+            counted = self.activations.counted_tokens
+            return nonlinearity.batch_top_k(candidates._replace(values=values), a.active, counted)
+        threshold = module.threshold_of(self.mode)
+        if a.activation == "batchtopk":
+            return nonlinearity.above(candidates, threshold)
+        latents, l0 = nonlinearity.jump_relu(candidates, threshold, a.bandwidth)
+        self.l0.append(self.activations.where_counted(l0[:, None], 0.0)[:, 0])
+        return latents
+
+    def _strongest(self, index: int, k: int, rows: Tensor | None = None) -> Latents:
+        """The k strongest latents of module `index`, or of only its latents `rows` [R]."""
         module, reading = self.clt.transcoder(index), self._readings[index]
-        k = k or self.clt.architecture.active
         W_enc: Tensor = module.W_enc if self.mode == "vanilla" else self.clt.reading_rows(index)
         b_enc: Tensor = module.b_enc
         V, connections = None, module.connections

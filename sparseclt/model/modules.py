@@ -7,11 +7,13 @@ import torch
 from torch import Tensor, nn
 
 from sparseclt import ops
-from sparseclt.model.sites import Site
+from sparseclt.model.sites import Mode, Site
+from sparseclt.ops.rows import accumulation_dtype
 
 
 class Latents(NamedTuple):
-    """The active latents of one module: `values` [N, K] (0 in an empty slot) and their `indices` [N, K]."""
+    """The active latents of one module: `values` [N, K] (0 in an empty slot) and their `indices` [N, K] (-1 in some
+    empty slots). With another activation than TopK there are `Architecture.slots` of them instead of K."""
 
     values: Tensor
     indices: Tensor
@@ -30,6 +32,10 @@ class Transcoder(nn.Module):
     upstream latents named by `connections` ([F, C], ids in 0..U-1 over all earlier modules side by side, or
     None before any were chosen). With learned connections `logits` [F, C] decides which of them are open.
 
+    `threshold` [F] decides which latents are active: a trained parameter (JumpReLU), or a buffer that stands for the
+    batch outside training (BatchTopK: 0 before any training; `threshold_sparse` [F] is that of sparsely-connected
+    mode), or None (TopK). Training keeps thresholds in fp32 at least.
+
     Connections are a buffer of the module, `connection_indices`: they move with `.to(device)`, are copied by
     `copy.deepcopy`, and are part of `state_dict()`; `load_state_dict` takes those of any C.
     """
@@ -39,9 +45,11 @@ class Transcoder(nn.Module):
     W_dec: nn.Parameter
     b_dec: nn.Parameter
     logits: nn.Parameter | None
+    threshold: Tensor | None
+    threshold_sparse: Tensor | None
     connection_indices: Tensor | None
 
-    def __init__(self, site: Site, d_model: int, latents: int, targets: int, upstream: int):
+    def __init__(self, site: Site, d_model: int, latents: int, targets: int, upstream: int, activation: str = "topk"):
         super().__init__()
         self.site, self.latents, self.upstream = site, latents, upstream
         bound = 1 / math.sqrt(d_model)
@@ -50,8 +58,17 @@ class Transcoder(nn.Module):
         self.W_dec = nn.Parameter(torch.zeros(latents, targets, d_model))
         self.b_dec = nn.Parameter(torch.zeros(d_model))
         self.register_parameter("logits", None)
+        self._make_thresholds(activation)
         self.register_buffer("connection_indices", None)
         self._connections: ops.Connections | None = None
+
+    def _make_thresholds(self, activation: str) -> None:
+        if activation == "jumprelu":
+            self.threshold = nn.Parameter(torch.zeros(self.latents))
+            self.register_buffer("threshold_sparse", None)
+            return
+        for name in ("threshold", "threshold_sparse"):
+            self.register_buffer(name, torch.zeros(self.latents) if activation == "batchtopk" else None)
 
     @property
     def connections(self) -> ops.Connections | None:
@@ -88,6 +105,18 @@ class Transcoder(nn.Module):
             return None
         filled = self.connection_indices >= 0
         return filled if self.logits is None else filled & (self.logits > 0)
+
+    def keep_wide_thresholds(self) -> None:
+        """Thresholds in fp32 at least, whatever the dtype of the weights."""
+        for threshold in (self.threshold, self.threshold_sparse):
+            if threshold is not None:
+                threshold.data = threshold.data.to(accumulation_dtype(threshold.dtype))
+
+    def threshold_of(self, mode: Mode) -> Tensor:
+        """The threshold [F] of a mode: only BatchTopK has one for each."""
+        threshold = self.threshold if mode == "vanilla" or self.threshold_sparse is None else self.threshold_sparse
+        assert threshold is not None
+        return threshold
 
     def decode(self, latents: Latents, backend: str | None = None) -> Tensor:
         """What the latents write to each target, without bias: [N, T, D]."""

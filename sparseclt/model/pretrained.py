@@ -30,6 +30,8 @@ def named_tensors(clt: Transcoders) -> dict[str, Tensor]:
             "b_dec": module.b_dec,
             "connections": None if module.connection_indices is None else module.connection_indices.int(),
             "logits": module.logits,
+            "threshold": module.threshold,
+            "threshold_sparse": module.threshold_sparse,
         }
         weights = clt.attention_of(module.site)
         if weights is not None:
@@ -50,6 +52,9 @@ def load_tensors(clt: Transcoders, tensors: TensorFiles) -> None:
         for name in ("W_enc", "b_enc", "W_dec", "b_dec"):
             parameter = getattr(module, name)
             parameter.copy_(tensors[prefix + name].view_as(parameter))
+        for name in ("threshold", "threshold_sparse"):
+            if (threshold := getattr(module, name)) is not None:
+                threshold.copy_(tensors[prefix + name])
         device = module.W_enc.device
         if prefix + "connections" in tensors:
             try:
@@ -57,11 +62,10 @@ def load_tensors(clt: Transcoders, tensors: TensorFiles) -> None:
             except ValueError as error:
                 raise CheckpointError(f"{tensors.place(prefix + 'connections')}: {error}") from error
         if prefix + "logits" in tensors:
-            logits = tensors[prefix + "logits"].to(device)
             if module.logits is None:
-                module.logits = nn.Parameter(logits)
+                module.logits = nn.Parameter(tensors[prefix + "logits"].to(device))
             else:
-                module.logits.copy_(logits)
+                tensors.copy_into(prefix + "logits", module.logits)
 
 
 def write(directory: Path, clt: Transcoders) -> None:
@@ -97,3 +101,8 @@ def read(path: Path) -> tuple[Architecture, list[AttentionWeights] | None, Tenso
         for layer in range(architecture.model.layers)
     ]
     return architecture, attention, tensors
+
+
+def dtype_of(tensors: TensorFiles) -> torch.dtype:
+    """The dtype of the weights of a CLT on disk."""
+    return tensors["mlp.0.W_enc"].dtype

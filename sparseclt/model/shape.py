@@ -36,9 +36,17 @@ class ModelShape:
     """The model's name or path, as it was given."""
 
 
+def active_slots(activation: str, active: int, latents: int) -> int:
+    """The most active latents of a token, for K = `active` and F = `latents`: see `Architecture.slots`."""
+    return active if activation == "topk" else min(4 * active, latents)
+
+
 @strict()
 class Architecture:
     """The shape of a CLT: that of its language model, F latents per module, K of them active per token.
+
+    `activation`: with "topk" each token has its K strongest latents. With "batchtopk" and "jumprelu" K is a mean, and a
+    token has at most `slots`: see `model.nonlinearity`. `bandwidth`: that of `ops.jumprelu_encode`, for training.
 
     `attention`: what stands for attention in sparsely-connected mode. "frozen": the model's real attention outputs;
     "latents": modules of their own. Raises ValueError for sizes below 1 and for K above F.
@@ -48,6 +56,13 @@ class Architecture:
     latents: int
     active: int
     attention: Literal["frozen", "latents"] = "frozen"
+    activation: Literal["topk", "batchtopk", "jumprelu"] = "topk"
+    bandwidth: float = 0.1
+
+    @property
+    def slots(self) -> int:
+        """The most active latents of a token: K with "topk", otherwise 4 K, or F if that is less."""
+        return active_slots(self.activation, self.active, self.latents)
 
     def __post_init__(self) -> None:
         sizes = {"layers": self.model.layers, "d_model": self.model.d_model}

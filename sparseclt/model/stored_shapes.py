@@ -35,12 +35,17 @@ def _check_module(architecture: Architecture, tensors: TensorFiles, prefix: str,
         "W_dec": (F, *targets, D),
         "b_dec": (D,),
     }
+    if architecture.activation != "topk":
+        shapes["threshold"] = (F,)
+    if architecture.activation == "batchtopk":
+        shapes["threshold_sparse"] = (F,)
     for name, shape in shapes.items():
         tensors.check(prefix + name, FLOATS, shape)
     if prefix + "connections" in tensors:
         tensors.check(prefix + "connections", [torch.int32], (F, None))
     if prefix + "logits" in tensors:
-        tensors.check(prefix + "logits", FLOATS, (F, None))
+        slots = tensors.shape(prefix + "connections")[1] if prefix + "connections" in tensors else None
+        tensors.check(prefix + "logits", FLOATS, (F, slots))
 
 
 def _check_attention(architecture: Architecture, tensors: TensorFiles, prefix: str) -> None:

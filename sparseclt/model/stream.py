@@ -10,7 +10,8 @@ from sparseclt.model.transcoders import Transcoders
 
 
 class UnmaskedStream:
-    """In sparsely-connected mode: the embedding, biases already written, frozen attention outputs, error nodes.
+    """In sparsely-connected mode: the embedding, biases already written, frozen attention outputs, error nodes; at
+    tokens that do not count, which have no latents, the model's own residual stream.
 
     Sites ask in model order; the sum grows from one to the next and is never built anew.
     """
@@ -31,7 +32,8 @@ class UnmaskedStream:
             if writer not in outputs:
                 self._stream = self._stream + real
                 continue
-            self._stream = self._stream + self.clt.transcoder(self.clt.sites.index(writer)).b_dec
+            b_dec = self.clt.transcoder(self.clt.sites.index(writer)).b_dec
+            self._stream = self._stream + activations.where_counted(b_dec, real)
             if self.error_nodes:
                 self._stream = self._stream + (real - outputs[writer]).detach()
         self._passed = max(self._passed, earlier)

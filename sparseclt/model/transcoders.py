@@ -24,7 +24,7 @@ class Transcoders(nn.Module):
         self.sites = model_sites(a.model.layers, a.attention == "latents")
         self.upstream = [upstream_modules(self.sites, i, a.model.parallel) for i in range(len(self.sites))]
         self.transcoders = nn.ModuleList(
-            Transcoder(site, a.model.d_model, a.latents, self._targets(site), upstream * a.latents)
+            Transcoder(site, a.model.d_model, a.latents, self._targets(site), upstream * a.latents, a.activation)
             for site, upstream in zip(self.sites, self.upstream, strict=True)
         )
         if a.attention == "latents":

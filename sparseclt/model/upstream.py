@@ -28,7 +28,8 @@ class UpstreamLatents:
         columns = slice(index * K, (index + 1) * K)
         # By .data: autograd has saved columns to the left of these, and must not take this for a change of them.
         self._buffer.values.data[:, columns] = latents.values.detach()
-        self._buffer.indices.data[:, columns] = latents.indices + index * self.latents
+        ids = latents.indices + index * self.latents
+        self._buffer.indices.data[:, columns] = ids.masked_fill_(latents.indices < 0, -1)
         self._values.append(latents.values)
 
     def of_first(self, modules: int) -> Latents:

@@ -3,7 +3,6 @@
 import math
 import re
 import reprlib
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from sparseclt.storage.directories import (
     CheckpointError,
     read_versioned,
     remove_directory,
+    remove_tree,
     verified,
 )
 from sparseclt.storage.json_files import write_json
@@ -88,7 +88,7 @@ def prune(run: str | Path, keep: int) -> None:
     for step in sorted(complete)[:-keep]:
         remove_directory(complete[step])
     for directory in (Path(run) / "checkpoints").glob("step_*.tmp"):
-        shutil.rmtree(directory)
+        remove_tree(directory)
 
 
 def _complete(run: str | Path) -> dict[int, Path]:

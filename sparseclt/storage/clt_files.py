@@ -24,15 +24,19 @@ _LAYOUT = {
     ("mlp", "W_enc"): ("W_enc", "W_enc"),
     ("mlp", "b_enc"): ("W_enc", "b_enc"),
     ("mlp", "b_dec"): ("W_enc", "b_dec"),
+    ("mlp", "threshold"): ("W_enc", "threshold"),
     ("mlp", "W_dec"): ("W_dec", "W_dec"),
     ("mlp", "connections"): ("connections", "connections"),
     ("mlp", "logits"): ("connections", "logits"),
+    ("mlp", "threshold_sparse"): ("connections", "threshold_sparse"),
     ("attn", "W_enc"): ("attn", "W_enc_attn"),
     ("attn", "b_enc"): ("attn", "b_enc_attn"),
+    ("attn", "threshold"): ("attn", "threshold_attn"),
     ("attn", "W_dec"): ("attn", "W_dec_attn"),
     ("attn", "b_dec"): ("attn", "b_dec_attn"),
     ("attn", "connections"): ("attn_connections", "connections_attn"),
     ("attn", "logits"): ("attn_connections", "logits_attn"),
+    ("attn", "threshold_sparse"): ("attn_connections", "threshold_sparse_attn"),
     ("attn", "W_V"): ("attn_model", "W_V"),
     ("attn", "W_O"): ("attn_model", "W_O"),
     ("attn", "bias"): ("attn_model", "bias"),
@@ -53,8 +57,9 @@ def save_clt(
     """Write a CLT's weights and configuration into `directory`, which is best one from `atomic_directory`.
 
     tensors: flat, with keys "mlp.{l}.NAME" and "attn.{l}.NAME". NAME is W_enc [F, D], b_enc [F], b_dec [D],
-        W_dec ([F, L-l, D] for mlp, [F, D] for attn), and optionally connections [F, C] int32 and
-        logits [F, C]; for attn also the model's own W_V, W_O and bias. mlp layers must be 0..L-1.
+        W_dec ([F, L-l, D] for mlp, [F, D] for attn), and optionally connections [F, C] int32, logits [F, C],
+        threshold [F] and threshold_sparse [F]; for attn also the model's own W_V, W_O and bias. mlp layers must be
+        0..L-1.
         Written a piece at a time: never a copy of a whole tensor.
     config: JSON values, with a "model_name"; tuples come back as lists.
     mlp_input: the TransformerLens hook, in a block, of what the model's MLPs read.
@@ -71,11 +76,13 @@ def save_clt(
     directory = Path(directory)
     files = _group_by_file(tensors)
     write_json(directory / CONFIG, {"format_version": FORMAT_VERSION, **config}, "config")
-    write_text(
-        directory / "config.yaml",
+    warning = (
         "# Without threshold tensors circuit-tracer runs this model as plain ReLU.\n"
         "# If it was trained with TopK, add a calibrated threshold first.\n"
-        "model_kind: cross_layer_transcoder\n"
+    )
+    write_text(
+        directory / "config.yaml",
+        ("" if "mlp.0.threshold" in tensors else warning) + "model_kind: cross_layer_transcoder\n"
         f"model_name: {json.dumps(config['model_name'])}\n"
         f"feature_input_hook: {json.dumps(mlp_input)}\n"
         'feature_output_hook: "hook_mlp_out"\n',

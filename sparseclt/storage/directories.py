@@ -43,7 +43,7 @@ def atomic_directory(path: str | Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
         if old.exists():
             if path.exists():
-                shutil.rmtree(old)
+                remove_tree(old)
             else:
                 os.rename(old, path)
         temporary.mkdir()
@@ -63,7 +63,7 @@ def atomic_directory(path: str | Path) -> Iterator[Path]:
         raise
     fsync(path.parent)
     if old.exists():
-        shutil.rmtree(old)
+        remove_tree(old)
 
 
 def remove_directory(path: str | Path) -> None:
@@ -72,9 +72,17 @@ def remove_directory(path: str | Path) -> None:
     temporary, old = _temporary(path), _old(path)
     shutil.rmtree(temporary, ignore_errors=True)
     if path.exists() and old.exists():
-        shutil.rmtree(old)
+        remove_tree(old)
     os.rename(_find(path), temporary)
-    shutil.rmtree(temporary)
+    remove_tree(temporary)
+
+
+def remove_tree(directory: Path) -> None:
+    """`shutil.rmtree`, whose errors name files without the directory that they lie in (up to Python 3.12)."""
+    try:
+        shutil.rmtree(directory)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(directory)) from error
 
 
 def _temporary(path: Path) -> Path:
@@ -201,7 +209,7 @@ def read_versioned(path: Path, files: list[str], name: str) -> dict[str, Any]:
     version = content.pop("format_version", None)
     if type(version) is not int or version != FORMAT_VERSION:
         raise CheckpointError(
-            f"{path / name} has format version {version!r}, expected {FORMAT_VERSION}: "
+            f"{path / name} has format version {reprlib.repr(version)}, expected {FORMAT_VERSION}: "
             "read it with the version of sparseclt that wrote it"
         )
     return content

@@ -100,15 +100,22 @@ class TensorFiles(Mapping[str, Tensor]):
         if name not in self._places:
             folder = next((str(file.parent) for file, _ in self._places.values()), "the checkpoint")
             raise CheckpointError(f"{folder} lacks the tensor {name!r}: expected one of shape {_text(shape)}")
-        file, stored = self._places[name]
-        with _opened(file) as tensors:
-            part = tensors.get_slice(stored)
-            dtype, got = part.get_dtype(), part.get_shape()
+        dtype, got = self._header(name)
         expected = [NAMES[dtype] for dtype in dtypes]
         if dtype not in expected:
             raise CheckpointError(f"{self.place(name)} is of dtype {dtype}, expected {' or '.join(expected)}")
         if len(got) != len(shape) or any(b not in (None, a) for a, b in zip(got, shape, strict=True)):
             raise CheckpointError(f"{self.place(name)} has shape {_text(got)}, expected {_text(shape)}")
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of a tensor, by the header of its file."""
+        return self._header(name)[1]
+
+    def _header(self, name: str) -> tuple[str, tuple[int, ...]]:
+        file, stored = self._places[name]
+        with _opened(file) as tensors:
+            part = tensors.get_slice(stored)
+            return part.get_dtype(), tuple(part.get_shape())
 
     def copy_into(self, name: str, target: Tensor) -> None:
         """Fill `target` with the tensor. Raises CheckpointError unless it has the shape and the dtype of `target`."""

@@ -9,7 +9,7 @@ from sparseclt.config import TrainConfig
 from sparseclt.data.activation_cache import open_cache
 from sparseclt.data.activation_stream import block_batches, number_bytes, shuffled
 from sparseclt.data.prefetch import one_ahead
-from sparseclt.data.text import RowStream
+from sparseclt.data.row_stream import RowStream
 from sparseclt.language_model.language_model import LanguageModel
 from sparseclt.model.activations import Activations
 

@@ -36,13 +36,35 @@ class TokenSum(NamedTuple):
         return self.total / tokens
 
 
-def fvu_sums(y: Tensor, reconstruction: Tensor, mean: Tensor | None = None) -> FVUSums:
+class L0Sum(NamedTuple):
+    """A sum over tokens of active latents / K, for a penalty of how far its mean is from 1; it adds up over
+    micro-batches. One of the losses with which Rajamanoharan et al., "Jumping Ahead: Improving Reconstruction Fidelity
+    with JumpReLU Sparse Autoencoders" (2024), train towards a given L0."""
+
+    total: Tensor
+
+    def value(self, tokens: int) -> Tensor:
+        """(L0 / K - 1)^2 over so many tokens."""
+        return (self.total / tokens - 1).square()
+
+
+def mean_over(y: Tensor, counted: Tensor | None) -> Tensor:
+    """The mean [D] of y [N, D] over the tokens that count; `counted` [N] boolean, None: all."""
+    if counted is None:
+        return y.mean(0)
+    weights = counted.to(y.dtype)
+    return weights @ y / weights.sum()
+
+
+def fvu_sums(y: Tensor, reconstruction: Tensor, mean: Tensor | None = None, counted: Tensor | None = None) -> FVUSums:
     """Sufficient statistics of `fvu(y, reconstruction)`; y [N, D] gets no gradient. `mean` [D]: that of the whole batch
-    of which y is a part, if it is known."""
+    of which y is a part, if it is known. `counted` [N], with `mean`: the tokens that count; at the others the
+    reconstruction must be y."""
     # mse_loss keeps no difference for backward.
     error = mse_loss(reconstruction, y, reduction="sum")
     if mean is not None:
-        return FVUSums(error, (y - mean).square().sum(), y.new_zeros(()))
+        square = (y - mean).square().sum(1)
+        return FVUSums(error, square.sum() if counted is None else square @ counted.to(y.dtype), y.new_zeros(()))
     return FVUSums(error, y.square().sum(), y.sum(0))
 
 
@@ -75,8 +97,8 @@ def latent_fvu(latents: Latents, target: Latents, F: int) -> Tensor:
 
 
 def dead_reconstruction(forward: ForwardPass, dead: Tensor, k: int) -> dict[Site, Tensor]:
-    """What the k strongest dead latents of each module would write to each site, [N, D]; empty if no latent is dead.
-    `dead` is boolean [M, F].
+    """What the k strongest dead latents of each module would write to each site, [N, D], 0 at tokens that do not count;
+    empty if no latent is dead. `dead` is boolean [M, F].
 
     Dead latents are encoded as the mode encodes them: from the module's input in vanilla mode, through their
     virtual weights in sparsely-connected mode.
@@ -89,6 +111,8 @@ def dead_reconstruction(forward: ForwardPass, dead: Tensor, k: int) -> dict[Site
         latents = forward.encode(index, rows, min(k, len(rows)))
         for to, part in forward.decode(index, Latents(latents.values, rows[latents.indices])):
             written[to] = written[to] + part if to in written else part
+    for site, part in written.items():
+        written[site] = forward.activations.where_counted(part, 0.0)
     return written
 
 

@@ -114,6 +114,7 @@ def _pass_terms(x: RunSizes) -> list[MemoryTerm]:
     noted_aux = x.modes * (FLOAT + ID) * x.N * x.aux * x.M
     kept = x.micro_outputs + 33 * x.n * x.K * x.M
     aux = x.modes * (3 * x.micro_outputs + 20 * x.n * x.aux * x.M) if x.aux else 0
+    candidates = (x.config.clt.activation != "topk") * x.modes * 14 * x.n * x.K * x.M
     one_module = FLOAT * x.n * x.D * x.widest
     return [
         MemoryTerm("encoder gradients", encoders, ("backward", *NOTED), "w P_enc"),
@@ -122,6 +123,9 @@ def _pass_terms(x: RunSizes) -> list[MemoryTerm]:
         MemoryTerm("reconstructions", x.modes * x.micro_outputs, FORWARD,
                    "modes x 4 n D L; n: tokens of a micro-batch"),
         MemoryTerm("active latents", x.active_latents, (*FORWARD, *NOTED), "modes x 12 N K M"),
+        MemoryTerm("candidates for active latents", candidates, FORWARD, "modes x 14 n K M"),
+        MemoryTerm("latents before those of position 0 are emptied", x.modes * FLOAT * x.n * x.K * x.M, FORWARD,
+                   "modes x 4 n K M"),
         MemoryTerm("latents of all micro-batches", x.in_parts * x.active_latents, NOTED, "modes x 12 N K M"),
         MemoryTerm("kept for backward", x.sparse * kept, FORWARD, "4 n D L + 33 n K M"),
         MemoryTerm("AuxK, when latents are dead", aux, FORWARD, "modes x (12 n D L + 20 n M aux_latents)"),
@@ -149,13 +153,13 @@ def _update_terms(x: RunSizes) -> list[MemoryTerm]:
     else:
         kept = summed = min(CHUNK_BYTES.on(device), largest)
     widened = x.config.clt.dtype == "bf16" or x.config.optimizer.state == "8bit"
-    piece = min(PIECE_BYTES.on(device), largest)
+    pieces = (6 if widened else 1) * min(PIECE_BYTES.on(device), largest)
     side_by_side = x.passes * FLOAT * x.N * x.D * x.widest
     return [
         MemoryTerm("gradients of reconstructions, side by side", side_by_side, ("update",),
                    "modes x 4 N D L; AuxK: twice"),
-        MemoryTerm("decoder gradients", kept + max(summed, 5 * widened * piece), ("update",),
-                   "4 P_dec, or 64 MiB (CPU: 8), plus partial sums or 5 widened pieces"),
+        MemoryTerm("decoder gradients", kept + max(summed, pieces), ("update",),
+                   "4 P_dec, or 64 MiB (CPU: 8), plus partial sums or 1 piece of weights, 6 if widened"),
     ]  # fmt: skip
 
 

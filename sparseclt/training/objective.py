@@ -34,6 +34,7 @@ class ModePass:
 
     outputs: dict[Site, Tensor]  # [N, D] reconstructions
     latents: list[Latents]  # one entry per module
+    l0: list[Tensor]  # [N] per module, with a gradient; empty except with JumpReLU
     dead_reconstruction: dict[Site, Tensor] = field(default_factory=dict)  # [N, D], for AuxK
     cross_entropy: Tensor | None = None  # of the replaced model, a mean over tokens
 
@@ -47,7 +48,7 @@ class LossTerm(NamedTuple):
 
     mode: Mode
     weight: float
-    sums: Sequence[losses.FVUSums | losses.TokenSum]
+    sums: Sequence[losses.FVUSums | losses.TokenSum | losses.L0Sum]
 
     def value(self, tokens: int) -> Tensor:
         """Its value, not yet weighted, over so many tokens."""
@@ -97,7 +98,7 @@ class Objective:
     def _pass(self, mode: Mode, activations: Activations, gradients: DecoderGradients | None) -> ModePass:
         c, backend = self.config.loss, self.config.compute.backend
         forward = self.clt(activations, mode, backend=backend, gradients=gradients)
-        result = ModePass({site: forward.output(site) for site in self.clt.sites}, forward.latents)
+        result = ModePass({site: forward.output(site) for site in self.clt.sites}, forward.latents, forward.l0)
         dead = self.activity[mode].dead(c.dead_after_tokens)
         if c.aux_weight and dead.any():
             result.dead_reconstruction = losses.dead_reconstruction(forward, dead, c.aux_latents)
@@ -112,7 +113,7 @@ class Objective:
         real = activations.outputs(self.clt.sites)
         terms: dict[str, LossTerm] = {}
         for mode, result in passes.items():
-            terms |= self._terms_of_mode(mode, result, real, means)
+            terms |= self._terms_of_mode(mode, result, activations, real, means)
         if self.policy and "sparse" in passes:
             c, pairs = self.config, zip(passes["sparse"].latents, passes["vanilla"].latents, strict=True)
             agreement = [losses.latent_fvu_sums(z, target, c.clt.latents) for z, target in pairs]
@@ -120,22 +121,26 @@ class Objective:
         return terms
 
     def _terms_of_mode(
-        self, mode: Mode, result: ModePass, real: dict[Site, Tensor], means: Means
+        self, mode: Mode, result: ModePass, activations: Activations, real: dict[Site, Tensor], means: Means
     ) -> Iterator[tuple[str, LossTerm]]:
         """FVU of every site, AuxK, cross-entropy."""
-        c, outputs = self.config.loss, result.outputs
+        c, outputs, counted = self.config.loss, result.outputs, activations.counted_flat
         for site in self.clt.sites:
-            sums = losses.fvu_sums(real[site], outputs[site], means[site])
+            sums = losses.fvu_sums(real[site], outputs[site], means[site], counted)
             yield f"fvu_{mode}/{site.name}", LossTerm(mode, 1, [sums])
         if result.dead_reconstruction:
             yield f"aux_{mode}", LossTerm(mode, c.aux_weight, losses.aux_k(result.dead_reconstruction, outputs, real))
+        if result.l0 and c.l0_weight:
+            L0s = [losses.L0Sum(l0.sum() / self.clt.architecture.active) for l0 in result.l0]
+            yield f"l0_penalty_{mode}", LossTerm(mode, c.l0_weight, L0s)
         if result.cross_entropy is not None:
-            total = losses.TokenSum(result.cross_entropy * real[self.clt.sites[0]].shape[0])
+            total = losses.TokenSum(result.cross_entropy * activations.counted_tokens)
             yield f"cross_entropy_{mode}", LossTerm(mode, c.cross_entropy_weight, [total])
 
     def means(self, activations: Activations) -> Means:
-        """The mean [D] of each site's real output."""
-        return {site: activations.output(site).mean(0) for site in self.clt.sites}
+        """The mean [D] of each site's real output, over the tokens that count."""
+        counted = activations.counted_flat
+        return {site: losses.mean_over(activations.output(site), counted) for site in self.clt.sites}
 
     def loss(self, terms: dict[str, LossTerm], tokens: int, rho: float) -> tuple[Tensor, Values]:
         """The loss of a batch of so many tokens, and its terms by name. `rho`: weight of the sparsely-connected
@@ -152,13 +157,15 @@ class Objective:
         """The gradient of a batch's loss; encoders and biases get theirs in `.grad`. `rho`: weight of the
         sparsely-connected terms. `check(loss, terms)` may raise before anything is differentiated.
 
-        If memory runs out, it is tried once more in micro-batches of half as many rows, and the run stays with those.
+        If memory runs out, it is tried once more in micro-batches of half as many rows, and the run stays with those;
+        except with BatchTopK, which needs the whole batch.
         """
         try:
             return self._backward(activations, rho, check)
         except Exception as error:
             halved = self.micro_rows < self._configured_rows
-            if halved or self.micro_rows == 1 or not is_out_of_memory(error):
+            whole = self.clt.architecture.activation == "batchtopk"  # chooses the latents of all rows at once
+            if whole or halved or self.micro_rows == 1 or not is_out_of_memory(error):
                 raise
         # Not inside the handler, which keeps the tensors of the failed step alive.
         self.clt.zero_grad(set_to_none=True)
@@ -180,7 +187,7 @@ class Objective:
         gradients, means = DecoderGradients(self.clt, self.config.compute.backend), self.means(activations)
         passes = self.passes(activations, gradients)
         # Without a name: kept through the backward pass, the terms would keep its reconstructions, too.
-        total, values = self.loss(self.terms(passes, activations, means), activations.tokens.numel(), rho)
+        total, values = self.loss(self.terms(passes, activations, means), activations.counted_tokens, rho)
         check(total, values)
         total.backward()
         latents = {mode: result.detached_latents() for mode, result in passes.items()}
@@ -199,7 +206,7 @@ class Objective:
             runs = (self.terms(self.passes(part), part, means) for part in parts)
             terms = reduce(_added, runs)
         leaves = [tensor.requires_grad_() for term in terms.values() for tensor in term.tensors()]
-        total, values = self.loss(terms, activations.tokens.numel(), rho)
+        total, values = self.loss(terms, activations.counted_tokens, rho)
         check(total, values)
         total.backward()
         latents = []

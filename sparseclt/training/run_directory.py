@@ -1,61 +1,137 @@
-"""The files of a training run: its configuration, its metrics, its checkpoints."""
+"""The files of a training run: what it was trained on, its metrics, its checkpoints."""
 
 import json
-from collections.abc import Mapping
+import os
+import shutil
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 from torch import Tensor
 
-from sparseclt.config import TrainConfig, from_dict, to_dict
 from sparseclt.connections.activity import Activity
+from sparseclt.data.tokens import rows_digest
+from sparseclt.language_model.identity import tokenizer_digest
+from sparseclt.language_model.language_model import LanguageModel
 from sparseclt.model import pretrained
 from sparseclt.model.clt import SparseCLT
 from sparseclt.model.sites import Mode
 from sparseclt.storage import checkpoint, clt_files
-from sparseclt.storage.directories import atomic_directory
+from sparseclt.storage.directories import CheckpointError, atomic_directory, verify
 from sparseclt.storage.json_files import read_json, replace_file
-from sparseclt.strict import ConfigError
+from sparseclt.storage.run_config import CHECKPOINTS, has_checkpoints
 from sparseclt.training.optimizer import RowAdam
 
-CONFIG, METRICS, CLT, CHECKPOINTS = "config.json", "metrics.jsonl", "clt", "checkpoints"
+METRICS, IDENTITY = "metrics.jsonl", "identity.json"
+NAMES = {
+    "model": "model.path: the weights of the language model",
+    "tokenizer": "model.path: the tokenizer's rules",
+    "rows": "data.source: the rows of tokens",
+}
 
 
-def read_config(run: str | Path) -> TrainConfig:
-    """The configuration that a run directory was trained with."""
-    path = Path(run) / CONFIG
+class Identity(NamedTuple):
+    """What a run was trained on, as digests: the model's weights, its tokenizer, the training rows."""
+
+    model: str
+    tokenizer: str
+    rows: str | None
+
+    @classmethod
+    def of(cls, language_model: LanguageModel, rows: Tensor | None) -> "Identity":
+        """That of a run on `rows` [R, S]; None: whichever they are."""
+        text = None if rows is None else rows_digest(rows)
+        return cls(language_model.digest(), tokenizer_digest(language_model.tokenizer), text)
+
+    def check(self, found: Mapping[str, object], place: Path) -> None:
+        """A ValueError that names what is not as in `found`, which `place` holds."""
+        for name, digest in self._asdict().items():
+            if digest is not None and digest != found.get(name):
+                raise ValueError(
+                    f"{NAMES[name]} are not those that {place} was trained on (digest {digest[:12]}, expected "
+                    f"{str(found.get(name))[:12]}); give those, or start a new run"
+                )
+
+
+def write_identity(run: Path, identity: Identity) -> None:
+    """Write down what the run in directory `run` is trained on."""
+    replace_file(run / IDENTITY, json.dumps(identity._asdict(), indent=2) + "\n")
+
+
+def check_identity(run: Path, identity: Identity) -> None:
+    """A ValueError if the run in directory `run` was trained on something else."""
+    path = run / IDENTITY
     if not path.is_file():
-        raise ValueError(f"run: expected a run directory with config.json, got {run}")
-    try:
-        return from_dict(read_json(path))
-    except ConfigError as error:
-        raise ConfigError(f"{path}: " + f"\n{path}: ".join(str(error).splitlines())) from error
+        raise ValueError(f"run: expected {path}, which says what the run was trained on; restore it")
+    identity.check(read_json(path), run)
 
 
-def write_config(run: Path, config: TrainConfig) -> None:
-    """Write `config` into the run directory, which is made if it is not there."""
+@contextmanager
+def run_directory(run: Path, begun: Callable[[], bool]) -> Iterator[None]:
+    """Make directory `run` if it is not there. If an error ends the block before the run has `begun`, what was made is
+    removed again."""
+    made = [path for path in (run, *run.parents) if not path.exists()]
     run.mkdir(parents=True, exist_ok=True)
-    replace_file(run / CONFIG, json.dumps(to_dict(config), indent=2) + "\n")
+    try:
+        yield
+    except Exception:
+        if made and not begun():
+            shutil.rmtree(run, ignore_errors=True)
+            with suppress(OSError):  # not empty: another run has begun there
+                for parent in made[1:]:
+                    parent.rmdir()
+        raise
 
 
-def same_results(a: TrainConfig, b: TrainConfig) -> bool:
-    """Whether two configurations differ in nothing that has an influence on the weights."""
-    return _without_bystanders(a) == _without_bystanders(b)
-
-
-def _without_bystanders(config: TrainConfig) -> dict[str, Any]:
-    values = to_dict(config)
-    del values["out"], values["device"]
-    del values["logging"]["loggers"], values["logging"]["progress"], values["checkpoints"]["keep"]
-    return values
-
-
-def newest_checkpoint(run: Path) -> Path:
-    """The newest whole checkpoint below `run`. Raises ValueError if there is none."""
-    path = checkpoint.latest(run)
-    if path is None:
-        raise ValueError(f"resume: expected a run directory with a checkpoint, found none below {run}")
+def choose_checkpoint(run: Path, name: str | Path) -> Path:
+    """Checkpoint `name` of the run in directory `run`, given as step_N or as a path. Raises CheckpointError if it is
+    damaged, ValueError if it is none of this run's."""
+    folder = run / CHECKPOINTS
+    path = Path(name) if Path(name).parent.resolve() == folder.resolve() else folder / name
+    if path.parent != folder and path.parent.resolve() != folder.resolve() or not path.is_dir():
+        there = ", ".join(sorted(p.name for p in folder.glob("step_????????"))) or "none"
+        raise ValueError(f"checkpoint: expected one of {folder} ({there}), got {name}")
+    verify(path)
     return path
+
+
+def newest_checkpoint(run: Path) -> Path | None:
+    """The newest whole checkpoint below `run`; None if the run never wrote one.
+
+    Damaged ones are renamed, with a warning. Raises CheckpointError if that leaves none.
+    """
+    while (path := checkpoint.latest(run)) is not None:
+        try:
+            verify(path)
+            return path
+        except CheckpointError as error:
+            aside = _set_aside(path, "damaged")
+            warnings.warn(f"{error}; it is now {aside.name}, and the checkpoint before it is taken", stacklevel=2)
+    if has_checkpoints(run):
+        raise CheckpointError(f"resume: expected a whole checkpoint in {run / CHECKPOINTS}, found only damaged ones")
+    return None
+
+
+def steps_done(run: Path) -> int | None:
+    """The step of the newest checkpoint below `run`, or None. Once that is the last one, clt/ is of that step."""
+    path = checkpoint.latest(run)
+    return None if path is None else int(path.name.removeprefix("step_").removesuffix(".old"))
+
+
+def set_later_aside(path: Path) -> None:
+    """Rename the checkpoints that are newer than `path`, which training goes on from."""
+    for later in path.parent.glob("step_????????"):
+        if later.name > path.name:
+            _set_aside(later, "superseded")
+
+
+def _set_aside(path: Path, reason: str) -> Path:
+    aside = path.with_name(f"{path.name}.{reason}")
+    shutil.rmtree(aside, ignore_errors=True)
+    os.rename(path, aside)
+    return aside
 
 
 class TrainingState:
@@ -71,24 +147,26 @@ class TrainingState:
             tensors |= {f"activity/{mode}/{name}": tensor for name, tensor in activity.state().items()}
         return tensors
 
-    def save(self, run: Path, step: int, micro_rows: int, keep: int) -> Path:
+    def save(self, run: Path, step: int, micro_rows: int, identity: Identity, keep: int) -> Path:
         """Write checkpoints/step_N of the run directory, whole or not at all, and keep only the `keep` newest ones."""
         folder = run / CHECKPOINTS
         folder.mkdir(exist_ok=True)  # without parents: a run directory that vanished is not made anew elsewhere
         path = folder / f"step_{step:08d}"
         with atomic_directory(path) as directory:
             pretrained.write(directory, self.clt)
-            checkpoint.save_state(directory, self.tensors(), {"step": step, "micro_rows": micro_rows})
+            digests = {name: str(digest) for name, digest in identity._asdict().items()}
+            checkpoint.save_state(directory, self.tensors(), {"step": step, "micro_rows": micro_rows, **digests})
         checkpoint.prune(run, keep)
         return path
 
-    def load(self, path: Path) -> tuple[int, int]:
+    def load(self, path: Path, identity: Identity) -> tuple[int, int]:
         """Take up the checkpoint in directory `path`; returns its step and its rows in a micro-batch.
 
-        Raises CheckpointError if it is damaged.
+        Raises CheckpointError if it is damaged, ValueError if it was trained on something else.
         """
-        pretrained.load_tensors(self.clt, clt_files.load_clt(path)[1])
         saved, numbers = checkpoint.load_state(path)
+        identity.check(numbers, path)
+        pretrained.load_tensors(self.clt, clt_files.load_clt(path)[1])
         for name, tensor in self.tensors().items():
             saved.copy_into(name, tensor)
         self.optimizer.step = checkpoint.whole_number(path, numbers, "step", 0)

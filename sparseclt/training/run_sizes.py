@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from sparseclt.config import TrainConfig
 from sparseclt.costs import BYTES, FLOAT, ID, CLTSize
 from sparseclt.data.activation_stream import number_bytes
-from sparseclt.model.shape import ModelShape
+from sparseclt.model.shape import ModelShape, active_slots
 from sparseclt.model.sites import model_sites, upstream_modules
 
 # The phases of a run. "selection": connections are chosen, at the start of a step; "encoders": their gradient through
@@ -44,11 +44,12 @@ def captured_bytes(config: TrainConfig, shape: ModelShape, tokens: int) -> int:
 
 class RunSizes:
     """The letters of the formulas for one run. n: tokens of a micro-batch; w: bytes of a weight; v: bytes of a number
-    of the activations, and of the language model; M: modules."""
+    of the activations; M: modules; K: the most active latents of a token."""
 
     def __init__(self, config: TrainConfig, shape: ModelShape):
         self.config, self.shape, self.size = config, shape, clt_size(config, shape)
-        self.L, self.D, self.F, self.K = shape.layers, shape.d_model, config.clt.latents, config.clt.active
+        self.L, self.D, self.F = shape.layers, shape.d_model, config.clt.latents
+        self.K = active_slots(config.clt.activation, config.clt.active, self.F)
         self.M = self.size.modules
         self.S = config.data.row_tokens
         self.N = config.batch_rows * self.S

@@ -1,9 +1,12 @@
 """Training: both modes from one activation capture, checkpoints that continue bit-exactly."""
 
+import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,27 +15,32 @@ from sparseclt.config import TrainConfig, to_dict
 from sparseclt.connections.activity import Activity, RecentLatents
 from sparseclt.connections.policies import make_policy
 from sparseclt.data.text import load_rows
-from sparseclt.devices import resolve
+from sparseclt.data.tokens import check_token_ids
+from sparseclt.devices import usable
 from sparseclt.language_model.language_model import LanguageModel
 from sparseclt.model.activations import Activations
 from sparseclt.model.clt import SparseCLT
 from sparseclt.model.decoder_gradients import DecoderGradients
 from sparseclt.model.shape import Architecture
 from sparseclt.model.sites import MODES, Mode
-from sparseclt.training import finite, memory, schedule
+from sparseclt.storage.run_config import CLT, check_changes, check_unused, read_config, write_config
+from sparseclt.training import finite, memory, schedule, thresholds
 from sparseclt.training.batches import Batches
+from sparseclt.training.interruption import Interrupted, StopRequest, stop_requests
 from sparseclt.training.loggers import RunLog, truncate_after
+from sparseclt.training.normalisation import normalise
 from sparseclt.training.objective import ModePass, Objective
 from sparseclt.training.optimizer import RowAdam, clip_and_step
 from sparseclt.training.run_directory import (
-    CLT,
-    CONFIG,
     METRICS,
+    Identity,
     TrainingState,
+    check_identity,
+    choose_checkpoint,
     newest_checkpoint,
-    read_config,
-    same_results,
-    write_config,
+    run_directory,
+    set_later_aside,
+    write_identity,
 )
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -41,14 +49,18 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 def build_clt(config: TrainConfig, language_model: LanguageModel) -> SparseCLT:
     """The untrained CLT of `config` for `language_model`; the same for the same seed."""
     shape = language_model.shape
-    architecture = Architecture(shape, config.clt.latents, config.clt.active, config.clt.attention)
+    c = config.clt
+    architecture = Architecture(shape, c.latents, c.active, c.attention, c.activation, c.bandwidth)
     attention = None
     if config.clt.attention == "latents":
         attention = [language_model.attention_weights(layer) for layer in range(shape.layers)]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         clt = SparseCLT(architecture, attention)
-    return clt.to(DTYPES[config.clt.dtype])
+    clt.to(DTYPES[config.clt.dtype])
+    for module in clt:
+        module.keep_wide_thresholds()
+    return clt
 
 
 class Trainer:
@@ -62,7 +74,7 @@ class Trainer:
 
     def __init__(self, config: TrainConfig, *, language_model: LanguageModel | None = None, rows: Tensor | None = None):
         self.config, self.out = config, Path(config.out)
-        self.device = resolve(config.device)
+        self.device = usable(config.device)
         self.language_model = language_model or LanguageModel.load(
             config.model.path, layers=config.model.layers, device=str(self.device), dtype=config.model.dtype
         )
@@ -76,6 +88,7 @@ class Trainer:
         memory.check_fits(config, self.shape, memory.available_bytes(self.device))
         if rows is None:
             rows = load_rows(config, self.language_model.tokenizer, "train")
+        check_token_ids(rows, self.shape.vocab, self.language_model.tokenizer)
         self.clt = build_clt(config, self.language_model).to(self.device)
         self.policy = make_policy(config.connections, self.clt, config.steps, config.compute.backend)
         if self.policy:
@@ -93,7 +106,7 @@ class Trainer:
         M, F, c = len(self.clt.sites), self.config.clt.latents, self.config.connections
         activity: dict[Mode, Activity] = {mode: Activity(M, F, device=self.device) for mode in MODES}
         if self.policy and c.importance == "coactivation":
-            activity["vanilla"].recent = RecentLatents(M, self.config.clt.active, c.recent_tokens, self.device)
+            activity["vanilla"].recent = RecentLatents(M, self.clt.architecture.slots, c.recent_tokens, self.device)
         return activity
 
     def loss(
@@ -105,7 +118,7 @@ class Trainer:
         passes = objective.passes(activations, gradients)
         terms = objective.terms(passes, activations, objective.means(activations))
         rho = schedule.sparse_weight(self.config, step)
-        total, values = objective.loss(terms, activations.tokens.numel(), rho)
+        total, values = objective.loss(terms, activations.counted_tokens, rho)
         return total, values, passes
 
     def train_step(self, activations: Activations) -> dict[str, float]:
@@ -117,6 +130,9 @@ class Trainer:
         config, step = self.config, self.step
         with self._explaining_out_of_memory():
             finite.check_activations(activations, step)
+            if step == 0:
+                normalise(self.clt, self.optimizer, activations)
+                thresholds.calibrate(self.clt, activations, config.compute.backend)
             if self.policy and schedule.connections_may_change(config, step):
                 self.policy.update(self.clt, self.activity["vanilla"], step)
             rho = schedule.sparse_weight(config, step)
@@ -129,9 +145,13 @@ class Trainer:
             )
         finite.check_gradient(spoiled, step)
         for mode, latents in backward.latents.items():
-            self.activity[mode].update(latents)
+            self.activity[mode].update(latents, activations.counted_flat)
+        thresholds.follow(self.clt, backward.latents)
         self.step += 1
-        return self._metrics(backward.terms, norm)
+        counts = {}
+        if config.clt.activation != "topk":
+            counts = thresholds.metrics(self.clt, backward.latents, activations.counted_tokens)
+        return self._metrics(backward.terms, norm) | counts
 
     @contextmanager
     def _explaining_out_of_memory(self) -> Iterator[None]:
@@ -157,39 +177,87 @@ class Trainer:
                 metrics[f"dead_{mode}"] = dead.float().mean().item()
         return metrics
 
-    def fit(self, resume: str | Path | None = None) -> SparseCLT:
+    @cached_property
+    def identity(self) -> Identity:
+        """What this trainer trains on."""
+        return Identity.of(self.language_model, self.batches.rows)
+
+    def fit(self, resume: str | Path | None = None, *, checkpoint: str | Path | None = None) -> SparseCLT:
         """Train to the last step and return the CLT.
 
-        `resume`: a run directory of the same configuration; training goes on from its newest whole checkpoint
-        exactly as if it had never stopped. Without it the run directory must not hold a run yet.
+        `resume`: a run directory, wherever it lies; training goes on there from its newest whole checkpoint, or from
+        `checkpoint`, exactly as if it had never stopped. Without it the run directory must not hold a run yet.
+
+        SIGINT and SIGTERM finish the step and write a checkpoint; then `Interrupted` is raised. An error before the
+        first step is done leaves no directory behind.
         """
-        if resume is not None:
-            self.load(Path(resume))
-        elif (self.out / CONFIG).exists():
-            raise ValueError(f"out: {self.out} already holds a run; choose another directory, or resume it")
-        write_config(self.out, self.config)
-        truncate_after(self.out / METRICS, self.step)
-        log = RunLog(self.config.logging, self.out, to_dict(self.config), self.config.steps, self.step)
-        with closing(log), self._explaining_out_of_memory():
-            for activations in self.batches.from_step(self.step):
-                log.step(self.step + 1, self.train_step(activations))
-                if self.step == self.config.steps or self.step % self.config.checkpoints.every_steps == 0:
-                    self.save()
-        self.clt.save_pretrained(self.out / CLT)
-        return self.clt
+        if resume is None:
+            check_unused(self.out)
+        else:
+            self.load(Path(resume), checkpoint)
+        finished = self.step == self.config.steps
+        with run_directory(self.out, begun=lambda: self.step > 0):
+            write_identity(self.out, self.identity)
+            write_config(self.out, self.config)
+            truncate_after(self.out / METRICS, self.step)
+            log = RunLog(self.config.logging, self.out, to_dict(self.config), self.config.steps, self.step)
+            with closing(log), self._explaining_out_of_memory(), stop_requests() as request:
+                self._train(log, request)
+            if finished and (checkpoint is not None or not (self.out / CLT).is_dir()):
+                self.clt.save_pretrained(self.out / CLT)
+        return self.clt.eval()
+
+    def _train(self, log: RunLog, request: StopRequest) -> None:
+        """The steps that are left, and their checkpoints."""
+        self.clt.train()
+        c, saved_at = self.config.checkpoints, time.monotonic()
+        for activations in self.batches.from_step(self.step):
+            log.step(self.step + 1, self.train_step(activations))
+            late = c.every_minutes is not None and time.monotonic() - saved_at >= 60 * c.every_minutes
+            last = self.step == self.config.steps
+            if last:  # before the checkpoint: where there is one of the last step, clt/ is finished
+                self.clt.save_pretrained(self.out / CLT)
+            if last or late or request.signal or self.step % c.every_steps == 0:
+                self.save()
+                saved_at = time.monotonic()
+            if request.signal:
+                raise Interrupted(
+                    f"{request.signal.name} after step {self.step} of {self.config.steps}, which is saved; "
+                    f"sparseclt resume {self.out} goes on from there",
+                    request.signal,
+                )
 
     def save(self) -> Path:
         """Write checkpoints/step_N of the run directory, whole or not at all, and drop the oldest ones."""
-        return self.state.save(self.out, self.step, self.objective.micro_rows, self.config.checkpoints.keep)
+        keep = self.config.checkpoints.keep
+        return self.state.save(self.out, self.step, self.objective.micro_rows, self.identity, keep)
 
-    def load(self, run: Path) -> None:
-        """Take up the state of the newest whole checkpoint below `run`."""
-        path = newest_checkpoint(run)
-        if not same_results(read_config(run), self.config):
-            raise ValueError(f"resume: the configuration differs from that of {run}; start from Trainer.from_run(run)")
-        self.step, self.objective.micro_rows = self.state.load(path)
+    def load(self, run: Path, checkpoint: str | Path | None = None) -> None:
+        """Take up the run in directory `run` where its newest whole checkpoint, or `checkpoint`, stands; at step 0 if
+        it has none yet.
+
+        Raises ValueError, naming the option, for a configuration, model, tokenizer or text with which other weights
+        would come out.
+        """
+        stored = read_config(run)
+        check_changes(stored, self.config, run)
+        self.config, self.out = replace(self.config, out=str(run)), run
+        path = newest_checkpoint(run) if checkpoint is None else choose_checkpoint(run, checkpoint)
+        if path is None:
+            check_identity(run, self.identity)
+            return
+        step, micro_rows = self.state.load(path, self.identity)
+        if step > self.config.steps:
+            raise ValueError(f"steps: expected at least the {step} that {path} has done, got {self.config.steps}")
+        set_later_aside(path)
+        self.step = step
+        if self.config.compute.micro_batch_rows == stored.compute.micro_batch_rows:
+            self.objective.micro_rows = micro_rows  # fewer, if memory ran out
 
     @classmethod
-    def from_run(cls, run: str | Path) -> "Trainer":
-        """A trainer with the configuration of run directory `run`, to resume or to repeat it."""
-        return cls(read_config(run))
+    def from_run(cls, run: str | Path, **changes: Any) -> "Trainer":
+        """A trainer with the configuration of run directory `run`, for `fit(resume=run)`.
+
+        `changes`: fields of `TrainConfig` that are to have other values, such as `steps` or `device`.
+        """
+        return cls(replace(read_config(run), **{"out": str(run), **changes}))

@@ -11,7 +11,7 @@ from tiny_models import LAYERS, WIDTH
 from sparseclt.config import ActivationConfig
 from sparseclt.data import activation_stream
 from sparseclt.data.activation_stream import block_batches, buffer_bytes, shuffled, token_bytes
-from sparseclt.data.text import RowStream
+from sparseclt.data.row_stream import RowStream
 from sparseclt.model.activations import Activations
 from sparseclt.training.loggers import read_metrics
 

@@ -53,16 +53,20 @@ def test_first_module_is_the_same_in_both_modes(model, attention):
 
 
 def dense_sparse_mode(clt, model, activations):
-    """Sparsely-connected latents straight from the formulas: dense masked virtual weights, pair by pair."""
+    """Sparsely-connected latents straight from the formulas: dense masked virtual weights, pair by pair. At position 0,
+    which does not count, no latents, and the model's own outputs."""
     a = clt.architecture
     B, S = activations.tokens.shape
     outputs, dense, values = {}, [], []
-    bias = torch.zeros(a.model.d_model, dtype=torch.float64)
+    first = torch.zeros(B, S, 1, dtype=torch.bool)
+    first[:, 0] = True
     for i, module in enumerate(clt):
         site = module.site
         earlier = [u for u, other in enumerate(clt.sites) if is_earlier(other, site, a.model.parallel)]
-        bias = sum((clt.transcoder(u).b_dec for u in earlier), torch.zeros_like(bias))
-        base = activations.r_0 + bias
+        base = activations.r_0
+        for u in earlier:
+            real = activations.output(clt.sites[u]).view_as(base)
+            base = base + torch.where(first, real, clt.transcoder(u).b_dec)
         if a.attention == "frozen":
             layers = range(site.layer if a.model.parallel else site.layer + 1)
             base = base + sum((activations.attn_out[t] for t in layers), torch.zeros_like(base))
@@ -90,13 +94,13 @@ def dense_sparse_mode(clt, model, activations):
                     V = (head_rows(module.W_enc, weights, h) @ E.T) * mask
                     pre = pre + mix[:, h] @ (z @ V.T).view(B, S, -1)
             pre = pre.flatten(0, 1)
-        top = pre.relu().topk(a.active)
+        top = pre.masked_fill(first.view(-1, 1), 0).relu().topk(a.active)
         dense.append(torch.zeros_like(pre).scatter(1, top.indices, top.values))
         values.append(top.values)
         for target in range(module.W_dec.shape[1]):
             to = Site(site.kind, site.layer + target)
             outputs[to] = outputs.get(to, 0) + dense[i] @ module.W_dec[:, target]
-        outputs[site] = outputs[site] + module.b_dec
+        outputs[site] = torch.where(first.view(-1, 1), activations.output(site), outputs[site] + module.b_dec)
     return values, outputs
 
 

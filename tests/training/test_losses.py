@@ -59,7 +59,7 @@ def test_aux_k_moves_dead_latents_only_and_reaches_their_encoder_and_decoder(set
     dead = torch.zeros(3, 20, dtype=torch.bool)
     dead[1, [3, 7]] = True
     outputs = {site: forward.output(site) for site in clt.sites}
-    tokens = activations.tokens.numel()
+    tokens = activations.counted_tokens
     loss = sum(s.value(tokens) for s in aux_k(dead_reconstruction(forward, dead, k=2), outputs, real))
     module = clt.transcoder(1)
     W_enc, W_dec = torch.autograd.grad(loss, [module.W_enc, module.W_dec])
@@ -80,9 +80,10 @@ def test_aux_k_of_vanilla_mode_encodes_the_input_not_the_target(setting):
     outputs = {site: forward.output(site) for site in clt.sites}
     module, site = clt.transcoder(2), clt.sites[2]
     codes = torch.relu(activations.x[2].flatten(0, 1) @ module.W_enc[rows].T + module.b_enc[rows])
-    expected = fvu(real[site] - outputs[site], codes @ module.W_dec[rows, 0])
+    counted = activations.counted_flat
+    expected = fvu((real[site] - outputs[site])[counted], (codes @ module.W_dec[rows, 0])[counted])
     (sums,) = aux_k(dead_reconstruction(forward, dead, k=2), outputs, real)
-    torch.testing.assert_close(sums.value(activations.tokens.numel()), expected)
+    torch.testing.assert_close(sums.value(activations.counted_tokens), expected)
 
 
 def test_nothing_is_written_without_dead_latents(setting):

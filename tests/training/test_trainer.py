@@ -26,7 +26,6 @@ from sparseclt.model.clt import SparseCLT
 from sparseclt.model.sites import MODES
 from sparseclt.storage.checkpoint import latest, load_state
 from sparseclt.storage.clt_files import load_clt
-from sparseclt.storage.directories import CheckpointError
 from sparseclt.training.finite import NonFiniteError
 from sparseclt.training.loggers import read_metrics
 from sparseclt.training.trainer import Trainer
@@ -207,31 +206,10 @@ def test_a_non_finite_loss_stops_before_the_optimiser_step(tmp_path, model):
     assert all(torch.equal(a.nan_to_num(7), b.nan_to_num(7)) for a, b in zip(before, t.clt.parameters(), strict=True))
 
 
-def test_resuming_with_another_configuration_is_refused(tmp_path, model):
-    trainer(tmp_path, model).fit()
-    with pytest.raises(ValueError, match="resume: the configuration differs"):
-        trainer(tmp_path, model, steps=9).fit(resume=tmp_path)
-
-
-def test_resuming_without_a_checkpoint_is_refused(tmp_path, model):
-    with pytest.raises(ValueError, match="resume: expected a run directory with a checkpoint"):
-        trainer(tmp_path, model).fit(resume=tmp_path)
-
-
 def test_a_run_directory_is_not_overwritten(tmp_path, model):
     trainer(tmp_path, model).fit()
     with pytest.raises(ValueError, match="out: .* already holds a run"):
         trainer(tmp_path, model).fit()
-
-
-def test_a_flipped_byte_in_the_checkpoint_is_found_on_resume(tmp_path, model):
-    trainer(tmp_path, model).fit()
-    file = latest(tmp_path) / "W_enc_0.safetensors"
-    content = bytearray(file.read_bytes())
-    content[-5] ^= 1
-    file.write_bytes(content)
-    with pytest.raises(CheckpointError, match="W_enc_0.safetensors"):
-        trainer(tmp_path, model).fit(resume=tmp_path)
 
 
 def test_more_connections_than_upstream_latents_says_how_many_there_are(tmp_path, model):

@@ -1,0 +1,80 @@
+"""What an encoder's activation function makes of its strongest pre-activations.
+
+In either mode a module's encoder yields candidates: the `slots` strongest positive pre-activations of each token, by
+the kernels of TopK. TopK keeps all of them, as it has K slots. BatchTopK and JumpReLU have more, and choose here. They
+are exact for tokens that want no more latents than there are slots; `full_rows` counts those that may.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparseclt.model.modules import Latents
+from sparseclt.ops.batchtopk_encode import largest
+from sparseclt.ops.rows import accumulation_dtype, add_at_
+
+
+def batch_top_k(candidates: Latents, k: int, tokens: int) -> Latents:
+    """BatchTopK (see `ops.batchtopk_encode`): the `tokens * k` largest positive candidates of all rows together, ties
+    to the lowest row, then to the lowest latent. The other slots are empty: index -1 and value 0."""
+    values = candidates.values.detach().flatten()
+    kept = torch.zeros_like(values, dtype=torch.bool)
+    kept[largest(values, tokens * k)] = True
+    return _only((kept & (values != 0)).view_as(candidates.values), candidates)
+
+
+def above(candidates: Latents, threshold: Tensor) -> Latents:
+    """The candidates above their latent's `threshold` [F], which has no gradient; the other slots are empty."""
+    at = threshold.detach()[candidates.indices]
+    return _only(~(candidates.values.detach() <= at), candidates)
+
+
+def jump_relu(candidates: Latents, threshold: Tensor, bandwidth: float) -> tuple[Latents, Tensor]:
+    """JumpReLU: the candidates above their latent's threshold [F], and the number of them l0 [N].
+
+    Values and gradients are those of `ops.jumprelu_encode`, where they are explained; candidates near the threshold
+    keep their slot, with value 0. `l0` is float32 or wider.
+    """
+    values, near, l0 = _JumpReLU.apply(*candidates, threshold, bandwidth)
+    empty = (values.detach() == 0) & ~near
+    return Latents(values, candidates.indices.masked_fill(empty, -1)), l0
+
+
+def full_rows(latents: Latents) -> Tensor:
+    """How many tokens use all their slots, and may have wanted more: a scalar."""
+    return (latents.values > 0).all(1).sum()
+
+
+def _only(kept: Tensor, candidates: Latents) -> Latents:
+    return Latents(candidates.values.masked_fill(~kept, 0), candidates.indices.masked_fill(~kept, -1))
+
+
+class _JumpReLU(torch.autograd.Function):
+    """Equivalent to `jumprelu_reference` (`ops/jumprelu_encode.py`) on the candidates' slots."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, values: Tensor, indices: Tensor, threshold: Tensor, bandwidth: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        wide = accumulation_dtype(values.dtype)
+        at, pre = threshold.to(wide)[indices], values.to(wide)
+        off = pre <= at  # not for NaN, which must stay
+        near = ((pre - at).abs() < bandwidth / 2) & (values != 0)
+        ctx.save_for_backward(indices, threshold, off, near)
+        ctx.bandwidth = bandwidth
+        ctx.mark_non_differentiable(near)
+        return values.masked_fill(off, 0), near, (pre > at).sum(1).to(wide)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor, _: None, grad_l0: Tensor) -> tuple[Tensor | None, ...]:
+        indices, threshold, off, near = ctx.saved_tensors
+        d_threshold = None
+        if ctx.needs_input_grad[2]:
+            step = 1 / ctx.bandwidth if ctx.bandwidth else 0.0
+            pull = (grad * threshold[indices] + grad_l0[:, None]) * -step
+            total = torch.zeros_like(threshold, dtype=pull.dtype)
+            add_at_(total, indices.flatten(), pull.masked_fill(~near, 0).flatten())
+            d_threshold = total.to(threshold.dtype)
+        return grad.masked_fill(off, 0), None, d_threshold, None

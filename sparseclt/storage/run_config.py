@@ -1,0 +1,71 @@
+"""The configuration in a run directory: which one a run has, and what may still change about it."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from sparseclt.config import TrainConfig, from_dict, to_dict
+from sparseclt.storage.json_files import read_json, replace_file
+from sparseclt.strict import ConfigError
+
+CONFIG, CLT, CHECKPOINTS = "config.json", "clt", "checkpoints"
+# Text and model may have moved: digests say whether they are still the same.
+FREE = ("out", "steps", "device", "logging.", "checkpoints.", "compute.", "model.path", "data.source", "data.cache")
+
+
+def read_config(run: str | Path) -> TrainConfig:
+    """The configuration that a run directory was trained with."""
+    path = Path(run) / CONFIG
+    if not path.is_file():
+        raise ValueError(f"run: expected a run directory with config.json, got {run}")
+    try:
+        return from_dict(read_json(path))
+    except ConfigError as error:
+        raise ConfigError(f"{path}: " + f"\n{path}: ".join(str(error).splitlines())) from error
+
+
+def write_config(run: Path, config: TrainConfig) -> None:
+    """Write `config` into the run directory, in the place of what it had."""
+    replace_file(run / CONFIG, json.dumps(to_dict(config), indent=2) + "\n")
+
+
+def has_checkpoints(run: Path) -> bool:
+    """Whether a run got as far as a checkpoint, whatever has become of it since."""
+    return any(not path.name.endswith(".tmp") for path in (run / CHECKPOINTS).glob("step_*"))
+
+
+def check_unused(out: str | Path) -> None:
+    """A ValueError if a run in directory `out` would overwrite another one. A run that stopped before its first
+    checkpoint left nothing to lose, and is begun again."""
+    out = Path(out)
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"out: expected a directory or a name that is free, but {out} is a file")
+    if (out / CONFIG).exists() and ((out / CLT).exists() or has_checkpoints(out)):
+        raise ValueError(f"out: {out} already holds a run; choose another directory, or resume it")
+
+
+def check_changes(stored: TrainConfig, config: TrainConfig, run: str | Path) -> None:
+    """A ValueError that names the fields in which `config` would change what the run in directory `run` trains."""
+    problems = [
+        f"{name} ({old!r} there, now {new!r})"
+        for name, (old, new) in changed_fields(stored, config).items()
+        if not name.startswith(FREE) and not (name == "activations.cache" and old and new)
+    ]
+    if problems:
+        raise ValueError(
+            f"resume: these options change what {run} trains: {', '.join(problems)}; leave them as they were, or start "
+            f"a new run"
+        )
+
+
+def changed_fields(a: TrainConfig, b: TrainConfig) -> dict[str, tuple[Any, Any]]:
+    """The fields in which two configurations differ, as "connections.per_latent", with both values."""
+    left, right = _flat(to_dict(a)), _flat(to_dict(b))
+    return {name: (left[name], right[name]) for name in left if left[name] != right[name]}
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return flat
