@@ -57,6 +57,8 @@ class LanguageModel:
         )
         if self.dtype == torch.float64:
             _keep_float64(bridge)
+        elif self.dtype != torch.float32:
+            _keep_half(bridge, self.dtype)
         self._check_hooks()
         self._check_residual()
 
@@ -281,6 +283,19 @@ def _gain_and_bias(norm: Any) -> tuple[Tensor, Tensor | None]:
     bias = getattr(norm.original_component, "bias", None)
     gain = at_least_float32(norm.weight) + norm.uses_weight_offset
     return gain, None if bias is None else at_least_float32(bias)
+
+
+def _keep_half(bridge: Any, dtype: torch.dtype) -> None:
+    """Round rotated queries and keys back to `dtype`, as OLMo-2 does, whose angles are float32; its bridge leaves that
+    out, and then fails on mixed dtypes."""
+
+    def round_back(value: Tensor, hook: Any) -> Tensor | None:
+        return None if value.dtype == dtype else value.to(dtype)
+
+    for block in bridge.blocks:
+        for name in ("hook_rot_q", "hook_rot_k"):
+            if hasattr(block.attn, name):
+                getattr(block.attn, name).add_perma_hook(round_back)
 
 
 def _keep_float64(bridge: Any) -> None:
