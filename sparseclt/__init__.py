@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     )
     from sparseclt.connections.policies import LearnedConnections, TopConnections
     from sparseclt.evaluation.metrics import evaluate
+    from sparseclt.graph.explain import prompt_graph
+    from sparseclt.graph.intervention import Intervention, intervene
     from sparseclt.language_model.language_model import LanguageModel
     from sparseclt.model.clt import SparseCLT
     from sparseclt.model.shape import Architecture
@@ -37,6 +39,7 @@ __all__ = [
     "ComputeConfig",
     "ConnectionConfig",
     "DataConfig",
+    "Intervention",
     "LanguageModel",
     "LearnedConnections",
     "LoggingConfig",
@@ -48,6 +51,8 @@ __all__ = [
     "TrainConfig",
     "Trainer",
     "evaluate",
+    "intervene",
+    "prompt_graph",
 ]
 __version__ = "0.2.0"
 
@@ -66,6 +71,9 @@ _MODULES = {
     "LearnedConnections": "connections.policies",
     "TopConnections": "connections.policies",
     "evaluate": "evaluation.metrics",
+    "prompt_graph": "graph.explain",
+    "Intervention": "graph.intervention",
+    "intervene": "graph.intervention",
     "LanguageModel": "language_model.language_model",
     "Architecture": "model.shape",
     "SparseCLT": "model.clt",

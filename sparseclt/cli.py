@@ -6,11 +6,11 @@ Each command first becomes a piece of work: a bad flag is then reported before a
 import io
 import sys
 from collections.abc import Callable
-from contextlib import redirect_stderr
+from contextlib import redirect_stderr, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -21,6 +21,7 @@ from sparseclt.strict import ConfigError
 
 Config = Annotated[TrainConfig, tyro.conf.arg(name="")]
 Run = tyro.conf.Positional[Path]
+Split = Literal["held_out", "train"]
 Work = Callable[[], int | None]
 
 
@@ -72,6 +73,21 @@ def sweep(config: Config = TrainConfig(out="runs/sweep"), connections: tuple[int
     return partial(_sweep, config, connections)
 
 
+def atlas(
+    run: Run, out: Path | None = None, tokens: int | None = None, port: int = 8137, split: Split = "held_out"
+) -> Work:
+    """Write pages that show the latents and connections of a finished run, and serve them on 127.0.0.1.
+
+    Args:
+        run: The run directory.
+        out: Only write the pages, to this directory. None: to RUN/atlas, and serve them.
+        tokens: Tokens of text to run over. None: as many as an evaluation does.
+        port: The port to serve at. 0: any free one.
+        split: The text that the examples come from.
+    """
+    return partial(_atlas, run, out, tokens, port, split)
+
+
 def plan(
     config: Config = TrainConfig(),  # noqa: B008
     shape: ModelShape = ModelShape(),  # noqa: B008
@@ -85,6 +101,55 @@ def plan(
         memory_gib: The memory of the device, in GiB. None: what is free on it now.
     """
     return partial(_plan, config, shape, memory_gib)
+
+
+def graph(
+    run: Run,
+    prompt: tyro.conf.Positional[str],
+    error_nodes: bool = False,
+    node_share: float = 0.8,
+    edge_share: float = 0.98,
+    max_logits: int = 10,
+    special_tokens: bool = False,
+    device: str | None = None,
+    out: Path | None = None,
+) -> Work:
+    """Trace which latents made the next token likely on one prompt: the graph of sparsely-connected mode, exact.
+
+    Args:
+        run: The run directory.
+        prompt: The prompt.
+        error_nodes: Describe the language model's own run, with a node for what each module fails to reconstruct. Else:
+            the sparse model.
+        node_share: Keep the fewest nodes that have this share of all influence on the logits.
+        edge_share: Keep the fewest edges between them that have this share.
+        max_logits: The most next tokens to trace.
+        special_tokens: Read text such as <|endoftext|> in the prompt as the special token, not as plain text.
+        device: 'cpu', 'cuda', ... None: that of the run.
+        out: The Graph JSON to write. None: graphs/NAME.json in the run directory, named after the prompt.
+    """
+    options = {"error_nodes": error_nodes, "node_share": node_share, "edge_share": edge_share}
+    options |= {"max_logits": max_logits, "special_tokens": special_tokens}
+    return partial(_graph, run, prompt, device, out, options)
+
+
+def intervene(
+    run: Run,
+    prompt: tyro.conf.Positional[str],
+    latents: tuple[str, ...],
+    special_tokens: bool = False,
+    device: str | None = None,
+) -> Work:
+    """Set latents to other values on one prompt: the change of the logits, and what the graph predicts.
+
+    Args:
+        run: The run directory.
+        prompt: The prompt.
+        latents: SITE/LATENT@POSITIONS=VALUE: mlp_2/137@5=0, mlp_2/137@5-8=x2 (twice its value), mlp_2/137@*=1.5.
+        special_tokens: Read text such as <|endoftext|> in the prompt as the special token, not as plain text.
+        device: 'cpu', 'cuda', ... None: that of the run.
+    """
+    return partial(_intervene, run, prompt, latents, special_tokens, device)
 
 
 def selftest(device: str = "auto", backends: tuple[str, ...] = ()) -> Work:
@@ -103,7 +168,10 @@ COMMANDS: dict[str, Callable[..., Work]] = {
     "repeat": repeat,
     "eval": evaluate,
     "sweep": sweep,
+    "atlas": atlas,
     "plan": plan,
+    "graph": graph,
+    "intervene": intervene,
     "selftest": selftest,
 }
 
@@ -202,6 +270,19 @@ def _sweep(config: TrainConfig, connections: tuple[int, ...]) -> None:
     print(f"\nRun directories: {config.out}")
 
 
+def _atlas(run: Path, out: Path | None, tokens: int | None, port: int, split: Split) -> None:
+    from sparseclt.atlas.build import build_atlas
+    from sparseclt.atlas.server import AtlasServer
+
+    path = build_atlas(run, out, tokens=tokens, split=split)
+    print(f"Atlas: {path}")
+    if out is not None:
+        return
+    with AtlasServer(path, port) as server, suppress(KeyboardInterrupt):
+        print(f"Served at {server.url} until you press Ctrl-C.", flush=True)
+        server.serve_forever()
+
+
 def _plan(config: TrainConfig, shape: ModelShape, memory_gib: float | None) -> int:
     from sparseclt.devices import resolve
     from sparseclt.training import memory
@@ -214,6 +295,29 @@ def _plan(config: TrainConfig, shape: ModelShape, memory_gib: float | None) -> i
     if available is not None and not plan.fits:
         print(memory.advice_text(config, shape, available))
     return 0 if plan.fits else 1
+
+
+def _graph(run: Path, prompt: str, device: str | None, out: Path | None, options: dict[str, Any]) -> None:
+    from sparseclt import runs
+    from sparseclt.graph.explain import prompt_graph
+    from sparseclt.graph.graph_json import graph_name, write_graph
+    from sparseclt.graph.summary import graph_summary
+
+    clt, model = runs.load_run(run, device=device)
+    explained = prompt_graph(clt, model, prompt, **options)
+    path = write_graph(explained, out or run / "graphs" / f"{graph_name(explained)}.json")
+    print(f"{graph_summary(explained)}\n\nGraph: {path}")
+
+
+def _intervene(run: Path, prompt: str, latents: tuple[str, ...], special_tokens: bool, device: str | None) -> None:
+    from sparseclt import runs
+    from sparseclt.graph.intervention import Intervention
+    from sparseclt.graph.intervention import intervene as change
+    from sparseclt.graph.summary import effects_table
+
+    wanted = [Intervention.parse(text) for text in latents]
+    clt, model = runs.load_run(run, device=device)
+    print(effects_table(change(clt, model, prompt, wanted, special_tokens=special_tokens)))
 
 
 def _selftest(device: str, backends: tuple[str, ...]) -> int:

@@ -88,9 +88,8 @@ class CLTConfig:
     active: Positive = 16
     """Active latents per token and module (K); except with activation topk, their mean over tokens."""
     activation: Literal["topk", "batchtopk", "jumprelu"] = "topk"
-    """topk: the K strongest latents of each token. batchtopk: the N K strongest of a batch of N tokens; outside
-    training those above a threshold, which is that of the batches on average. jumprelu: those above a trained
-    threshold per latent. A token has at most 4 K of them."""
+    """topk: the K strongest latents of each token. batchtopk: the N K strongest of a batch of N tokens. jumprelu: those
+    above a trained threshold per latent. With the latter two, K on average and at most 4 K per token."""
     bandwidth: Annotated[float, Field(gt=0)] = 0.1
     """With activation jumprelu, width of the pre-activations around a threshold from which it learns."""
     attention: Literal["frozen", "latents"] = "frozen"
@@ -157,8 +156,7 @@ class LossConfig:
     dead_after_tokens: Positive = 3_000
     """A latent counts as dead after so many tokens on which it did not fire."""
     l0_weight: Weight = 1.0
-    """With activation jumprelu, weight of (L0 / clt.active - 1)^2 of each module and mode, which holds the mean number
-    of active latents (L0) at K."""
+    """With activation jumprelu, weight of (active latents per token / clt.active - 1)^2 of each module and mode."""
     cross_entropy_weight: Weight = 0.0
     """Weight of the replaced model's next-token cross-entropy, in each mode. 0: not computed."""
 
@@ -176,7 +174,8 @@ class OptimizerConfig:
     betas: tuple[Beta, Beta] = (0.9, 0.999)
     """Decay rates of Adam's two running means."""
     clip_norm: Annotated[float, Field(gt=0)] | None = 1.0
-    """Scale gradients down to this norm at most. None: never."""
+    """Scale gradients down to this norm at most, in units in which every site's inputs and outputs have size 1. None:
+    never."""
     state: Literal["fp32", "8bit"] = "fp32"
     """Precision of Adam's moments. fp32: 8 bytes per parameter. 8bit: 2 for encoders and decoders, and some scales."""
     rows: Literal["all", "touched"] = "all"

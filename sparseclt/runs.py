@@ -80,6 +80,22 @@ def evaluate_run(
     return _measure(config, clt, language_model, held_out_rows(config, language_model))
 
 
+def load_run(run: str | Path, *, device: str | None = None) -> tuple[SparseCLT, LanguageModel]:
+    """The CLT of the finished run in directory `run`, and its language model, both in fp32, to be looked at.
+
+    On `device`, or where the run was trained. Raises ValueError for another language model or tokenizer than it was
+    trained on.
+    """
+    config = read_config(run)
+    config = replace(config, device=device or config.device)
+    path = _finished(Path(run), config.steps)
+    model = _load_language_model(config)
+    check_identity(Path(run), Identity.of(model, rows=None))
+    if config.model.dtype != "fp32":
+        model = _load_language_model(replace(config, model=replace(config.model, dtype="fp32")))
+    return SparseCLT.from_pretrained(path, device=model.device, dtype=torch.float32), model
+
+
 def _finished(run: Path, steps: int) -> Path:
     """Where the CLT of a finished run is."""
     done, path = steps_done(run), run / CLT

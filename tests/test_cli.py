@@ -12,7 +12,7 @@ from tiny_models import hf_model, tokenizer
 from sparseclt.cli import main
 from sparseclt.training.loggers import read_metrics
 
-COMMANDS = ("train", "resume", "repeat", "eval", "sweep", "plan", "selftest")
+COMMANDS = ("train", "resume", "repeat", "eval", "sweep", "atlas", "plan", "graph", "intervene", "selftest")
 
 
 @pytest.fixture(scope="module")
@@ -125,6 +125,40 @@ def test_eval_of_no_run_says_what_was_expected(tmp_path, capsys):
     assert "run: expected a run directory with config.json" in capsys.readouterr().err
 
 
+def test_graph_prints_a_summary_and_writes_graph_json_into_the_run(run, tmp_path, capsys):
+    assert main(["graph", str(run), "w3 w14 w15"]) == 0
+    out = capsys.readouterr().out
+    assert "edges kept" in out and "Strongest paths" in out
+    (path,) = (path for path in (run / "graphs").glob("*.json") if path.name != "graph-metadata.json")
+    assert out.endswith(f"Graph: {path}\n") and json.loads(path.read_text())["metadata"]["prompt"] == "w3 w14 w15"
+    other = tmp_path / "mine.json"
+    assert main(["graph", str(run), "w3 w14", "--error-nodes", "--node-share", "0.5", "--out", str(other)]) == 0
+    assert json.loads(other.read_text())["metadata"]["pruning_settings"]["node_threshold"] == 0.5
+
+
+def test_intervene_prints_the_change_of_each_logit_in_both_modes(run, capsys):
+    assert main(["intervene", str(run), "w3 w14 w15", "--latents", "mlp_0/3@2=1.5", "mlp_2/1@-1=x0"]) == 0
+    out = capsys.readouterr().out
+    assert "predicted" in out and "vanilla mode" in out and "sparsely-connected mode" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["graph", "RUN", ""], "prompt: expected some text"),
+        (["graph", "RUN", "w1 " * 30], "prompt: expected at most 24 tokens"),
+        (["graph", "RUN", "w1", "--edge-share", "2"], "edge_share: expected a share from 0 to 1, got 2.0"),
+        (["graph", "RUN", "w1", "--out", "graph.txt"], "out: expected a file named NAME.json"),
+        (["intervene", "RUN", "w1", "--latents", "mlp_7/1@1=0"], "latents: expected a site of this CLT"),
+        (["intervene", "RUN", "w1", "--latents", "everything"], "latents: expected SITE/LATENT@POSITIONS=VALUE"),
+    ],
+)
+def test_a_graph_of_bad_input_is_one_clear_line(run, capsys, arguments, message):
+    assert main([str(run) if argument == "RUN" else argument for argument in arguments]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("sparseclt: ") and error.count("\n") == 1 and message in error
+
+
 FLAGS = """
     --activations.cache --activations.cache-dtype --activations.shuffle-bytes --batch-rows --checkpoints.every-minutes
     --checkpoints.every-steps --checkpoints.keep --clt.active --clt.attention --clt.dtype --clt.latents
@@ -180,3 +214,21 @@ def test_importing_sparseclt_brings_in_nothing_heavy_and_prints_nothing():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[1])
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_atlas_writes_pages_of_a_run(run, tmp_path, capsys):
+    assert main(["atlas", str(run), "--out", str(tmp_path / "pages")]) == 0
+    assert (tmp_path / "pages" / "index.html").is_file() and "Atlas: " in capsys.readouterr().out
+    assert (tmp_path / "pages" / "data" / "latents" / "2" / "0.json.gz").stat().st_size > 0
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--tokens", "3"], "tokens: expected at least one row of 12 tokens, got 3"),
+        (["--out", "RUN"], "out: expected an atlas, an empty directory or a new one"),
+    ],
+)
+def test_atlas_refuses_what_it_cannot_do(run, capsys, flags, message):
+    assert main(["atlas", str(run), *(flag.replace("RUN", str(run)) for flag in flags)]) == 2
+    assert message in capsys.readouterr().err and (run / "config.json").is_file()

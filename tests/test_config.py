@@ -111,6 +111,7 @@ BAD = {
     "logging.loggers": [("carrierpigeon",), ("wandb", "wandb"), ("wandb", "")],
     "logging.progress": ["yes", 0, 1],
     "checkpoints.every_steps": [0, -500],
+    "checkpoints.every_minutes": [0.0, -1.0],
     "checkpoints.keep": [0, -2],
 }
 

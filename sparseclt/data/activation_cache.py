@@ -20,7 +20,7 @@ from torch import Tensor
 
 from sparseclt.config import TrainConfig
 from sparseclt.data.activation_stream import as_activations, vectors_of
-from sparseclt.language_model.identity import tensors_digest
+from sparseclt.data.tokens import rows_digest
 from sparseclt.language_model.language_model import LanguageModel
 from sparseclt.model.activations import Activations, all_but_first
 from sparseclt.model.shape import ModelShape
@@ -81,7 +81,7 @@ def cache_info(language_model: LanguageModel, rows: Tensor, dtype: str) -> Cache
         format_version=FORMAT_VERSION,
         rows=len(rows),
         row_length=rows.shape[1],
-        row_digest=tensors_digest([rows.int()]),
+        row_digest=rows_digest(rows),
         model_digest=language_model.digest(),
         model=replace(language_model.shape, name=""),
         dtype=dtype,

@@ -1,15 +1,11 @@
 """Documents as passages: whole where they are short, in parts where they are too long to be held at once."""
 
-import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 LONGEST = 16 << 20  # characters of a document that is kept whole
 PART = 1 << 20  # characters, at most, of each part of a longer one
 CONTEXT = 64  # characters before a part that go with it, for the tokenizer
-# Where a text is cut. Tokenizers join spaces to the word behind them and line ends to what stands before them; they
-# treat several line ends or spaces in a row in ways of their own.
-AFTER_LINE_END, BEFORE_SPACE = re.compile(r"\S\n(?=\S)"), re.compile(r"\S(?= \S)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,12 +45,16 @@ def cut(text: str, size: int, before: str = "") -> list[Passage]:
 
 
 def break_before(text: str, start: int, end: int) -> int:
-    """The best place for a cut in the second half of text[start:end]: at a line end, else at a space, else the end."""
-    middle = (start + end) // 2
-    for pattern in (AFTER_LINE_END, BEFORE_SPACE):
-        place = 0
-        for match in pattern.finditer(text, middle, end):
-            place = match.end()
-        if place:
-            return place
+    """The best place for a cut in the second half of text[start:end]: at a line end, else at a space, else the end.
+
+    Tokenizers join spaces to the word behind them and line ends to what stands before them, and treat several line
+    ends or spaces in a row in ways of their own: such places are left alone.
+    """
+    middle = (start + end) // 2 + 1
+    for mark, behind in (("\n", 1), (" ", 0)):
+        place = text.rfind(mark, middle, end - 1)
+        while place > 0:
+            if not text[place - 1].isspace() and not text[place + 1].isspace():
+                return place + behind
+            place = text.rfind(mark, middle, place)
     return end

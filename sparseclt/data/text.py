@@ -1,7 +1,5 @@
 """From the text that a configuration names to its rows of token ids."""
 
-import hashlib
-import json
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from io import BytesIO
@@ -17,6 +15,7 @@ from sparseclt.data.held_out import Group, divided, grouped
 from sparseclt.data.sources import NoHeldOutSplit, Source, Split, open_source
 from sparseclt.data.token_store import Entry, TokenStore
 from sparseclt.data.tokens import BOS, RowWriter, SpecialTokens, Stored, token_ids, with_facts
+from sparseclt.language_model.identity import tokenizer_digest
 
 FORMAT = 1  # of what is written, and of how text becomes rows
 BAR_AFTER = 2  # seconds: short texts show no progress bar
@@ -97,19 +96,6 @@ def write_rows(
             current, last[side] = number, place
         seen += len(group)
     return True
-
-
-def tokenizer_digest(tokenizer: Any) -> str:
-    """blake2b, in hexadecimal, of all that decides which tokens a text becomes."""
-    facts: dict[str, Any] = {"bos": tokenizer.bos_token_id, "eos": tokenizer.eos_token_id}
-    if getattr(tokenizer, "is_fast", False):
-        # Without what transformers sets anew for each call.
-        backend = json.loads(tokenizer.backend_tokenizer.to_str())
-        facts |= {"backend": backend | {"truncation": None, "padding": None}}
-    else:
-        settings = {name: str(value) for name, value in tokenizer.init_kwargs.items() if "path" not in name}
-        facts |= {"class": type(tokenizer).__name__, "vocabulary": tokenizer.get_vocab(), "settings": settings}
-    return hashlib.blake2b(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
 def _directory(config: TrainConfig) -> Path:

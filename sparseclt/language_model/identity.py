@@ -19,14 +19,12 @@ def tensors_digest(tensors: Iterable[Tensor]) -> str:
 
 
 def tokenizer_digest(tokenizer: Any) -> str:
-    """blake2b, in hex, of all that decides which tokens a text becomes; that of "none" without a tokenizer."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if tokenizer is None:
-        content: Any = "none"
-    elif backend is not None:
-        # Truncation and padding are what the last call asked for, not part of the tokenizer.
-        content = {k: v for k, v in json.loads(backend.to_str()).items() if k not in ("truncation", "padding")}
-    else:
-        content = {"class": type(tokenizer).__name__, "vocabulary": tokenizer.get_vocab()}
-    ends = [getattr(tokenizer, name, None) for name in ("bos_token_id", "eos_token_id")]
-    return hashlib.blake2b(json.dumps([content, ends], sort_keys=True).encode()).hexdigest()
+    """blake2b, in hex, of all that decides which tokens a text becomes; None is the absent tokenizer."""
+    facts: dict[str, Any] = {name: getattr(tokenizer, name, None) for name in ("bos_token_id", "eos_token_id")}
+    if getattr(tokenizer, "is_fast", False):
+        # Without what transformers sets anew for each call.
+        facts["backend"] = json.loads(tokenizer.backend_tokenizer.to_str()) | {"truncation": None, "padding": None}
+    elif tokenizer is not None:
+        settings = {name: str(value) for name, value in tokenizer.init_kwargs.items() if "path" not in name}
+        facts |= {"class": type(tokenizer).__name__, "vocabulary": tokenizer.get_vocab(), "settings": settings}
+    return hashlib.blake2b(json.dumps(facts, sort_keys=True).encode()).hexdigest()

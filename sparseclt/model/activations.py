@@ -54,6 +54,10 @@ class Activations:
             return values
         return torch.where(self.counted.flatten()[:, None], values, otherwise)
 
+    def input(self, site: Site) -> Tensor:
+        """What the encoder of a site reads in vanilla mode, [N, D]: the MLP's own input, or attention's output."""
+        return (self.x if site.kind == "mlp" else self.attn_out)[site.layer].flatten(0, 1)
+
     def output(self, site: Site) -> Tensor:
         """The model's own output of a site, [N, D], at least in float32: tokens flattened to N = B S."""
         return at_least_float32((self.mlp_out if site.kind == "mlp" else self.attn_out)[site.layer].flatten(0, 1))

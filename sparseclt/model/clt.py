@@ -81,10 +81,12 @@ class SparseCLT(Transcoders):
         digest.
 
         `device`: where it goes. None: the CPU. `dtype`: of its weights. None: as they were saved. The logits of
-        learned connections keep theirs.
+        learned connections keep theirs, and thresholds have at least fp32.
         """
         architecture, attention, tensors = pretrained.read(Path(path))
         clt = cls(architecture, attention).to(device=device, dtype=dtype or pretrained.dtype_of(tensors))
+        for module in clt:
+            module.keep_wide_thresholds()
         pretrained.load_tensors(clt, tensors)
         clt.eval()
         return clt

@@ -87,8 +87,7 @@ class ForwardPass:
         """What `site` reads without a mask, [N, D]. Vanilla mode: the model's own input of that site."""
         if self.mode == "sparse":
             return self._stream.before(site, self.activations, self._outputs)
-        inputs = self.activations.x if site.kind == "mlp" else self.activations.attn_out
-        return inputs[site.layer].flatten(0, 1)
+        return self.activations.input(site)
 
     def encode(self, index: int, rows: Tensor | None = None, k: int | None = None) -> Latents:
         """The active latents of module `index`; or the k strongest of only its latents `rows` [R] (ids then in 0..R-1),

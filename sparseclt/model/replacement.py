@@ -19,8 +19,14 @@ def replacement(
     of every row keeps the model's own outputs. In sparsely-connected mode the frozen parts (norm scales, attention) are
     that run's own.
     """
-    forward = ForwardPass(clt, mode, backend, gradients=gradients)
-    hooks: dict[str, Callable[..., Tensor]] = {"on_mlp": lambda layer, live: forward.advance(Site("mlp", layer), live)}
-    if clt.architecture.attention == "latents":
-        hooks["on_attn"] = lambda layer, live: forward.advance(Site("attn", layer), live)
-    return hooks
+    return hooks(ForwardPass(clt, mode, backend, gradients=gradients))
+
+
+def hooks(forward: ForwardPass) -> dict[str, Callable[..., Tensor]]:
+    """The same for a pass that has not begun: the running model advances it."""
+    advance: dict[str, Callable[..., Tensor]] = {
+        "on_mlp": lambda layer, live: forward.advance(Site("mlp", layer), live)
+    }
+    if forward.clt.architecture.attention == "latents":
+        advance["on_attn"] = lambda layer, live: forward.advance(Site("attn", layer), live)
+    return advance

@@ -204,13 +204,13 @@ def _update_terms(x: _Run) -> list[MemoryTerm]:
     else:
         kept = summed = min(CHUNK_BYTES.on(device), largest)
     widened = x.config.clt.dtype == "bf16" or x.config.optimizer.state == "8bit"
-    piece = min(PIECE_BYTES.on(device), largest)
+    pieces = (6 if widened else 1) * min(PIECE_BYTES.on(device), largest)
     side_by_side = x.passes * FLOAT * x.N * x.D * x.widest
     return [
         MemoryTerm("gradients of reconstructions, side by side", side_by_side, ("update",),
                    "modes x 4 N D L; AuxK: twice"),
-        MemoryTerm("decoder gradients", kept + max(summed, 5 * widened * piece), ("update",),
-                   "4 P_dec, or 64 MiB (CPU: 8), plus partial sums or 5 widened pieces"),
+        MemoryTerm("decoder gradients", kept + max(summed, pieces), ("update",),
+                   "4 P_dec, or 64 MiB (CPU: 8), plus partial sums or 1 piece of weights, 6 if widened"),
     ]  # fmt: skip
 
 

@@ -18,6 +18,7 @@ from sparseclt.training import eight_bit
 KEPT_BYTES = 256 << 20  # decoder gradients that are kept for the update; larger ones are computed again for it
 PIECE_BYTES = Budget(cpu=1 << 20, gpu=64 << 20)  # of float32 weights that are widened at a time
 EPSILON = 1e-8
+SCALED = ("W_enc", "W_dec", "b_dec")  # parameters that have a scale; b_enc is in the latents' own units
 CODES = {"mean": eight_bit.MEAN, "square": eight_bit.SQUARE}
 
 
@@ -37,15 +38,23 @@ class RowAdam:
     next touched, by as many steps as have passed: they, and their bias correction, are exactly those of Adam with
     zero gradients in between; but the weights do not drift on meanwhile, as Adam's would.
 
+    `scales`: for encoders, decoders and their biases, what a parameter is in the units that Adam works in, times which
+    is the parameter itself (`normalisation`): [T, 1] for a decoder, one per target, otherwise a scalar; 1 at first.
+    Adam is given gradients in its own units, and the norm to which they are clipped is in those.
+
     Weights in bf16 are rounded stochastically: the expected weight is the exact one, so that updates far below the
     spacing of bf16 still add up. The random bits follow from `seed`, the step, the parameter and the row.
+
+    Thresholds take steps sqrt(D) times as long: as far as a pre-activation moves when its D encoder weights each take
+    one, in random directions. With shorter ones they cannot follow the pre-activations that they are compared with.
     """
 
     def __init__(self, clt: Transcoders, config: OptimizerConfig, seed: int = 0):
-        self.config, self.seed = config, seed
+        self.config, self.seed, self.width = config, seed, clt.architecture.model.d_model
         self.parameters = dict(clt.named_parameters())
         self.step = 0
         self.state = {name: self._moments(name, parameter) for name, parameter in self.parameters.items()}
+        self.scales = {name: _ones(name, p) for name, p in self.parameters.items() if name.endswith(SCALED)}
 
     def _moments(self, name: str, parameter: Parameter) -> Moments:
         wide = torch.promote_types(parameter.dtype, torch.float32)
@@ -62,7 +71,17 @@ class RowAdam:
 
     def tensors(self) -> dict[str, Tensor]:
         """The state by name, to be saved, or copied into."""
-        return {f"{name}/{key}": tensor for name, moments in self.state.items() for key, tensor in moments.items()}
+        moments = {f"{name}/{key}": tensor for name, parts in self.state.items() for key, tensor in parts.items()}
+        return moments | {f"{name}/scale": scale for name, scale in self.scales.items()}
+
+    def square_sum(self, name: str, gradient: Tensor) -> Tensor:
+        """The sum of squares of a parameter's gradient, or of some of its rows, in Adam's units."""
+        scale = self.scales.get(name)
+        if scale is None or scale.ndim == 0:
+            flat = gradient.flatten()
+            return torch.dot(flat, flat) if scale is None else torch.dot(flat, flat) * scale.square()
+        by_target = torch.linalg.vector_norm(gradient, dim=(0, 2))  # without a tensor of squares
+        return (by_target * scale[:, 0]).square().sum()
 
     @torch.no_grad()
     def update(
@@ -76,6 +95,8 @@ class RowAdam:
         """One step for `rows` of a parameter; `gradient` is theirs, and is overwritten. `self.step` counts from 1."""
         weights, first = self.parameters[name].data[rows], rows.start or 0
         part = {key: tensor[rows] for key, tensor in self.state[name].items()}
+        if name.endswith("threshold"):
+            learning_rate *= math.sqrt(self.width)
         if "last" not in part:
             self._adam(name, weights, gradient, part, learning_rate, first)
             return
@@ -95,11 +116,8 @@ class RowAdam:
     def _adam(
         self, name: str, weights: Tensor, gradient: Tensor, moments: Moments, learning_rate: float, row: int
     ) -> None:
-        """The step itself, some rows at a time where weights or moments have to be widened for it."""
+        """The step itself, some rows at a time, for which weights and moments are widened where they have to be."""
         wide = torch.promote_types(weights.dtype, torch.float32)
-        if weights.dtype == wide == moments["mean"].dtype:
-            self._exact(weights, gradient, moments["mean"], moments["square"], learning_rate)
-            return
         small = "mean_scale" in moments
         offset = eight_bit.offsets(weights.shape[-1], self.step, weights.device) if small else None
         generator = torch.Generator(weights.device)
@@ -109,21 +127,38 @@ class RowAdam:
             moment = {
                 k: eight_bit.decode(c, part[k], part[f"{k}_scale"]) if small else part[k] for k, c in CODES.items()
             }
-            self._exact(exact, gradient[rows].to(wide), moment["mean"], moment["square"], learning_rate)
+            own = gradient[rows].to(wide)
+            self._exact(exact, own, moment["mean"], moment["square"], learning_rate, self.scales.get(name))
             if offset is not None:
                 for key, code in CODES.items():
                     eight_bit.encode(code, moment[key], part[key], part[f"{key}_scale"], offset)
-            if weights.dtype == wide:
-                weights[rows] = exact
-            else:
+            if weights.dtype != wide:
                 round_stochastically(exact, weights[rows], generator)
 
-    def _exact(self, weights: Tensor, gradient: Tensor, mean: Tensor, square: Tensor, learning_rate: float) -> None:
+    def _exact(
+        self,
+        weights: Tensor,
+        gradient: Tensor,
+        mean: Tensor,
+        square: Tensor,
+        learning_rate: float,
+        scale: Tensor | None,
+    ) -> None:
         (beta1, beta2), steps = self.config.betas, torch.tensor(self.step - 1.0, device=weights.device)
+        # With a scale: the step in Adam's units, which begins at 0.
+        moved = weights if scale is None else torch.zeros_like(weights)
+        own = gradient if scale is None else gradient.mul_(scale)
         adam(
-            [weights], [gradient], [mean], [square], [], [steps], fused=True, amsgrad=False, beta1=beta1, beta2=beta2,
+            [moved], [own], [mean], [square], [], [steps], fused=True, amsgrad=False, beta1=beta1, beta2=beta2,
             lr=learning_rate, weight_decay=0.0, eps=EPSILON, maximize=False,
         )  # fmt: skip
+        if scale is not None:
+            weights.addcmul_(moved, scale)
+
+
+def _ones(name: str, parameter: Parameter) -> Tensor:
+    shape = (parameter.shape[1], 1) if name.endswith("W_dec") else ()
+    return torch.ones(shape, dtype=torch.promote_types(parameter.dtype, torch.float32), device=parameter.device)
 
 
 def round_stochastically(exact: Tensor, out: Tensor, generator: torch.Generator) -> None:
@@ -137,17 +172,11 @@ def round_stochastically(exact: Tensor, out: Tensor, generator: torch.Generator)
     out.copy_(rounded)
 
 
-def _square_sum(tensor: Tensor) -> Tensor:
-    """The sum of squares, without a tensor of them."""
-    flat = tensor.flatten()
-    return torch.dot(flat, flat)
-
-
 @torch.no_grad()
 def clip_and_step(
     clt: Transcoders, gradients: DecoderGradients, optimizer: RowAdam, learning_rate: float, clip: float | None
 ) -> tuple[Tensor, str | None]:
-    """One optimiser step from the gathered gradients: their norm, and the name of the first parameter whose gradient
+    """One optimiser step from the gathered gradients: their norm in Adam's units, and the name of the first parameter whose gradient
     is not finite (then nothing was updated).
 
     The norm that `clip` bounds is that of the whole gradient, exactly: all of it is computed once for the norm, and
@@ -162,13 +191,13 @@ def clip_and_step(
     for name, parameter in optimizer.parameters.items():
         if name not in decoders:
             if parameter.grad is not None:
-                squares[name] = _square_sum(parameter.grad)
+                squares[name] = optimizer.square_sum(name, parameter.grad)
             continue
         chunks: Iterator[Chunk] = gradients.chunks(decoders[name])
         if size <= KEPT_BYTES:
             kept[name] = list(chunks)
             chunks = iter(kept[name])
-        squares[name] = torch.stack([_square_sum(chunk.gradient) for chunk in chunks]).sum()
+        squares[name] = torch.stack([optimizer.square_sum(name, chunk.gradient) for chunk in chunks]).sum()
     norm = torch.stack([square.to(torch.float64) for square in squares.values()]).sum().sqrt()
     if not torch.isfinite(norm):
         return norm, next(name for name, square in squares.items() if not torch.isfinite(square))

@@ -12,7 +12,8 @@ from typing import NamedTuple
 from torch import Tensor
 
 from sparseclt.connections.activity import Activity
-from sparseclt.language_model.identity import tensors_digest, tokenizer_digest
+from sparseclt.data.tokens import rows_digest
+from sparseclt.language_model.identity import tokenizer_digest
 from sparseclt.language_model.language_model import LanguageModel
 from sparseclt.model import pretrained
 from sparseclt.model.clt import SparseCLT
@@ -41,7 +42,7 @@ class Identity(NamedTuple):
     @classmethod
     def of(cls, language_model: LanguageModel, rows: Tensor | None) -> "Identity":
         """That of a run on `rows` [R, S]; None: whichever they are."""
-        text = None if rows is None else tensors_digest([rows.int()])
+        text = None if rows is None else rows_digest(rows)
         return cls(language_model.digest(), tokenizer_digest(language_model.tokenizer), text)
 
     def check(self, found: Mapping[str, object], place: Path) -> None:

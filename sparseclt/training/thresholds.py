@@ -21,7 +21,9 @@ def calibrate(clt: SparseCLT, activations: Activations, backend: str | None = No
         return
     for module, latents in zip(clt, clt(activations, "vanilla", backend=backend).latents, strict=True):
         found = latents.values.flatten()
-        module.threshold_of("vanilla").fill_(found.topk(len(latents.values) * clt.architecture.active).values[-1])
+        module.threshold_of("vanilla").fill_(
+            found.topk(activations.counted_tokens * clt.architecture.active).values[-1]
+        )
 
 
 @torch.no_grad()

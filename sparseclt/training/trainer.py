@@ -28,6 +28,7 @@ from sparseclt.training import finite, memory, schedule, thresholds
 from sparseclt.training.batches import Batches
 from sparseclt.training.interruption import Interrupted, StopRequest, stop_requests
 from sparseclt.training.loggers import RunLog, truncate_after
+from sparseclt.training.normalisation import normalise
 from sparseclt.training.objective import ModePass, Objective
 from sparseclt.training.optimizer import RowAdam, clip_and_step
 from sparseclt.training.run_directory import (
@@ -130,6 +131,7 @@ class Trainer:
         with self._explaining_out_of_memory():
             finite.check_activations(activations, step)
             if step == 0:
+                normalise(self.clt, self.optimizer, activations)
                 thresholds.calibrate(self.clt, activations, config.compute.backend)
             if self.policy and schedule.connections_may_change(config, step):
                 self.policy.update(self.clt, self.activity["vanilla"], step)
@@ -235,10 +237,10 @@ class Trainer:
         """
         stored = read_config(run)
         check_changes(stored, self.config, run)
-        check_identity(run, self.identity)
         self.config, self.out = replace(self.config, out=str(run)), run
         path = newest_checkpoint(run) if checkpoint is None else choose_checkpoint(run, checkpoint)
         if path is None:
+            check_identity(run, self.identity)
             return
         step, micro_rows = self.state.load(path, self.identity)
         if step > self.config.steps:

@@ -70,7 +70,7 @@ class Idle:
     """A language model that may be looked at but not run."""
 
     def __init__(self, model):
-        self.shape, self.bridge = model.shape, model.bridge
+        self.shape, self.bridge, self.tokenizer, self.digest = model.shape, model.bridge, model.tokenizer, model.digest
 
     def capture(self, *arguments, **keywords):
         raise AssertionError("the language model ran")
@@ -263,7 +263,7 @@ def others(model):
         hf = hf_model("gpt2", dtype=torch.float32, **keywords)
         return LanguageModel.from_hf(hf, tokenizer(), name="gpt2")
 
-    fewer = SimpleNamespace(shape=replace(model.shape, layers=1), bridge=model.bridge)
+    fewer = SimpleNamespace(shape=replace(model.shape, layers=1), digest=model.digest)
     return {
         "row_digest": {"model": model, "rows": ROWS.flip(0)},
         "rows": {"model": model, "rows": ROWS[:20]},

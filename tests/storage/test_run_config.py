@@ -32,7 +32,7 @@ HERE = Path("runs/mine")
         {"activations": ActivationConfig(cache="/other/disk")},
         {"compute": ComputeConfig(micro_batch_rows=1, backend="torch")},
         {"model": ModelConfig(path="/other/model")},
-        {"data": DataConfig(source="/other/text.txt")},
+        {"data": DataConfig(source="/other/text.txt", cache="/other/tokens")},
     ],
     ids=lambda changes: next(iter(changes)),
 )

@@ -8,7 +8,7 @@ from clts import language_model
 from safetensors.torch import load_file
 from test_trainer import ROWS, config, trainer, whole_state
 
-from sparseclt.config import CheckpointConfig, CLTConfig, ComputeConfig, ConnectionConfig, TrainConfig
+from sparseclt.config import CheckpointConfig, CLTConfig, ComputeConfig, ConnectionConfig, LossConfig, TrainConfig
 from sparseclt.evaluation.metrics import evaluate
 from sparseclt.evaluation.pruning import fvu_against_c
 from sparseclt.model.clt import SparseCLT
@@ -16,10 +16,12 @@ from sparseclt.model.sites import MODES
 from sparseclt.training import memory
 from sparseclt.training.loggers import read_metrics
 from sparseclt.training.objective import Objective
+from sparseclt.training.thresholds import calibrate
 from sparseclt.training.trainer import Trainer
 
 ACTIVATIONS = ("batchtopk", "jumprelu")
 F, K = 40, 3
+LOSS = LossConfig(sparse_start_share=0.0, dead_after_tokens=60, aux_latents=4, l0_weight=10.0)  # for very few tokens
 
 
 def clt_config(activation: str, **changes) -> CLTConfig:
@@ -34,23 +36,44 @@ def model():
 @pytest.fixture(scope="module", params=ACTIVATIONS)
 def trained(request, tmp_path_factory, model) -> Trainer:
     t = trainer(
-        tmp_path_factory.mktemp(request.param), model, clt=clt_config(request.param), steps=100,
-        checkpoints=CheckpointConfig(every_steps=100),
+        tmp_path_factory.mktemp(request.param), model, clt=clt_config(request.param, bandwidth=0.5), steps=60,
+        batch_rows=6, loss=LOSS, checkpoints=CheckpointConfig(every_steps=60),
     )  # fmt: skip
     t.fit()
     return t
 
 
-def test_training_lowers_the_fvu_of_both_modes_at_the_l0_that_was_asked_for(trained):
+def test_training_lowers_the_fvu_of_both_modes(trained):
     metrics = read_metrics(trained.out / "metrics.jsonl")
     for mode in MODES:
-        assert metrics[-1][f"fvu_{mode}"] < 0.7 * metrics[5][f"fvu_{mode}"], mode
-        assert 0 <= metrics[-1][f"full_{mode}"] < 0.2
+        assert metrics[-1][f"fvu_{mode}"] < 0.8 * metrics[5][f"fvu_{mode}"], mode
+        assert 0 <= metrics[-1][f"full_{mode}"] < 0.5
         if trained.config.clt.activation == "batchtopk":
             assert all(m[f"l0_{mode}"] == K for m in metrics if f"l0_{mode}" in m)
-        else:
-            last = [m[f"l0_{mode}"] for m in metrics[-20:]]
-            assert sum(last) / len(last) == pytest.approx(K, rel=0.35)
+
+
+def test_the_l0_penalty_moves_thresholds_until_k_latents_are_active(tmp_path, model):
+    t = trainer(tmp_path, model, clt=clt_config("jumprelu", bandwidth=0.5), loss=replace(LOSS, aux_weight=0.0))
+    activations = model.capture(ROWS)
+    calibrate(t.clt, activations)
+    thresholds = [module.threshold for module in t.clt]
+
+    def l0() -> list[float]:
+        tokens = activations.counted_tokens
+        return [float(l0.detach().sum()) / tokens for l0 in t.clt(activations, "vanilla").l0]
+
+    assert l0() == pytest.approx([K] * 3, rel=0.02)
+    with torch.no_grad():
+        for threshold, factor in zip(thresholds, (0.3, 0.6, 1.3), strict=True):
+            threshold.mul_(factor)
+    assert max(l0()) > 2 * K and min(l0()) < 0.7 * K
+    optimizer = torch.optim.Adam(thresholds, lr=0.02)
+    for _ in range(60):
+        t.clt.zero_grad()
+        terms = t.objective.terms(t.objective.passes(activations), activations, t.objective.means(activations))
+        terms["l0_penalty_vanilla"].value(activations.counted_tokens).backward()
+        optimizer.step()
+    assert l0() == pytest.approx([K] * 3, rel=0.2)
 
 
 def test_evaluation_uses_thresholds_and_leaves_training_mode_as_it_was(trained, model):
@@ -61,7 +84,8 @@ def test_evaluation_uses_thresholds_and_leaves_training_mode_as_it_was(trained, 
         assert a.fvu_vanilla == pytest.approx(b.fvu_vanilla) and a.fvu_sparse == pytest.approx(b.fvu_sparse)
     last = read_metrics(trained.out / "metrics.jsonl")[-1]
     assert one.mean.fvu_vanilla < 1.3 * last["fvu_vanilla"] and one.mean.fvu_sparse < 1.3 * last["fvu_sparse"]
-    assert one.mean.l0_vanilla == pytest.approx(K, rel=0.35) and one.mean.l0_sparse == pytest.approx(K, rel=0.35)
+    assert one.mean.l0_vanilla == pytest.approx(last["l0_vanilla"], rel=0.35)
+    assert one.mean.l0_sparse == pytest.approx(last["l0_sparse"], rel=0.35)
     (point,) = fvu_against_c(trained.clt, model, ROWS, [5])
     assert point["fvu_sparse"] < 1
 
@@ -161,7 +185,10 @@ def test_bf16_and_vanilla_mode_only_train_too(tmp_path, model, activation):
     clt = clt_config(activation, dtype="bf16")
     t = trainer(tmp_path, model, clt=clt, connections=ConnectionConfig(policy="none"))
     t.fit()
-    assert all(m.threshold.dtype == torch.float32 and (m.threshold > 0).all() for m in t.clt)
+    loaded = SparseCLT.from_pretrained(t.out / "clt")
+    for module, same in zip(t.clt, loaded, strict=True):
+        assert module.threshold.dtype == torch.float32 and (module.threshold > 0).all()
+        assert torch.equal(module.threshold, same.threshold) and same.W_enc.dtype == torch.bfloat16
     assert evaluate(t.clt, model, ROWS, cross_entropy=False).mean.fvu_sparse is None
     if activation == "batchtopk":
         assert all(torch.equal(m.threshold, m.threshold_sparse) for m in t.clt)

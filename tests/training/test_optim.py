@@ -12,6 +12,7 @@ from sparseclt.model.decoder_gradients import DecoderGradients
 from sparseclt.training import eight_bit
 from sparseclt.training import optimizer as optim
 from sparseclt.training.finite import NonFiniteError
+from sparseclt.training.normalisation import normalise
 from sparseclt.training.optimizer import RowAdam, round_stochastically
 from sparseclt.training.schedule import learning_rate
 
@@ -21,27 +22,37 @@ def weights(t) -> dict[str, torch.Tensor]:
 
 
 def plain_steps(t, activations, steps: int) -> dict[str, torch.Tensor]:
-    """The same training with autograd's gradients, `clip_grad_norm_` and `torch.optim.Adam`."""
-    adam = torch.optim.Adam(t.clt.parameters(), betas=t.config.optimizer.betas)
+    """The same training with autograd's gradients, `clip_grad_norm_` and `torch.optim.Adam`, which see the weights of
+    normalised sites: what they are divided by their scale."""
+    normalise(t.clt, t.optimizer, activations)
+    parameters, scales = dict(t.clt.named_parameters()), t.optimizer.scales
+    own = {name: Parameter(p.detach() / scales.get(name, 1.0)) for name, p in parameters.items()}
+    adam = torch.optim.Adam(own.values(), betas=t.config.optimizer.betas)
     for _ in range(steps):
         t.policy.update(t.clt, t.activity["vanilla"], t.step)
         adam.param_groups[0]["lr"] = learning_rate(t.config, t.step)
-        adam.zero_grad()
+        t.clt.zero_grad()
         total, _, passes = t.loss(activations, t.step)
         total.backward()
-        torch.nn.utils.clip_grad_norm_(t.clt.parameters(), t.config.optimizer.clip_norm or math.inf)
+        for name, parameter in parameters.items():
+            own[name].grad = None if parameter.grad is None else parameter.grad * scales.get(name, 1.0)
+        torch.nn.utils.clip_grad_norm_(own.values(), t.config.optimizer.clip_norm or math.inf)
         adam.step()
+        with torch.no_grad():
+            for name, parameter in parameters.items():
+                parameter.copy_(own[name] * scales.get(name, 1.0))
         for mode, forward in passes.items():
             t.activity[mode].update(forward.latents)
         t.step += 1
     return weights(t)
 
 
+@pytest.mark.parametrize("attention", ["frozen", "latents"])
 @pytest.mark.parametrize("clip", [None, 0.05])
 @pytest.mark.parametrize("kept", [0, 1 << 30], ids=["computed twice", "kept"])
-def test_steps_are_those_of_adam_with_clipping(tmp_path, monkeypatch, clip, kept):
+def test_steps_are_those_of_adam_on_normalised_sites_with_clipping(tmp_path, monkeypatch, clip, kept, attention):
     monkeypatch.setattr(optim, "KEPT_BYTES", kept)
-    options = {"optimizer": OptimizerConfig(clip_norm=clip)}
+    options = {"attention": attention, "optimizer": OptimizerConfig(clip_norm=clip)}
     ours, plain = trainer(tmp_path, **options), trainer(tmp_path, **options)
     activations = warmed_up(ours)
     expected = plain_steps(plain, activations, 4)
@@ -89,7 +100,8 @@ def test_eight_bit_moments_take_two_bytes_a_weight_and_follow_adam():
             torch.testing.assert_close(parameter, copy)
     moved = (copy - start).norm().item()
     assert (parameter - copy).norm().item() <= 0.05 * moved  # a column is 1000 times smaller than its vector's largest
-    state = sum(t.numel() * t.element_size() for t in optimizer.tensors().values())
+    moments = (t for name, t in optimizer.tensors().items() if not name.endswith("/scale"))
+    state = sum(t.numel() * t.element_size() for t in moments)
     assert state == parameter.numel() * 2 + 50 * 2 * 8
 
 

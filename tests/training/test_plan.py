@@ -55,13 +55,23 @@ def activations(L: int, D: int, rows: int) -> Activations:
 
 
 def configured(
-    F=4096, K=8, rows=4, policy="top", dtype="fp32", aux=0.0, dead_after=10**9, micro=None, shuffle_bytes=0, **optimizer
+    F=4096,
+    K=8,
+    rows=4,
+    policy="top",
+    dtype="fp32",
+    aux=0.0,
+    dead_after=10**9,
+    micro=None,
+    shuffle_bytes=0,
+    activation="topk",
+    **optimizer,
 ) -> TrainConfig:
     return TrainConfig(
         activations=ActivationConfig(shuffle_bytes),
         out="unused", batch_rows=rows, compute=ComputeConfig(micro_batch_rows=micro), device="cpu",
         logging=LoggingConfig(progress=False),
-        clt=CLTConfig(latents=F, active=K, dtype=dtype), data=DataConfig(row_tokens=S),
+        clt=CLTConfig(latents=F, active=K, dtype=dtype, activation=activation), data=DataConfig(row_tokens=S),
         loss=LossConfig(sparse_start_share=0.0, aux_weight=aux, dead_after_tokens=dead_after),
         connections=ConnectionConfig(policy=policy, per_latent=16, refresh_steps=1000, recent_tokens=1024),
         optimizer=OptimizerConfig(**optimizer),
@@ -99,6 +109,8 @@ CASES = {
     "weights in bf16": configured(F=8192, rows=16, dtype="bf16", state="8bit"),
     "many tokens, both modes": configured(F=1024, rows=64),
     "many tokens, vanilla mode": configured(F=1024, rows=64, policy="none"),
+    "many tokens, batchtopk": configured(F=1024, rows=64, activation="batchtopk"),
+    "many tokens, jumprelu": configured(F=1024, rows=64, activation="jumprelu"),
     "latents are dead": configured(F=1024, rows=64, aux=1 / 32),
     "latents are dead, micro-batches": configured(F=1024, rows=64, aux=1 / 32, micro=16),
     "micro-batches, both modes": configured(F=1024, rows=64, micro=16),

@@ -1,4 +1,4 @@
-"""Text that cannot be used ends the command before anything runs, with one line that names the place."""
+"""Runs tokenize their text once; text that cannot be used ends them before they begin, with one line."""
 
 import pytest
 import tiny_models
@@ -39,6 +39,19 @@ def test_unusable_text_is_one_line(model, tmp_path, capsys, text, message):
     error = capsys.readouterr().err
     assert error.startswith(f"sparseclt: {message}") and error.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_eval_and_resume_do_not_tokenize_again(model, tmp_path, monkeypatch):
+    (tmp_path / "text.txt").write_text(" ".join(f"w{1 + i % 49}" for i in range(2000)))
+    settings = {
+        "--model.path": model, "--data.source": tmp_path / "text.txt", "--data.row-tokens": 12, "--steps": 2,
+        "--clt.latents": 24, "--clt.active": 3, "--connections.per-latent": 4,
+    }  # fmt: skip
+    arguments = [*(str(part) for pair in settings.items() for part in pair), "--logging.no-progress", "--out"]
+    assert main(["train", *arguments, str(tmp_path / "first")]) == 0
+    monkeypatch.setattr("sparseclt.data.text.write_rows", None)
+    assert main(["eval", str(tmp_path / "first")]) == 0
+    assert main(["resume", str(tmp_path / "first")]) == 0
 
 
 def test_rows_given_in_python_are_checked_too(model):

@@ -1,0 +1,57 @@
+"""How a language model reads logits off its last residual stream."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparseclt.language_model.language_model import LanguageModel
+from sparseclt.model.attention import centre
+
+
+@dataclass
+class FinalStream:
+    """What the final norm met in a run: filled while the run goes on."""
+
+    residual: Tensor = field(default_factory=lambda: torch.empty(0))  # [B, S, D] before the final norm
+    scale: Tensor = field(default_factory=lambda: torch.empty(0))  # [B, S] what the final norm divides by
+
+
+@contextmanager
+def recorded_final_stream(model: LanguageModel) -> Iterator[FinalStream]:
+    """Within the context, every run of `model` writes what its final norm met into the object that is given."""
+    seen = FinalStream()
+
+    def residual(value: Tensor, hook: Any) -> None:
+        seen.residual = value
+
+    def scale(value: Tensor, hook: Any) -> None:
+        seen.scale = value.squeeze(-1)
+
+    with model.bridge.hooks(fwd_hooks=[("ln_final.hook_in", residual), ("ln_final.hook_scale", scale)]):
+        yield seen
+
+
+def logit_directions(model: LanguageModel, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """Directions [k, D] and offsets [k], in float64, for `tokens` [k]: the logits minus their mean over the vocabulary
+    are `residual @ directions.T / scale + offsets`.
+
+    The final norm's gain and bias are folded in. Subtracting the mean changes no probability; circuit-tracer does the
+    same, so that a contribution says what sets a token apart from the others.
+    """
+    unembed, norm = model.bridge.unembed, model.bridge.ln_final
+    W_U = unembed.W_U.detach()  # [D, V]
+    chosen = W_U[:, tokens].double() - W_U.mean(1, keepdim=True, dtype=torch.float64)
+    offsets = torch.zeros(len(tokens), dtype=torch.float64, device=W_U.device)
+    if unembed.b_U is not None:
+        offsets = offsets + unembed.b_U[tokens].double() - unembed.b_U.double().mean()
+    bias = getattr(norm.original_component, "bias", None)
+    if bias is not None:
+        offsets = offsets + bias.detach().double() @ chosen
+    if (weight := getattr(norm.original_component, "weight", None)) is not None:
+        chosen = (weight.detach().double() + int(norm.uses_weight_offset))[:, None] * chosen
+    directions = chosen.T
+    return (centre(directions) if model.shape.centred else directions), offsets
