@@ -5,11 +5,12 @@ Each command first becomes a piece of work: a bad flag is then reported before a
 
 import io
 import sys
-from collections.abc import Callable
-from contextlib import redirect_stderr
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stderr
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 
@@ -152,6 +153,19 @@ def intervene(
     return partial(commands.intervene, run, prompt, latents, special_tokens, device)
 
 
+def export(run: Run, out: Run, format: Literal["circuit-tracer"] = "circuit-tracer", device: str | None = None) -> Work:
+    """Write the CLT of a run as another tool reads it. TopK becomes one threshold per latent, calibrated on held-out
+    text; the table shows what that costs.
+
+    Args:
+        run: The run directory.
+        out: The new directory.
+        format: The tool.
+        device: 'cpu', 'cuda', ... None: that of the run.
+    """
+    return partial(commands.export, run, out, device)
+
+
 def selftest(device: str = "auto", backends: tuple[str, ...] = ()) -> Work:
     """Compare every op, dtype, backend and gradient with float64 on this machine; print the errors.
 
@@ -172,6 +186,7 @@ COMMANDS: dict[str, Callable[..., Work]] = {
     "plan": plan,
     "graph": graph,
     "intervene": intervene,
+    "export": export,
     "selftest": selftest,
 }
 
@@ -183,7 +198,8 @@ def main(arguments: list[str] | None = None) -> int:
     network refuses something, after a message on standard error; 130 or 143 after SIGINT or SIGTERM.
     """
     try:
-        return _parse(sys.argv[1:] if arguments is None else arguments)() or 0
+        with _short_warnings():
+            return _parse(sys.argv[1:] if arguments is None else arguments)() or 0
     except (ValueError, TypeError) as error:
         print(f"sparseclt: {error}", file=sys.stderr)
         return 2
@@ -195,15 +211,33 @@ def main(arguments: list[str] | None = None) -> int:
         return getattr(stop, "exit_status", 130)
 
 
+@contextmanager
+def _short_warnings() -> Iterator[None]:
+    """Our own warnings as one line, without the line of code that they come from."""
+    usual, ours = warnings.formatwarning, str(Path(__file__).parent)
+
+    def short(
+        message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+    ) -> str:
+        own = filename.startswith(ours)
+        return f"sparseclt: {message}\n" if own else usual(message, category, filename, lineno, line)
+
+    warnings.formatwarning = short
+    try:
+        yield
+    finally:
+        warnings.formatwarning = usual
+
+
 def _parse(arguments: list[str]) -> Work:
     """The work that the arguments ask for. tyro frames and wraps the errors of a configuration; they are raised as
     they are instead."""
     messages = io.StringIO()
-    commands = COMMANDS | {"resume": _resume_of(arguments)}
+    known = COMMANDS | {"resume": _resume_of(arguments)}
     try:
         with redirect_stderr(messages):
             work: Work = tyro.extras.subcommand_cli_from_dict(
-                commands, prog="sparseclt", description="Sparsely-connected cross-layer transcoders.", args=arguments
+                known, prog="sparseclt", description="Sparsely-connected cross-layer transcoders.", args=arguments
             )
     except SystemExit as stop:
         cause: BaseException | None = stop

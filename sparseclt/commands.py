@@ -109,6 +109,13 @@ def intervene(run: Path, prompt: str, latents: tuple[str, ...], special_tokens: 
     print(effects_table(change(clt, model, prompt, wanted, special_tokens=special_tokens)))
 
 
+def export(run: Path, out: Path, device: str | None) -> None:
+    """Write the CLT of a run as circuit-tracer reads it and print what that costs."""
+    from sparseclt import runs
+
+    print(f"{runs.export_run(run, out, device=device)}\n\nExport: {out}")
+
+
 def selftest(device: str, backends: tuple[str, ...]) -> int:
     """Compare all ops with float64; 1 if one fails."""
     from sparseclt.devices import resolve

@@ -20,6 +20,7 @@ from sparseclt.storage.checkpoint import load_state, save_state, whole_number
 from sparseclt.storage.directories import CheckpointError, verify
 from sparseclt.storage.safetensors_stream import save_file
 from sparseclt.strict import ConfigError
+from sparseclt.training.loggers import read_metrics, truncate_after
 
 L, D, F, H = 2, 4, 6, 2
 
@@ -290,3 +291,14 @@ def test_numbers_of_another_kind(saved, numbers):
     (saved / "state.json").write_text(json.dumps({"format_version": 2, "numbers": numbers}))
     sign(saved)
     refused(saved, "state.json is damaged: expected numbers and text by name", load_state)
+
+
+@pytest.mark.parametrize(
+    "line", [b"\xff", b"[" * 100_000, b"[]", b"{}", b'{"step": "1"}', b'{"step": NaN}', b'{"step": true}']
+)
+def test_a_line_of_metrics_that_is_none(tmp_path, line):
+    file = tmp_path / "metrics.jsonl"
+    file.write_bytes(b'{"step": 1}\n' + line + b'\n{"step": 3}\n')
+    for read in (read_metrics, lambda file: truncate_after(file, 2)):
+        with pytest.raises(ValueError, match=f"{file}, line 2 is not .*: repair or remove the line"):
+            read(file)

@@ -138,14 +138,15 @@ def truncate_after(path: str | Path, step: int) -> None:
     if len(kept) < len(lines):
         # A whole new file put in place at once: a crash here must not lose the lines that stay.
         replacement = path.with_name(f"{path.name}.tmp")
-        replacement.write_bytes(b"".join(kept))
+        with naming(replacement):
+            replacement.write_bytes(b"".join(kept))
         replacement.replace(path)
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     """The lines of a metrics file as dicts, in order; a torn last line is left out.
 
-    Raises ValueError, naming the line, if another line is not a JSON object with a "step".
+    Raises ValueError, naming the line, if another line is not a JSON object with a whole "step".
     """
     rows = []
     for number, line in enumerate(Path(path).read_bytes().splitlines(keepends=True), start=1):
@@ -153,10 +154,10 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
             break
         try:
             row = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{path}, line {number} is not JSON ({error}): repair or remove the line") from error
-        if not isinstance(row, dict) or "step" not in row:
-            raise ValueError(f'{path}, line {number} is not an object with a "step": repair or remove the line')
+        if not isinstance(row, dict) or type(row.get("step")) is not int:
+            raise ValueError(f'{path}, line {number} is not an object with a whole "step": repair or remove the line')
         rows.append(row)
     return rows
 

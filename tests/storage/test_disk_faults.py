@@ -14,6 +14,7 @@ from faults import child, fail_at, refuse
 from tiny_runs import mark, save, write
 
 from sparseclt import cli
+from sparseclt.evaluation.plots import fvu_against_c
 from sparseclt.storage.checkpoint import latest
 from sparseclt.storage.directories import atomic_directory, remove_directory
 from sparseclt.storage.json_files import replace_file
@@ -77,18 +78,19 @@ def test_files_that_may_not_grow(template, limit):
     assert mark(template) == 1 and names(template) == ["step_00000001", "step_00000002"]
 
 
-@pytest.mark.parametrize("writer", ["tensors", "metrics", "replaced"])
+@pytest.mark.parametrize("writer", ["tensors", "metrics", "replaced", "picture"])
 def test_other_files_that_may_not_grow(tmp_path, writer):
-    file = tmp_path / "file"
+    file = tmp_path / "file.png"
     file.write_text("")
     work = {
         "tensors": lambda: save_file({"x": torch.zeros(99)}, file),
         "metrics": lambda: JsonLinesLogger(file).log(1, {"loss": 0.5}),
         "replaced": lambda: replace_file(file, "new"),
+        "picture": lambda: fvu_against_c([{"C": 1, "fvu_sparse": 0.5}], file),
     }[writer]
     _, message = child(lambda: (resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0)), work()))
     assert re.fullmatch(rf"OSError: \[Errno 27\] File too large: '{file}(\.tmp)?'", message), message
-    assert os.listdir(tmp_path) == ["file"] and file.read_text() == ""
+    assert os.listdir(tmp_path) == ["file.png"] and file.read_text() == ""
 
 
 @pytest.mark.skipif(not shutil.which("mount") or os.geteuid() != 0, reason="only root may mount")
