@@ -13,6 +13,7 @@ TEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --benchmar
 
 demo: .venv/demo  ## train on the embedded model and text, evaluate, print the table
 	$(BIN)/sparseclt train --out $(RUN)
+	@echo "See its latents and connections: $(BIN)/sparseclt atlas $(RUN)"
 
 sweep: .venv/demo  ## FVU against the number of connections, with the pruned baseline
 	$(BIN)/sparseclt sweep --out runs/sweep

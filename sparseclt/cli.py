@@ -5,15 +5,17 @@ Each command first becomes a piece of work: a bad flag is then reported before a
 
 import io
 import sys
-from collections.abc import Callable
-from contextlib import redirect_stderr, suppress
-from dataclasses import replace
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stderr
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import tyro
 
+from sparseclt import commands
+from sparseclt.commands import Split
 from sparseclt.config import TrainConfig
 from sparseclt.model.shape import ModelShape
 from sparseclt.storage.run_config import read_config
@@ -21,13 +23,12 @@ from sparseclt.strict import ConfigError
 
 Config = Annotated[TrainConfig, tyro.conf.arg(name="")]
 Run = tyro.conf.Positional[Path]
-Split = Literal["held_out", "train"]
 Work = Callable[[], int | None]
 
 
 def train(config: Config = TrainConfig()) -> Work:  # noqa: B008
     """Train a sparsely-connected CLT, evaluate it on held-out text, write tables and plots."""
-    return partial(_train, config)
+    return partial(commands.train, config)
 
 
 def resume(run: Run, config: Config = TrainConfig(), checkpoint: Path | None = None) -> Work:  # noqa: B008
@@ -39,7 +40,7 @@ def resume(run: Run, config: Config = TrainConfig(), checkpoint: Path | None = N
         config: The configuration of the run.
         checkpoint: One of its checkpoints, such as step_00000500, to go on from instead.
     """
-    return partial(_resume, run, config, checkpoint)
+    return partial(commands.resume, run, config, checkpoint)
 
 
 def repeat(run: Run, out: Run) -> Work:
@@ -49,7 +50,7 @@ def repeat(run: Run, out: Run) -> Work:
         run: The run directory to repeat.
         out: The new run directory.
     """
-    return partial(_repeat, run, out)
+    return partial(commands.repeat, run, out)
 
 
 def evaluate(run: Run, device: str | None = None, checkpoint: Path | None = None) -> Work:
@@ -60,7 +61,7 @@ def evaluate(run: Run, device: str | None = None, checkpoint: Path | None = None
         device: 'cpu', 'cuda', ... None: that of the run.
         checkpoint: One of its checkpoints, such as step_00000500, to evaluate instead.
     """
-    return partial(_evaluate, run, device, checkpoint)
+    return partial(commands.evaluate, run, device, checkpoint)
 
 
 def sweep(config: Config = TrainConfig(out="runs/sweep"), connections: tuple[int, ...] = (8, 16, 32, 64)) -> Work:  # noqa: B008
@@ -70,7 +71,7 @@ def sweep(config: Config = TrainConfig(out="runs/sweep"), connections: tuple[int
         config: The configuration of the runs.
         connections: The numbers of connections (C).
     """
-    return partial(_sweep, config, connections)
+    return partial(commands.sweep, config, connections)
 
 
 def atlas(
@@ -85,7 +86,7 @@ def atlas(
         port: The port to serve at. 0: any free one.
         split: The text that the examples come from.
     """
-    return partial(_atlas, run, out, tokens, port, split)
+    return partial(commands.atlas, run, out, tokens, port, split)
 
 
 def plan(
@@ -100,7 +101,7 @@ def plan(
         shape: The shape of the language model, if the model itself is not at hand.
         memory_gib: The memory of the device, in GiB. None: what is free on it now.
     """
-    return partial(_plan, config, shape, memory_gib)
+    return partial(commands.plan, config, shape, memory_gib)
 
 
 def graph(
@@ -130,7 +131,7 @@ def graph(
     """
     options = {"error_nodes": error_nodes, "node_share": node_share, "edge_share": edge_share}
     options |= {"max_logits": max_logits, "special_tokens": special_tokens}
-    return partial(_graph, run, prompt, device, out, options)
+    return partial(commands.graph, run, prompt, device, out, options)
 
 
 def intervene(
@@ -149,7 +150,20 @@ def intervene(
         special_tokens: Read text such as <|endoftext|> in the prompt as the special token, not as plain text.
         device: 'cpu', 'cuda', ... None: that of the run.
     """
-    return partial(_intervene, run, prompt, latents, special_tokens, device)
+    return partial(commands.intervene, run, prompt, latents, special_tokens, device)
+
+
+def export(run: Run, out: Run, format: Literal["circuit-tracer"] = "circuit-tracer", device: str | None = None) -> Work:
+    """Write the CLT of a run as another tool reads it. TopK becomes one threshold per latent, calibrated on held-out
+    text; the table shows what that costs.
+
+    Args:
+        run: The run directory.
+        out: The new directory.
+        format: The tool.
+        device: 'cpu', 'cuda', ... None: that of the run.
+    """
+    return partial(commands.export, run, out, device)
 
 
 def selftest(device: str = "auto", backends: tuple[str, ...] = ()) -> Work:
@@ -159,7 +173,7 @@ def selftest(device: str = "auto", backends: tuple[str, ...] = ()) -> Work:
         device: 'cpu', 'cuda', ... auto: CUDA if there is one, else the CPU.
         backends: Backends by name. None given: all that run on the device.
     """
-    return partial(_selftest, device, backends)
+    return partial(commands.selftest, device, backends)
 
 
 COMMANDS: dict[str, Callable[..., Work]] = {
@@ -172,6 +186,7 @@ COMMANDS: dict[str, Callable[..., Work]] = {
     "plan": plan,
     "graph": graph,
     "intervene": intervene,
+    "export": export,
     "selftest": selftest,
 }
 
@@ -183,7 +198,8 @@ def main(arguments: list[str] | None = None) -> int:
     network refuses something, after a message on standard error; 130 or 143 after SIGINT or SIGTERM.
     """
     try:
-        return _parse(sys.argv[1:] if arguments is None else arguments)() or 0
+        with _short_warnings():
+            return _parse(sys.argv[1:] if arguments is None else arguments)() or 0
     except (ValueError, TypeError) as error:
         print(f"sparseclt: {error}", file=sys.stderr)
         return 2
@@ -195,15 +211,33 @@ def main(arguments: list[str] | None = None) -> int:
         return getattr(stop, "exit_status", 130)
 
 
+@contextmanager
+def _short_warnings() -> Iterator[None]:
+    """Our own warnings as one line, without the line of code that they come from."""
+    usual, ours = warnings.formatwarning, str(Path(__file__).parent)
+
+    def short(
+        message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+    ) -> str:
+        own = filename.startswith(ours)
+        return f"sparseclt: {message}\n" if own else usual(message, category, filename, lineno, line)
+
+    warnings.formatwarning = short
+    try:
+        yield
+    finally:
+        warnings.formatwarning = usual
+
+
 def _parse(arguments: list[str]) -> Work:
     """The work that the arguments ask for. tyro frames and wraps the errors of a configuration; they are raised as
     they are instead."""
     messages = io.StringIO()
-    commands = COMMANDS | {"resume": _resume_of(arguments)}
+    known = COMMANDS | {"resume": _resume_of(arguments)}
     try:
         with redirect_stderr(messages):
             work: Work = tyro.extras.subcommand_cli_from_dict(
-                commands, prog="sparseclt", description="Sparsely-connected cross-layer transcoders.", args=arguments
+                known, prog="sparseclt", description="Sparsely-connected cross-layer transcoders.", args=arguments
             )
     except SystemExit as stop:
         cause: BaseException | None = stop
@@ -230,101 +264,6 @@ def _resume_of(arguments: list[str]) -> Callable[..., Work]:
 
     of_run.__doc__ = resume.__doc__
     return of_run
-
-
-def _train(config: TrainConfig) -> None:
-    from sparseclt import runs
-    from sparseclt.evaluation import report
-
-    print(report.evaluation_table(runs.train(config).to_dict()))
-    print(f"\nRun directory: {config.out}")
-
-
-def _resume(run: Path, config: TrainConfig, checkpoint: Path | None) -> None:
-    from sparseclt import runs
-    from sparseclt.evaluation import report
-    from sparseclt.training.run_directory import steps_done
-
-    if checkpoint is None and steps_done(run) == config.steps:
-        print(f"{run} has done all its {config.steps} steps; --steps gives it more. It is evaluated again.\n")
-    print(report.evaluation_table(runs.resume(run, config, checkpoint=checkpoint).to_dict()))
-
-
-def _repeat(run: Path, out: Path) -> None:
-    _train(replace(read_config(run), out=str(out)))
-
-
-def _evaluate(run: Path, device: str | None, checkpoint: Path | None) -> None:
-    from sparseclt import runs
-    from sparseclt.evaluation import report
-
-    result = runs.evaluate_run(run, device=device, checkpoint=checkpoint)
-    print(report.evaluation_table(result.to_dict()))
-
-
-def _sweep(config: TrainConfig, connections: tuple[int, ...]) -> None:
-    from sparseclt import runs
-    from sparseclt.evaluation import report
-
-    print(report.sweep_table(runs.sweep(config, connections)))
-    print(f"\nRun directories: {config.out}")
-
-
-def _atlas(run: Path, out: Path | None, tokens: int | None, port: int, split: Split) -> None:
-    from sparseclt.atlas.build import build_atlas
-    from sparseclt.atlas.server import AtlasServer
-
-    path = build_atlas(run, out, tokens=tokens, split=split)
-    print(f"Atlas: {path}")
-    if out is not None:
-        return
-    with AtlasServer(path, port) as server, suppress(KeyboardInterrupt):
-        print(f"Served at {server.url} until you press Ctrl-C.", flush=True)
-        server.serve_forever()
-
-
-def _plan(config: TrainConfig, shape: ModelShape, memory_gib: float | None) -> int:
-    from sparseclt.devices import resolve
-    from sparseclt.training import memory
-
-    if not shape.layers:
-        shape = memory.shape_of(config.model.path, config.model.layers)
-    available = memory.available_bytes(resolve(config.device)) if memory_gib is None else int(memory_gib * memory.GiB)
-    plan = memory.make_plan(config, shape, available)
-    print(memory.table(plan))
-    if available is not None and not plan.fits:
-        print(memory.advice_text(config, shape, available))
-    return 0 if plan.fits else 1
-
-
-def _graph(run: Path, prompt: str, device: str | None, out: Path | None, options: dict[str, Any]) -> None:
-    from sparseclt import runs
-    from sparseclt.graph.explain import prompt_graph
-    from sparseclt.graph.graph_json import graph_name, write_graph
-    from sparseclt.graph.summary import graph_summary
-
-    clt, model = runs.load_run(run, device=device)
-    explained = prompt_graph(clt, model, prompt, **options)
-    path = write_graph(explained, out or run / "graphs" / f"{graph_name(explained)}.json")
-    print(f"{graph_summary(explained)}\n\nGraph: {path}")
-
-
-def _intervene(run: Path, prompt: str, latents: tuple[str, ...], special_tokens: bool, device: str | None) -> None:
-    from sparseclt import runs
-    from sparseclt.graph.intervention import Intervention
-    from sparseclt.graph.intervention import intervene as change
-    from sparseclt.graph.summary import effects_table
-
-    wanted = [Intervention.parse(text) for text in latents]
-    clt, model = runs.load_run(run, device=device)
-    print(effects_table(change(clt, model, prompt, wanted, special_tokens=special_tokens)))
-
-
-def _selftest(device: str, backends: tuple[str, ...]) -> int:
-    from sparseclt.devices import resolve
-    from sparseclt.ops import selftest
-
-    return selftest.main(str(resolve(device)), backends)
 
 
 if __name__ == "__main__":

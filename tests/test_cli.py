@@ -12,7 +12,9 @@ from tiny_models import hf_model, tokenizer
 from sparseclt.cli import main
 from sparseclt.training.loggers import read_metrics
 
-COMMANDS = ("train", "resume", "repeat", "eval", "sweep", "atlas", "plan", "graph", "intervene", "selftest")
+COMMANDS = (
+    "train", "resume", "repeat", "eval", "sweep", "atlas", "plan", "graph", "intervene", "export", "selftest",
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -142,6 +144,20 @@ def test_intervene_prints_the_change_of_each_logit_in_both_modes(run, capsys):
     assert "predicted" in out and "vanilla mode" in out and "sparsely-connected mode" in out
 
 
+def test_export_writes_thresholds_and_prints_what_they_cost(run, tmp_path, capsys):
+    from safetensors.torch import load_file
+
+    assert main(["export", str(run), str(tmp_path / "export")]) == 0
+    assert "FVU exported" in capsys.readouterr().out
+    assert set(load_file(tmp_path / "export" / "W_enc_1.safetensors")) == {
+        "W_enc_1",
+        "b_enc_1",
+        "b_dec_1",
+        "threshold_1",
+    }
+    assert "mlp.hook_in" in (tmp_path / "export" / "config.yaml").read_text()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -161,15 +177,17 @@ def test_a_graph_of_bad_input_is_one_clear_line(run, capsys, arguments, message)
 
 FLAGS = """
     --activations.cache --activations.cache-dtype --activations.shuffle-bytes --batch-rows --checkpoints.every-minutes
-    --checkpoints.every-steps --checkpoints.keep --clt.active --clt.attention --clt.dtype --clt.latents
+    --checkpoints.every-steps --checkpoints.keep --clt.activation --clt.active --clt.attention --clt.bandwidth
+    --clt.dtype --clt.latents
     --compute.backend --compute.micro-batch-rows --connections.anneal-share --connections.candidates-after-steps
     --connections.freeze-after-share --connections.importance --connections.per-latent --connections.policy
     --connections.pressure-weight --connections.recent-tokens --connections.refresh-steps
     --connections.start-per-latent --data.bos --data.cache --data.held-out-share --data.held-out-tokens
     --data.max-tokens --data.row-tokens --data.source --data.text-field --device --help --logging.every-steps
     --logging.loggers --logging.no-progress --logging.progress --loss.aux-latents --loss.aux-weight
-    --loss.cross-entropy-weight --loss.dead-after-tokens --loss.latent-agreement-weight --loss.sparse-ramp-share
-    --loss.sparse-start-share --model.layers --model.path --optimizer.betas --optimizer.clip-norm
+    --loss.cross-entropy-weight --loss.dead-after-tokens --loss.l0-weight
+    --loss.latent-agreement-weight --loss.sparse-ramp-share
+    --loss.sparse-start-share --model.dtype --model.layers --model.path --optimizer.betas --optimizer.clip-norm
     --optimizer.decay-share --optimizer.learning-rate --optimizer.rows --optimizer.state --optimizer.warmup-share
     --out --seed --steps
 """.split()
@@ -184,7 +202,7 @@ def help_of(command: str, capsys) -> str:
 
 def test_the_flags_of_train_are_these(capsys):
     """A renamed flag breaks other people's scripts: change this list knowingly."""
-    assert sorted(set(re.findall(r"--[a-z][a-z.-]*", help_of("train", capsys)))) == FLAGS
+    assert sorted(set(re.findall(r"--[a-z][a-z0-9.-]*", help_of("train", capsys)))) == FLAGS
 
 
 def test_the_help_begins_with_the_fields_that_every_run_sets(capsys, monkeypatch):

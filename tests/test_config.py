@@ -76,6 +76,8 @@ BAD = {
     "data.cache": [""],
     "clt.latents": [0, -512, 15],
     "clt.active": [0, -1, 513],
+    "clt.activation": ["relu", "TopK", ""],
+    "clt.bandwidth": [0.0, -0.1],
     "clt.attention": ["latent", "Frozen", ""],
     "clt.dtype": ["fp16", "float32", "bfloat16"],
     "connections.policy": ["tpo", "Top", "dense_learned", ""],
@@ -94,6 +96,7 @@ BAD = {
     "loss.aux_weight": [-1 / 32],
     "loss.aux_latents": [0, -64],
     "loss.dead_after_tokens": [0, -1],
+    "loss.l0_weight": [-0.1],
     "loss.cross_entropy_weight": [-1.0],
     "optimizer.learning_rate": [-2e-3],
     "optimizer.warmup_share": [-0.1, 1.1],
@@ -219,7 +222,7 @@ def test_every_problem_has_its_line():
         from_dict({"steps": 0, "clt": {"width": 3}, "optimizer": {"state": "8-bit", "betas": [0.9, 1]}, "loss": None})
     assert str(error.value).splitlines() == [
         "steps: expected at least 1, got 0",
-        "config: unknown field clt.width; expected one of latents, active, attention, dtype",
+        "config: unknown field clt.width; expected one of latents, active, activation, bandwidth, attention, dtype",
         "loss: expected the fields of a LossConfig, got None",
         "optimizer.betas[1]: expected less than 1, got 1",
         "optimizer.state: expected 'fp32' or '8bit', got '8-bit'",

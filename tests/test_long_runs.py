@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -60,6 +61,15 @@ def test_resume_of_a_finished_run_says_so_and_evaluates_it(run, capsys):
     (run / "table.md").unlink()
     assert main(["resume", str(run)]) == 0
     assert "has done all its 6 steps" in capsys.readouterr().out and (run / "table.md").exists()
+
+
+def test_a_warning_of_ours_is_one_line(run):
+    file = run / "checkpoints" / "step_00000006" / "W_enc_0.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
+    command = [sys.executable, "-m", "sparseclt", "resume", str(run)]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ)
+    assert done.returncode == 0 and done.stderr.count("\n") == 1, done.stderr
+    assert re.fullmatch(r"sparseclt: .*W_enc_0.safetensors has .* is now step_00000006.damaged, .*\n", done.stderr)
 
 
 @pytest.mark.parametrize(
@@ -160,12 +170,15 @@ def test_a_terminated_run_exits_with_143_and_goes_on_elsewhere(material, tmp_pat
     flags = [*material, "--out", str(out), "--steps", "100000", "--checkpoints.every-steps", "100000"]
     command = [sys.executable, "-m", "sparseclt", "train", *flags]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ) as process:
-        deadline = time.monotonic() + 120
-        while not (out / "metrics.jsonl").exists() or not read_metrics(out / "metrics.jsonl"):
-            assert process.poll() is None and time.monotonic() < deadline
-            time.sleep(0.05)
-        process.send_signal(signal.SIGTERM)
-        error = process.stderr.read()
+        try:
+            deadline = time.monotonic() + 300
+            while not (out / "metrics.jsonl").exists() or not read_metrics(out / "metrics.jsonl"):
+                assert process.poll() is None and time.monotonic() < deadline
+                time.sleep(0.05)
+            process.send_signal(signal.SIGTERM)
+            error = process.stderr.read()
+        finally:
+            process.kill()
     assert process.returncode == 143, error
     done = int(next((out / "checkpoints").iterdir()).name.removeprefix("step_"))
     assert error == (

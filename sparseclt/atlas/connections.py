@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from sparseclt.atlas.gather import Gathered
@@ -99,7 +100,15 @@ def flow(clt: SparseCLT, gathered: Gathered) -> NDArray[np.float64]:
 def contributions(
     clt: SparseCLT, gathered: Gathered, module: int, latent: NDArray[np.int64], token: NDArray[np.int64]
 ) -> NDArray[np.float64]:
-    """[E, C]: V z_up / scale of every connection of an MLP module's `latent` [E] at `token` [E]."""
+    """[E, C]: V z_up / scale of every connection of a module's `latent` [E] at `token` [E].
+
+    Of an attention module it is known for the largest values only, and NaN elsewhere.
+    """
+    sums = gathered.connections[module]
+    if sums is not None and sums.strongest is not None:
+        device = sums.strongest.token.device
+        found, known = sums.strongest.find(torch.tensor(latent, device=device), torch.tensor(token, device=device))
+        return found.masked_fill(~known[:, None], float("nan")).double().cpu().numpy()
     connections, V = clt.transcoder(module).connection_indices, gathered.virtual_weights[module]
     assert connections is not None and V is not None
     upstream, F = clt.upstream[module], clt.architecture.latents

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from sparseclt.atlas.gather import Firings
+from sparseclt.atlas.gather import STRONGEST, Firings
 
-TOP, QUARTERS, PER_QUARTER = 10, 4, 4  # examples
+TOP, QUARTERS, PER_QUARTER = STRONGEST, 4, 4  # examples
 BEFORE, AFTER = 16, 8  # tokens shown around an example
 BINS = 20
 

@@ -13,15 +13,17 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from sparseclt.atlas.strongest import StrongestFirings
 from sparseclt.evaluation.metrics import captures, modes_of
 from sparseclt.language_model.language_model import LanguageModel
-from sparseclt.model.activations import Activations
+from sparseclt.model.activations import Activations, at_least_float32
 from sparseclt.model.clt import SparseCLT
 from sparseclt.model.forward import ForwardPass
 from sparseclt.model.sites import Mode
 
 MOST_FIRINGS = 1 << 24  # held in memory at a time
 DENSE_ENTRIES = 1 << 18  # of the dense block of latents in which connections are looked up; small enough for a cache
+STRONGEST = 10  # firings of an attention latent of which contributions are kept
 SCAN_TOKENS = 1 << 16  # read from the file at a time
 
 
@@ -105,7 +107,8 @@ def ranges(spools: Iterable[Spool], module: int, shard: int) -> Iterator[tuple[i
 class ConnectionSums:
     """Sums over the tokens on which a latent fires in sparsely-connected mode, for each of its connections."""
 
-    def __init__(self, shape: torch.Size, device: torch.device):
+    def __init__(self, shape: torch.Size, device: torch.device, attention: bool):
+        self.strongest = StrongestFirings(shape, STRONGEST, device) if attention else None
         self.contribution = torch.zeros(shape, dtype=torch.float64, device=device)  # [F, C] of V z_up / scale
         self.together = torch.zeros(shape, dtype=torch.float64, device=device)  # [F, C] tokens with z_up > 0
 
@@ -139,7 +142,7 @@ def gather(
 ) -> Gathered:
     """Run every mode over `rows` [R, S]; files of active latents are written to `folder`.
 
-    Position 0 of a row is not counted.
+    Tokens that do not count (`Activations.counted`) take no part.
     """
     modes, N = modes_of(clt), rows.numel()
     spools = {mode: Spool(folder, mode, clt, N) for mode in modes}
@@ -150,27 +153,23 @@ def gather(
         weights = clt.virtual_weights(backend)
         shapes = [None if m.connection_indices is None else m.connection_indices.shape for m in clt]
         device = next(clt.parameters()).device
-        sums = [None if shape is None else ConnectionSums(shape, device) for shape in shapes]
+        sums = [
+            None if shape is None else ConnectionSums(shape, device, site.kind == "attn")
+            for shape, site in zip(shapes, clt.sites, strict=True)
+        ]
     start = counted_tokens = 0
     for batch, activations in captures(clt, language_model, rows, batch_rows):
-        counted = _counted(activations)
+        counted = torch.ones_like(batch, dtype=torch.bool) if activations.counted is None else activations.counted
         for mode in modes:
             forward = clt(activations, mode, backend=backend)
             spools[mode].add(start, forward, counted.flatten())
             if mode == "sparse":
-                _add_connections(clt, forward, activations, counted, sums)
+                _add_connections(clt, forward, activations, counted, sums, start)
         for layer, values in enumerate(activations.scale):
             scale[layer, start : start + batch.numel()] = values.flatten().float().cpu().numpy()
         start += batch.numel()
         counted_tokens += int(counted.sum())
     return Gathered(rows.cpu().numpy(), counted_tokens, spools, sums, weights, scale)
-
-
-def _counted(activations: Activations) -> Tensor:
-    """[B, S] bool."""
-    counted = torch.ones_like(activations.tokens, dtype=torch.bool)
-    counted[:, 0] = False
-    return counted
 
 
 def _add_connections(
@@ -179,14 +178,17 @@ def _add_connections(
     activations: Activations,
     counted: Tensor,
     sums: list[ConnectionSums | None],
+    first: int,
 ) -> None:
-    """The contributions of one batch in sparsely-connected mode, a few tokens at a time (attention: a row)."""
+    """The contributions of one batch, whose first token is `first`, a few tokens at a time (with attention: a row)."""
     B, S = activations.tokens.shape
     M, F = len(clt.sites), clt.architecture.latents
     attention = clt.architecture.attention == "latents"
     piece = S if attention else min(B * S, max(16, DENSE_ENTRIES // (M * F)))
     ids = torch.cat([latents.indices.clamp_min(0) + m * F for m, latents in enumerate(forward.latents)], 1)
-    values = torch.cat([latents.values for latents in forward.latents], 1) * counted.flatten()[:, None]
+    values = (
+        at_least_float32(torch.cat([latents.values for latents in forward.latents], 1)) * counted.flatten()[:, None]
+    )
     dense = values.new_zeros(piece, M * F)
     for start in range(0, B * S, piece):
         here = slice(start, min(start + piece, B * S))
@@ -194,7 +196,7 @@ def _add_connections(
         block.scatter_add_(1, ids[here], values[here])
         for m, own in enumerate(sums):
             if own is not None:
-                _add_reader(clt, m, forward, activations, here, block, own)
+                _add_reader(clt, m, forward, activations, here, block, own, first + start)
         block.scatter_(1, ids[here], 0)
 
 
@@ -206,6 +208,7 @@ def _add_reader(
     here: slice,
     block: Tensor,
     sums: ConnectionSums,
+    first: int,
 ) -> None:
     """Contributions to module m's firings on the tokens `here`, whose latents of all modules are `block` [n, M F]."""
     site, connections, V = clt.sites[m], clt.transcoder(m).connection_indices, forward.virtual_weights[m]
@@ -226,3 +229,5 @@ def _add_reader(
             upstream = upstream + mixed
             contribution = contribution + V[head][latent] * mixed
     sums.add(latent, contribution, upstream.masked_fill(connections[latent] < 0, 0))
+    if sums.strongest is not None:
+        sums.strongest.add(first + token, latent, block[token, m * F + latent], contribution)

@@ -14,6 +14,7 @@ from sparseclt.atlas.examples import Examples, choose, histograms, largest_and_s
 from sparseclt.atlas.gather import Firings, Gathered, ranges
 from sparseclt.atlas.logits import Unembedding, extremes
 from sparseclt.atlas.tokens import TokenIndex
+from sparseclt.model.activations import at_least_float32
 from sparseclt.model.clt import SparseCLT
 from sparseclt.model.sites import Mode
 
@@ -65,7 +66,7 @@ class ModulePages:
     def _shard(self, firings: Mapping[Mode, Firings]) -> list[dict[str, Any]]:
         some = next(iter(firings.values()))
         latents: list[dict[str, Any]] = [{"modes": {}} for _ in range(some.first, some.last)]
-        bias = folder.rounded(self.clt.transcoder(self.m).b_enc[some.first : some.last].cpu().numpy())
+        bias = folder.rounded(self.clt.transcoder(self.m).b_enc[some.first : some.last].double().cpu().numpy())
         for latent, value in zip(latents, bias, strict=True):
             latent["bias"] = value
         for mode, fired in firings.items():
@@ -99,7 +100,7 @@ class ModulePages:
     def _examples(self, examples: Examples, mode: Mode) -> list[dict[str, Any]]:
         S = self.gathered.rows.shape[1]
         parts: NDArray[np.float64] | None = None
-        if mode == "sparse" and self.incoming is not None and self.clt.sites[self.m].kind == "mlp":
+        if mode == "sparse" and self.incoming is not None:
             parts = contributions(self.clt, self.gathered, self.m, examples.latent, examples.token)
             bias = self.clt.transcoder(self.m).b_enc.detach().double().cpu().numpy()[examples.latent]
             rest = folder.rounded(examples.value - bias - parts.sum(1))
@@ -117,7 +118,7 @@ class ModulePages:
                 "tokens": window[e][: length[e]],
                 "values": [v or 0 for v in values[e][: length[e]]],
             }
-            if parts is not None:
+            if parts is not None and rest[e] is not None:
                 example |= {"contributions": [v or 0 for v in parts[e]], "rest": rest[e]}
             found.append(example)
         return found
@@ -128,7 +129,7 @@ class ModulePages:
         live = [i for i, latent in enumerate(latents) if any(mode["fired"] for mode in latent["modes"].values())]
         if not live:
             return
-        decoders = module.W_dec[torch.tensor(live, device=module.W_dec.device) + first].detach()
+        decoders = at_least_float32(module.W_dec[torch.tensor(live, device=module.W_dec.device) + first].detach())
         T = decoders.shape[1]
         if T > 1:
             decoders = torch.cat([decoders.sum(1, keepdim=True), decoders], 1)

@@ -95,7 +95,9 @@ class HubSplit:
                 return
             except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
                 raise ValueError(f"data.source: could not read {where}: {error}") from error
-            yield from passages([text_of(record, self.text_field, where)])
+            text = text_of(record, self.text_field, where)
+            yield from passages([text])
+            advance(len(text))
 
     def records(self) -> list[dict[str, Any]]:
         return []

@@ -199,6 +199,11 @@ class LanguageModel:
         self._check_attention(layer, weights)
         return weights
 
+    def mlp_norm(self, layer: int) -> tuple[Tensor, Tensor | None] | None:
+        """Gain and bias [D] of the norm before a layer's MLP; None if there is no norm."""
+        name = self._norms.before_mlp
+        return None if name is None else _gain_and_bias(self.bridge.blocks[layer].get_submodule(name))
+
     def _run(self, tokens: Tensor, hooks: list[Hook]) -> Tensor:
         return self.bridge.run_with_hooks(tokens, fwd_hooks=hooks, use_cache=False)
 

@@ -176,8 +176,8 @@ def round_stochastically(exact: Tensor, out: Tensor, generator: torch.Generator)
 def clip_and_step(
     clt: Transcoders, gradients: DecoderGradients, optimizer: RowAdam, learning_rate: float, clip: float | None
 ) -> tuple[Tensor, str | None]:
-    """One optimiser step from the gathered gradients: their norm in Adam's units, and the name of the first parameter whose gradient
-    is not finite (then nothing was updated).
+    """One optimiser step from the gathered gradients: their norm in Adam's units, and the name of the first parameter
+    whose gradient is not finite (then nothing was updated).
 
     The norm that `clip` bounds is that of the whole gradient, exactly: all of it is computed once for the norm, and
     that of large decoders a second time, for the update. Encoders and biases come last, for the gradient of decoders

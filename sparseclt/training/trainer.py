@@ -194,6 +194,7 @@ class Trainer:
             check_unused(self.out)
         else:
             self.load(Path(resume), checkpoint)
+        finished = self.step == self.config.steps
         with run_directory(self.out, begun=lambda: self.step > 0):
             write_identity(self.out, self.identity)
             write_config(self.out, self.config)
@@ -201,6 +202,8 @@ class Trainer:
             log = RunLog(self.config.logging, self.out, to_dict(self.config), self.config.steps, self.step)
             with closing(log), self._explaining_out_of_memory(), stop_requests() as request:
                 self._train(log, request)
+            if finished and (checkpoint is not None or not (self.out / CLT).is_dir()):
+                self.clt.save_pretrained(self.out / CLT)
         return self.clt.eval()
 
     def _train(self, log: RunLog, request: StopRequest) -> None:

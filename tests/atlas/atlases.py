@@ -80,9 +80,15 @@ class Atlas:
     folder: Path
 
 
-def make_atlas(folder: Path, family: str = "gpt2", attention: str = "frozen", connected: bool = True) -> Atlas:
+def make_atlas(
+    folder: Path,
+    family: str = "gpt2",
+    attention: str = "frozen",
+    connected: bool = True,
+    dtype: torch.dtype | None = None,
+) -> Atlas:
     model = LanguageModel.from_hf(hf_model(family), tokenizer(), name=family)
-    clt = random_clt(model, attention)
+    clt = random_clt(model, attention).to(dtype)
     with torch.no_grad():
         clt.transcoder(DEAD[0]).b_enc[DEAD[1]] = -1e6
     if connected:

@@ -7,7 +7,7 @@ from atlases import DEAD, LENGTH, make_atlas
 from sparseclt.atlas.build import TOKEN_SHARD
 from sparseclt.atlas.folder import read
 from sparseclt.atlas.latents import SHARD
-from sparseclt.model.attention import centre
+from sparseclt.model.attention import attention_write, centre, head_rows
 
 CASES = [("gpt2", "frozen"), ("pythia", "frozen"), ("llama", "latents")]
 
@@ -156,6 +156,39 @@ def test_contributions_bias_and_unmasked_part_are_the_preactivation(case):
     assert checked > 100
 
 
+def test_an_attention_latents_largest_values_are_made_of_their_contributions(case):
+    clt, activations, F = case.clt, case.activations, case.clt.architecture.latents
+    if clt.architecture.attention == "frozen":
+        assert all(site.kind == "mlp" for site in clt.sites)
+        return
+    z, checked = case.z["sparse"].unflatten(1, (-1, LENGTH)), 0
+    for m, site in enumerate(clt.sites):
+        if site.kind == "mlp" or not clt.upstream[m]:
+            continue
+        module, weights, stream, E = clt.transcoder(m), clt.attention_of(site), activations.r_0.clone(), []
+        for u in range(clt.upstream[m]):
+            writer = clt.transcoder(u)
+            real = activations.output(writer.site).view_as(stream)
+            stream[:, 1:] += writer.b_dec
+            stream[:, 0] += real[:, 0]  # position 0 does not count: it keeps the model's own outputs
+            targets = site.layer - writer.site.layer if writer.site.kind == "mlp" else 1
+            E.append(writer.W_dec[:, :targets].sum(1))
+        mix = activations.attn_pattern[site.layer] / activations.attn_scale[site.layer][:, None, None, :]
+        unmasked = (attention_write(stream, mix, weights) @ module.W_enc.T).detach()
+        V = torch.stack([torch.cat(E) @ head_rows(module.W_enc, weights, h).T for h in range(len(mix[0]))]).detach()
+        for i, page in enumerate(pages(case, m)):
+            for example in page["modes"]["sparse"]["examples"]:
+                r, p = example["row"], example["position"]
+                if example["group"] == 0:
+                    near(example["rest"], unmasked[r, p, i])
+                    near(sum(example["contributions"]) + example["rest"] + page["bias"], example["value"])
+                    for j, value in zip(page["upstream"]["latent"], example["contributions"], strict=True):
+                        expected = (V[:, j, i] * (mix[r, :, p] @ z[j // F, r, :, j % F])).sum() if j >= 0 else 0.0
+                        near(value, expected)
+                    checked += 1
+    assert checked > 50
+
+
 def test_logits_of_the_decoders(case):
     hf, name = case.language_model.bridge.original_model, case.language_model.shape.name
     norm = hf.get_submodule(
@@ -218,3 +251,9 @@ def test_latents_in_several_ranges_give_the_same_files(tmp_path, monkeypatch, at
     names = [f.relative_to(atlas.folder) for f in (atlas.folder / "data").rglob("*.gz")]
     assert len(names) > 5
     assert all(read(other.folder / name) == read(atlas.folder / name) for name in names if "latents" in str(name))
+
+
+def test_a_bf16_clt_has_pages_too(tmp_path):
+    atlas = make_atlas(tmp_path / "atlas", dtype=torch.bfloat16)
+    page = pages(atlas, 2)[0]
+    assert page["modes"]["sparse"]["fired"] > 0 and any(page["upstream"]["mean"])

@@ -1,5 +1,6 @@
 """Text is tokenized once: found again, checked, and safe against crashes and other processes."""
 
+import errno
 import json
 import os
 import shutil
@@ -149,6 +150,17 @@ def test_a_failure_leaves_nothing_behind(tmp_path, store):
     path = write_jsonl(tmp_path / "a.jsonl", WORDS)
     path.write_bytes(path.read_bytes() + b"no JSON\n")
     with pytest.raises(ValueError, match="line 41"):
+        load(path, store)
+    assert list(store.iterdir()) == []
+
+
+def test_a_full_disk_is_named_and_leaves_nothing_behind(tmp_path, store, monkeypatch):
+    def full(*args, **settings):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    path = write_jsonl(tmp_path / "a.jsonl", WORDS)
+    monkeypatch.setattr("sparseclt.data.tokens.RowWriter.add", full)
+    with pytest.raises(ValueError, match=f"data.cache: could not write token ids to {store} .No space left on device"):
         load(path, store)
     assert list(store.iterdir()) == []
 

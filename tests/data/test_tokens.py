@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerFast
 
 from sparseclt.data import held_out, tokens
 from sparseclt.data.documents import Passage, passages
-from sparseclt.data.text import token_rows, tokenizer_digest
+from sparseclt.data.text import token_rows
 from sparseclt.data.tokens import check_token_ids, rows_digest, token_ids
 
 
@@ -173,15 +173,3 @@ def test_a_token_beyond_the_vocabulary_is_named(tokenizer):
             check_token_ids(given, 49, tokenizer)
     with pytest.raises(ValueError, match="rows: expected token ids of 0 to 49 .*, got -1; use the"):
         check_token_ids(torch.tensor([[1, -1]]), 50)
-
-
-def test_the_digest_of_a_tokenizer_follows_its_vocabulary_and_special_tokens(tokenizer):
-    other = tiny_models.tokenizer()
-    assert tokenizer_digest(other) == tokenizer_digest(tokenizer)
-    other(["w1 w2"], truncation=True, max_length=1, padding="longest" if other.pad_token else False)
-    assert tokenizer_digest(other) == tokenizer_digest(tokenizer)
-    other.bos_token = "w3"
-    assert tokenizer_digest(other) != tokenizer_digest(tokenizer)
-    more = tiny_models.tokenizer()
-    more.add_tokens(["w50"])
-    assert tokenizer_digest(more) != tokenizer_digest(tokenizer)

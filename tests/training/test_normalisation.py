@@ -92,8 +92,8 @@ def test_training_is_that_of_a_clt_on_normalised_activations(tmp_path, monkeypat
     ours, twin = (exact_trainer(tmp_path / name, policy="none") for name in ("ours", "twin"))
     activations = ours.batches.capture(next(ours.batches.stream_at(0)))
     activations = replace(
-        activations, x=[(l + 2) * x for l, x in enumerate(activations.x)],
-        mlp_out=[y / (10 * l + 7) for l, y in enumerate(activations.mlp_out)],
+        activations, x=[(layer + 2) * x for layer, x in enumerate(activations.x)],
+        mlp_out=[y / (10 * layer + 7) for layer, y in enumerate(activations.mlp_out)],
     )  # fmt: skip
     inputs, outputs = site_scales(ours.clt, activations)
     normalised = replace(

@@ -14,6 +14,7 @@ from tiny_models import hf_model, tokenizer
 from sparseclt.config import CheckpointConfig, ComputeConfig, LoggingConfig
 from sparseclt.language_model.identity import tokenizer_digest
 from sparseclt.language_model.language_model import LanguageModel
+from sparseclt.model.clt import SparseCLT
 from sparseclt.storage.checkpoint import latest
 from sparseclt.storage.directories import CheckpointError
 from sparseclt.storage.run_config import read_config
@@ -127,6 +128,14 @@ def test_a_finished_run_without_more_steps_stays_as_it_is(copy, model):
     after = contents(copy)
     changed = {str(name) for name in before if before[name] != after.get(name)}
     assert before.keys() == after.keys() and changed <= {"config.json"}
+
+
+def test_a_run_may_end_at_an_earlier_checkpoint(copy, model):
+    t = trainer(copy, model, **{**OFTEN, "steps": 4})
+    clt = t.fit(resume=copy, checkpoint="step_00000004")
+    kept = SparseCLT.from_pretrained(copy / "clt").state_dict()
+    assert all(torch.equal(kept[name].to(tensor.dtype), tensor) for name, tensor in clt.state_dict().items())
+    assert len(read_metrics(copy / "metrics.jsonl")) == 4
 
 
 def test_a_changed_option_that_matters_is_refused_before_anything_is_read(copy, model):

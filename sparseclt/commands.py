@@ -1,0 +1,124 @@
+"""What each command of `sparseclt.cli` does. Heavy imports wait until a command runs."""
+
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+from sparseclt.config import TrainConfig
+from sparseclt.model.shape import ModelShape
+from sparseclt.storage.run_config import read_config
+
+Split = Literal["held_out", "train"]
+
+
+def train(config: TrainConfig) -> None:
+    """Train, evaluate and print the table."""
+    from sparseclt import runs
+    from sparseclt.evaluation import report
+
+    print(report.evaluation_table(runs.train(config).to_dict()))
+    print(f"\nRun directory: {config.out}")
+
+
+def resume(run: Path, config: TrainConfig, checkpoint: Path | None) -> None:
+    """Go on with a run and print its table."""
+    from sparseclt import runs
+    from sparseclt.evaluation import report
+    from sparseclt.training.run_directory import steps_done
+
+    if checkpoint is None and steps_done(run) == config.steps:
+        print(f"{run} has done all its {config.steps} steps; --steps gives it more. It is evaluated again.\n")
+    print(report.evaluation_table(runs.resume(run, config, checkpoint=checkpoint).to_dict()))
+
+
+def repeat(run: Path, out: Path) -> None:
+    """Train again as run directory `run` was, into `out`."""
+    train(replace(read_config(run), out=str(out)))
+
+
+def evaluate(run: Path, device: str | None, checkpoint: Path | None) -> None:
+    """Evaluate a run and print its table."""
+    from sparseclt import runs
+    from sparseclt.evaluation import report
+
+    result = runs.evaluate_run(run, device=device, checkpoint=checkpoint)
+    print(report.evaluation_table(result.to_dict()))
+
+
+def sweep(config: TrainConfig, connections: tuple[int, ...]) -> None:
+    """Train for each number of connections and print FVU against C."""
+    from sparseclt import runs
+    from sparseclt.evaluation import report
+
+    print(report.sweep_table(runs.sweep(config, connections)))
+    print(f"\nRun directories: {config.out}")
+
+
+def atlas(run: Path, out: Path | None, tokens: int | None, port: int, split: Split) -> None:
+    """Write the pages of a run and, without `out`, serve them until Ctrl-C."""
+    from sparseclt.atlas.build import build_atlas
+    from sparseclt.atlas.server import AtlasServer
+
+    path = build_atlas(run, out, tokens=tokens, split=split)
+    print(f"Atlas: {path}")
+    if out is not None:
+        return
+    with AtlasServer(path, port) as server, suppress(KeyboardInterrupt):
+        print(f"Served at {server.url} until you press Ctrl-C.", flush=True)
+        server.serve_forever()
+
+
+def plan(config: TrainConfig, shape: ModelShape, memory_gib: float | None) -> int:
+    """Print the plan of a run; 1 if it does not fit."""
+    from sparseclt.devices import resolve
+    from sparseclt.training import memory
+
+    if not shape.layers:
+        shape = memory.shape_of(config.model.path, config.model.layers)
+    available = memory.available_bytes(resolve(config.device)) if memory_gib is None else int(memory_gib * memory.GiB)
+    plan = memory.make_plan(config, shape, available)
+    print(memory.table(plan))
+    if available is not None and not plan.fits:
+        print(memory.advice_text(config, shape, available))
+    return 0 if plan.fits else 1
+
+
+def graph(run: Path, prompt: str, device: str | None, out: Path | None, options: dict[str, Any]) -> None:
+    """Trace a prompt, print a summary and write the Graph JSON."""
+    from sparseclt import runs
+    from sparseclt.graph.explain import prompt_graph
+    from sparseclt.graph.graph_json import graph_name, write_graph
+    from sparseclt.graph.summary import graph_summary
+
+    clt, model = runs.load_run(run, device=device)
+    explained = prompt_graph(clt, model, prompt, **options)
+    path = write_graph(explained, out or run / "graphs" / f"{graph_name(explained)}.json")
+    print(f"{graph_summary(explained)}\n\nGraph: {path}")
+
+
+def intervene(run: Path, prompt: str, latents: tuple[str, ...], special_tokens: bool, device: str | None) -> None:
+    """Set latents on a prompt and print the change of the logits."""
+    from sparseclt import runs
+    from sparseclt.graph.intervention import Intervention
+    from sparseclt.graph.intervention import intervene as change
+    from sparseclt.graph.summary import effects_table
+
+    wanted = [Intervention.parse(text) for text in latents]
+    clt, model = runs.load_run(run, device=device)
+    print(effects_table(change(clt, model, prompt, wanted, special_tokens=special_tokens)))
+
+
+def export(run: Path, out: Path, device: str | None) -> None:
+    """Write the CLT of a run as circuit-tracer reads it and print what that costs."""
+    from sparseclt import runs
+
+    print(f"{runs.export_run(run, out, device=device)}\n\nExport: {out}")
+
+
+def selftest(device: str, backends: tuple[str, ...]) -> int:
+    """Compare all ops with float64; 1 if one fails."""
+    from sparseclt.devices import resolve
+    from sparseclt.ops import selftest
+
+    return selftest.main(str(resolve(device)), backends)

@@ -1,0 +1,1 @@
+"""A CLT in the formats of other tools."""

@@ -1,0 +1,64 @@
+"""A CLT as circuit-tracer runs it: the plain weights and one threshold per latent, `pre > threshold`."""
+
+import json
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from sparseclt.language_model.language_model import LanguageModel
+from sparseclt.model.clt import SparseCLT
+from sparseclt.storage.directories import atomic_directory
+from sparseclt.storage.json_files import write_text
+from sparseclt.storage.safetensors_stream import save_file
+
+SMALLEST_GAIN = 1e-6
+
+
+@torch.no_grad()
+def export_circuit_tracer(clt: SparseCLT, language_model: LanguageModel, path: Path) -> Path:
+    """Write `clt`, one with thresholds, to directory `path`, for circuit-tracer's `load_clt`.
+
+    What a module reads here stands before the gain and bias of the norm; versions of TransformerLens call different
+    things by that hook's name. So gain and bias are folded into the encoder, which then reads `mlp.hook_in`.
+    Raises ValueError for a TopK CLT, for attention latents, and for a norm whose gain is nearly zero somewhere.
+    """
+    a = clt.architecture
+    if a.activation == "topk":
+        raise ValueError(
+            "clt: expected one with thresholds, got activation 'topk', which circuit-tracer runs as ReLU; calibrate it"
+        )
+    if a.attention != "frozen":
+        raise ValueError("clt: expected attention 'frozen', got 'latents', for which circuit-tracer has no place")
+    with atomic_directory(path) as directory:
+        write_text(
+            directory / "config.yaml",
+            "model_kind: cross_layer_transcoder\n"
+            f"model_name: {json.dumps(a.model.name)}\n"
+            'feature_input_hook: "mlp.hook_in"\n'
+            'feature_output_hook: "hook_mlp_out"\n',
+        )
+        for layer, module in enumerate(clt):
+            W_enc, b_enc = folded_encoder(language_model, layer, module.W_enc, module.b_enc)
+            threshold = module.threshold_of("vanilla")
+            encoder = {"W_enc": W_enc, "b_enc": b_enc, "b_dec": module.b_dec, "threshold": threshold}
+            tensors = {f"{name}_{layer}": tensor.detach() for name, tensor in encoder.items()}
+            save_file(tensors, directory / f"W_enc_{layer}.safetensors")
+            save_file({f"W_dec_{layer}": module.W_dec.detach()}, directory / f"W_dec_{layer}.safetensors")
+    return path
+
+
+def folded_encoder(language_model: LanguageModel, layer: int, W_enc: Tensor, b_enc: Tensor) -> tuple[Tensor, Tensor]:
+    """The encoder [F, D], [F] that reads the MLP's own input and yields the same pre-activations."""
+    norm = language_model.mlp_norm(layer)
+    if norm is None:
+        return W_enc, b_enc
+    gain, bias = norm
+    if gain.abs().min() < SMALLEST_GAIN:
+        raise ValueError(
+            f"model: expected a gain that is nowhere near 0, as it is divided by, of the norm before the MLP of layer "
+            f"{layer}, got {gain.abs().min().item():g}"
+        )
+    W = W_enc.double() / gain.double()
+    b = b_enc.double() if bias is None else b_enc.double() - W @ bias.double()
+    return W.to(W_enc.dtype), b.to(b_enc.dtype)
