@@ -167,8 +167,9 @@ class Trainer:
             raise memory.OutOfMemory(f"step {self.step}: {memory.explain(config, self.shape)}") from error
 
     def _metrics(self, terms: dict[str, Tensor], norm: Tensor) -> dict[str, float]:
-        metrics = {name: term.item() for name, term in terms.items()}
-        metrics["gradient_norm"] = norm.item()
+        # All numbers at once: each by itself would wait for the device.
+        named = terms | {"gradient_norm": norm}
+        metrics: dict[str, float] = dict(zip(named, torch.stack([*named.values()]).tolist(), strict=True))
         metrics["tokens"] = self.step * self.batches.tokens
         for mode in MODES:
             values = [v for name, v in metrics.items() if name.startswith(f"fvu_{mode}/")]
