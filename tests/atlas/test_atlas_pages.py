@@ -259,10 +259,10 @@ def test_196608_latents_open_in_under_a_second(browser, atlas, tmp_path):
 
 
 @pytest.mark.skipif("SPARSECLT_PICTURES" not in os.environ, reason="makes the pictures of docs/atlas.md: see there")
-def test_pictures_for_the_documentation(browser, tmp_path):
+def test_pictures_for_the_documentation(browser):
     run, folder = Path(os.environ["SPARSECLT_PICTURES"]), Path(__file__).parents[2] / "docs" / "images"
     latent, graph = os.environ["SPARSECLT_PICTURED"].split()
-    with served(build_atlas(run, tmp_path / "atlas")) as url:
+    with served(build_atlas(run)) as url:
         for name, hash, scheme, (width, height) in [
             ("overview", "#/", "light", (1100, 760)),
             ("latent", f"#/latent/{latent}", "light", (1100, 900)),
