@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 # Bytes of a float32, of an int64 id, and of an int32 position in an order that transposes slots.
 FLOAT, ID, POSITION = 4, 8, 4
+BYTES = {"fp32": FLOAT, "bf16": 2, "fp16": 2}  # of a number, by the configuration's names
 
 
 @dataclass(frozen=True)

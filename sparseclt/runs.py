@@ -38,23 +38,25 @@ def train(config: TrainConfig) -> Evaluation:
     return finish(Trainer(config))
 
 
-def resume(run: str | Path, config: TrainConfig | None = None, *, checkpoint: str | Path | None = None) -> Evaluation:
-    """Go on with the run in directory `run` from its newest whole checkpoint, or from `checkpoint`, and evaluate it.
+def resume(run: str | Path, config: TrainConfig | None = None, *, checkpoint: str | Path | None = None) -> Trainer:
+    """The run in directory `run` at its newest whole checkpoint, or at `checkpoint`: `finish` goes on with it.
 
     `config`: its configuration, perhaps with more steps, another device, or other intervals for logs and checkpoints.
     Raises ValueError, naming the option, for a change that would train something else.
     """
     stored = read_config(run)
     config = replace(config or stored, out=str(run))
-    check_changes(stored, config, run)
-    return finish(Trainer(config), resume=run, checkpoint=checkpoint)
+    check_changes(stored, config, run)  # before anything is loaded
+    trainer = Trainer(config)
+    trainer.load(Path(run), checkpoint)
+    return trainer
 
 
-def finish(trainer: Trainer, resume: str | Path | None = None, checkpoint: str | Path | None = None) -> Evaluation:
+def finish(trainer: Trainer) -> Evaluation:
     """Train to the last step, evaluate on held-out text, write tables and plots."""
     model = trainer.language_model
     rows = held_out_rows(trainer.config, model)  # before the training: text that is missing is found at once
-    clt = trainer.fit(resume, checkpoint=checkpoint)
+    clt = trainer.fit()
     return _measure(trainer.config, clt, model, rows)
 
 
@@ -127,7 +129,9 @@ def _finished(run: Path, steps: int) -> Path:
 def _measure(config: TrainConfig, clt: SparseCLT, language_model: LanguageModel, rows: Tensor) -> Evaluation:
     """Evaluate `clt` on `rows` [R, S], and write tables and plots into the run directory."""
     run = Path(config.out)
-    result = evaluate(clt, language_model, rows, backend=config.compute.backend)
+    result = evaluate(
+        clt, language_model, rows, batch_rows=_rows_at_a_time(config, language_model), backend=config.compute.backend
+    )
     if clt.connected and clt.reads_upstream and len(rows) > 1:
         points = _pruned(config, clt, language_model, rows, _ladder(clt))
         result = replace(result, fvu_against_C=points)
@@ -143,7 +147,15 @@ def _pruned(config: TrainConfig, clt: SparseCLT, language_model: LanguageModel, 
     """FVU of `clt` with the best C connections for each of `Cs`, on some of `rows` [R, S]."""
     few = rows[: max(2, PRUNING_TOKENS // rows.shape[1])]
     importance = config.connections.importance
-    return fvu_against_c(clt, language_model, few, Cs, importance=importance, backend=config.compute.backend)
+    return fvu_against_c(
+        clt, language_model, few, Cs, importance=importance, batch_rows=_rows_at_a_time(config, language_model),
+        backend=config.compute.backend,
+    )  # fmt: skip
+
+
+def _rows_at_a_time(config: TrainConfig, language_model: LanguageModel) -> int:
+    """How many rows an evaluation takes at a time, so that it fits into the memory that is left."""
+    return memory.evaluation_rows(config, language_model.shape, memory.available_bytes(language_model.device))
 
 
 def held_out_rows(config: TrainConfig, language_model: LanguageModel) -> Tensor:

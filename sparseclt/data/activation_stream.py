@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
+from sparseclt.config import TrainConfig
+from sparseclt.costs import BYTES, FLOAT
 from sparseclt.data.prefetch import one_ahead
 from sparseclt.data.row_stream import RowStream, permutation
 from sparseclt.model.activations import Activations
@@ -16,36 +18,44 @@ BESIDE_BLOCKS = 3  # batches: the one in use, the next, and what is being captur
 TOKENS = 1  # in the seed of a block's order; the order of rows has 0 there
 
 
-def token_bytes(layers: int, d_model: int) -> int:
-    """Bytes of one token of a block: activations in float32, its id, its place in the order, whether it counts."""
-    return 4 * (d_model * (1 + 3 * layers) + layers) + 8 + 8 + 1
+def number_bytes(config: TrainConfig) -> int:
+    """Bytes of a number of a batch's activations: captured in the model's dtype, read from a cache in float32."""
+    return FLOAT if config.activations.cache is not None else BYTES[config.model.dtype]
 
 
-def block_batches(shuffle_bytes: int, batch_tokens: int, layers: int, d_model: int) -> int:
+def token_bytes(layers: int, d_model: int, number: int = FLOAT) -> int:
+    """Bytes of one token of a block: activations of `number` bytes a number, scales, its id, its place in the order,
+    whether it counts."""
+    return number * d_model * (1 + 3 * layers) + FLOAT * layers + 8 + 8 + 1
+
+
+def block_batches(shuffle_bytes: int, batch_tokens: int, layers: int, d_model: int, number: int = FLOAT) -> int:
     """Batches in a block, so that two blocks and the batches beside them take at most `shuffle_bytes`.
 
     Raises ValueError if that is less than blocks of 2 batches need.
     """
-    batch = batch_tokens * token_bytes(layers, d_model)
+    batch = batch_tokens * token_bytes(layers, d_model, number)
     batches = (shuffle_bytes // batch - BESIDE_BLOCKS) // 2
     if batches < LEAST_BATCHES:
         raise ValueError(
-            f"activations.shuffle_bytes: expected at least {least_bytes(batch_tokens, layers, d_model)} (two blocks of "
-            f"{LEAST_BATCHES} batches, and {BESIDE_BLOCKS} batches beside them), got {shuffle_bytes}; give more, a "
-            f"smaller batch_rows, or 0 for no shuffling"
+            f"activations.shuffle_bytes: expected at least {least_bytes(batch_tokens, layers, d_model, number)} (two "
+            f"blocks of {LEAST_BATCHES} batches, and {BESIDE_BLOCKS} batches beside them), got {shuffle_bytes}; give "
+            f"more, a smaller batch_rows, or 0 for no shuffling"
         )
     return batches
 
 
-def least_bytes(batch_tokens: int, layers: int, d_model: int) -> int:
+def least_bytes(batch_tokens: int, layers: int, d_model: int, number: int = FLOAT) -> int:
     """The smallest `shuffle_bytes` for such batches."""
-    return (2 * LEAST_BATCHES + BESIDE_BLOCKS) * batch_tokens * token_bytes(layers, d_model)
+    return (2 * LEAST_BATCHES + BESIDE_BLOCKS) * batch_tokens * token_bytes(layers, d_model, number)
 
 
-def buffer_bytes(shuffle_bytes: int, batch_tokens: int, steps: int, layers: int, d_model: int) -> int:
+def buffer_bytes(
+    shuffle_bytes: int, batch_tokens: int, steps: int, layers: int, d_model: int, number: int = FLOAT
+) -> int:
     """Bytes that a run of `steps` steps really holds for shuffling: a short run does not fill its blocks."""
-    batches = block_batches(shuffle_bytes, batch_tokens, layers, d_model)
-    return (min(2 * batches, steps) + BESIDE_BLOCKS) * batch_tokens * token_bytes(layers, d_model)
+    batches = block_batches(shuffle_bytes, batch_tokens, layers, d_model, number)
+    return (min(2 * batches, steps) + BESIDE_BLOCKS) * batch_tokens * token_bytes(layers, d_model, number)
 
 
 def vectors_of(activations: Activations) -> list[Tensor]:
@@ -60,12 +70,14 @@ def as_activations(tokens: Tensor, vectors: Tensor, scale: Tensor, counted: Tens
 
 
 class Block:
-    """Room for the activations of T tokens, in float32 on the device of `like`."""
+    """Room for the activations of T tokens on the device of `like`, in its dtype if that has 2 bytes, else in
+    float32."""
 
     def __init__(self, T: int, like: Activations):
         device, parts = like.r_0.device, len(vectors_of(like))
         self.tokens = torch.empty(T, dtype=torch.int64, device=device)
-        self.vectors = torch.empty(parts, T, like.r_0.shape[-1], device=device)
+        dtype = like.r_0.dtype if like.r_0.element_size() == 2 else torch.float32
+        self.vectors = torch.empty(parts, T, like.r_0.shape[-1], dtype=dtype, device=device)
         self.scale = torch.empty(len(like.scale), T, device=device)
         self.counted = torch.ones(T, dtype=torch.bool, device=device)
 
@@ -91,12 +103,14 @@ class Block:
         )
 
 
-def shuffled(read: Read, stream: RowStream, steps: range, batches: int) -> Iterator[Activations]:
+def shuffled(
+    read: Read, stream: RowStream, steps: range, batches: int, device: torch.device | None = None
+) -> Iterator[Activations]:
     """One batch [B, S, ...] for each of `steps`, whose tokens stand at random places.
 
     Block k holds the rows of steps k x `batches` to (k + 1) x `batches`, and gives their tokens out in an order that
     follows from the seed and k: steps that begin elsewhere get the same batches. While one block is in use a thread
-    reads the next, in pieces of B rows, into the second of two buffers.
+    reads the next, in pieces of B rows, into the second of two buffers; on a CUDA `device`, on a stream of its own.
 
     `stream` is moved about: its position means nothing afterwards.
     """
@@ -118,7 +132,7 @@ def shuffled(read: Read, stream: RowStream, steps: range, batches: int) -> Itera
         return buffers[number % 2]
 
     numbers = range(steps.start // batches, -(-steps.stop // batches)) if steps else range(0)
-    blocks = one_ahead(fill(number) for number in numbers)
+    blocks = one_ahead((fill(number) for number in numbers), device)
     step = steps.start
     try:
         for number, block in zip(numbers, blocks, strict=True):

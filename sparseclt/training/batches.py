@@ -7,7 +7,7 @@ from torch import Tensor
 
 from sparseclt.config import TrainConfig
 from sparseclt.data.activation_cache import open_cache
-from sparseclt.data.activation_stream import block_batches, shuffled
+from sparseclt.data.activation_stream import block_batches, number_bytes, shuffled
 from sparseclt.data.prefetch import one_ahead
 from sparseclt.data.row_stream import RowStream
 from sparseclt.language_model.language_model import LanguageModel
@@ -38,11 +38,13 @@ class Batches:
         stream = self.stream_at(step)
         if shuffle_bytes:
             shape = self.language_model.shape
-            size = block_batches(shuffle_bytes, self.tokens, shape.layers, shape.d_model)
-            batches = shuffled(self._read, stream, steps, size)
+            size = block_batches(shuffle_bytes, self.tokens, shape.layers, shape.d_model, number_bytes(self.config))
+            batches = shuffled(self._read, stream, steps, size, self.device)
         else:
             batches = (self._read(stream.take()) for _ in steps)
-        return batches if self.config.loss.cross_entropy_weight and not self.cache else one_ahead(batches)
+        if self.config.loss.cross_entropy_weight and not self.cache:
+            return batches
+        return one_ahead(batches, self.device)
 
     def stream_at(self, step: int) -> RowStream:
         """The rows of `step` and of the steps behind it."""

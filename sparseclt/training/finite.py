@@ -1,4 +1,4 @@
-"""A run stops at the first NaN or Inf, before weights change."""
+"""A run stops at the first NaN or Inf, before weights change. Each check waits for the device once."""
 
 import torch
 from torch import Tensor
@@ -6,6 +6,7 @@ from torch import Tensor
 from sparseclt.model.activations import Activations
 
 STOPPED = "stopped before the optimiser's step"
+OVERFLOW = "fp16 ends at 65,504: give model.dtype 'bf16' or 'fp32'"
 
 
 class NonFiniteError(ValueError):
@@ -14,10 +15,18 @@ class NonFiniteError(ValueError):
 
 def check_activations(activations: Activations, step: int) -> None:
     """Raises NonFiniteError, naming the activation and its layer."""
-    for name in ("x", "mlp_out", "attn_out"):
-        for layer, tensor in enumerate(getattr(activations, name)):
-            if not torch.isfinite(tensor).all():
-                raise NonFiniteError(f"step {step}: the model's {name} of layer {layer} has NaN or Inf; {STOPPED}")
+    a = activations
+    by_layer = zip(a.attn_out, a.x, a.mlp_out, strict=True)  # in the order of the run: the first one is the cause
+    tensors = {
+        f"{name} of layer {layer}": tensor
+        for layer, tensors in enumerate(by_layer)
+        for name, tensor in zip(("attn_out", "x", "mlp_out"), tensors, strict=True)
+    }
+    finite = torch.stack([torch.isfinite(tensor).all() for tensor in tensors.values()])
+    if not finite.all():
+        bad = next(name for name, good in zip(tensors, finite.tolist(), strict=True) if not good)
+        why = f"; {OVERFLOW}" if activations.r_0.dtype == torch.float16 else ""
+        raise NonFiniteError(f"step {step}: the model's {bad} has NaN or Inf; {STOPPED}{why}")
 
 
 def check_loss(total: Tensor, terms: dict[str, Tensor], step: int) -> None:

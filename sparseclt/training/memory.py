@@ -5,18 +5,19 @@ The plan itself, with its formulas, is in `memory_plan`.
 
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 
 from sparseclt.config import TrainConfig
-from sparseclt.data.activation_stream import least_bytes
+from sparseclt.data.activation_stream import least_bytes, number_bytes
 from sparseclt.model.shape import ModelShape
+from sparseclt.training.available import host_bytes
+from sparseclt.training.evaluation_memory import evaluation_rows
 from sparseclt.training.memory_plan import GiB, Plan, dense_plan, make_plan, table
 
 __all__ = [
-    "GiB", "OutOfMemory", "Plan", "advice", "advice_text", "available_bytes", "check_fits", "dense_plan", "explain",
-    "is_out_of_memory", "make_plan", "shape_of", "table",
+    "GiB", "OutOfMemory", "Plan", "advice", "advice_text", "available_bytes", "check_fits", "dense_plan",
+    "evaluation_rows", "explain", "is_out_of_memory", "make_plan", "shape_of", "table",
 ]  # fmt: skip
 
 
@@ -31,14 +32,10 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def available_bytes(device: torch.device) -> int | None:
-    """Free memory of a device; None where it is unknown."""
+    """Free memory of a device; None where it is unknown. On the CPU, as much as this process may still take."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    meminfo = Path("/proc/meminfo")
-    if device.type != "cpu" or not meminfo.exists():
-        return None
-    lines = dict(line.split(":") for line in meminfo.read_text().splitlines())
-    return int(lines["MemAvailable"].split()[0]) * 1024
+    return host_bytes() if device.type == "cpu" else None
 
 
 def advice(config: TrainConfig, shape: ModelShape, available: int) -> list[tuple[str, int]]:
@@ -69,6 +66,7 @@ def _changes(shape: ModelShape) -> list[tuple[str, Callable[[TrainConfig], Train
     return [
         *[("compute.micro_batch_rows", _half_the_micro_batch)] * 2,
         *[("activations.shuffle_bytes", lambda c: _smaller_buffer(c, shape))] * 3,
+        ("model.dtype", lambda c: replace(c, model=replace(c.model, dtype="bf16"))),
         ("optimizer.state", lambda c: replace(c, optimizer=replace(c.optimizer, state="8bit"))),
         ("clt.dtype", lambda c: replace(c, clt=replace(c.clt, dtype="bf16"))),
         *[("batch_rows", lambda c: replace(c, batch_rows=max(1, c.batch_rows // 2)))] * 3,
@@ -83,7 +81,7 @@ def _half_the_micro_batch(config: TrainConfig) -> TrainConfig:
 
 def _smaller_buffer(config: TrainConfig, shape: ModelShape) -> TrainConfig:
     a, tokens = config.activations, config.batch_rows * config.data.row_tokens
-    least = min(a.shuffle_bytes, least_bytes(tokens, shape.layers, shape.d_model))
+    least = min(a.shuffle_bytes, least_bytes(tokens, shape.layers, shape.d_model, number_bytes(config)))
     return replace(config, activations=replace(a, shuffle_bytes=max(a.shuffle_bytes // 2, least)))
 
 
@@ -130,4 +128,5 @@ def shape_of(path: str, layers: int | None = None) -> ModelShape:
         heads=config.num_attention_heads,
         parameters=sum(p.numel() for p in model.parameters()),
         parallel=bool(getattr(config, "use_parallel_residual", False)),
+        vocab=config.vocab_size,
     )

@@ -3,32 +3,18 @@
 from dataclasses import dataclass
 
 from sparseclt.config import TrainConfig
-from sparseclt.costs import FLOAT, ID, POSITION, CLTSize, adam_state_bytes, dense_training_bytes
+from sparseclt.costs import FLOAT, ID, POSITION, adam_state_bytes, dense_training_bytes
 from sparseclt.data.activation_stream import buffer_bytes
 from sparseclt.devices import resolve
 from sparseclt.model.decoder_gradients import CHUNK_BYTES
-from sparseclt.model.shape import ModelShape, active_slots
-from sparseclt.model.sites import model_sites, upstream_modules
+from sparseclt.model.shape import ModelShape
 from sparseclt.ops.scratch import default_scratch
+from sparseclt.training.evaluation_memory import evaluation_terms
 from sparseclt.training.optimizer import KEPT_BYTES, PIECE_BYTES
+from sparseclt.training.run_sizes import ALWAYS, FORWARD, NOTED, STEP, MemoryTerm, RunSizes, captured_bytes
+from sparseclt.training.selection_memory import selection_terms
 
 GiB = 1 << 30
-
-# The phases of a step. "encoders": their gradient through virtual weights, after the backward passes; "update": the
-# optimiser's step.
-ALWAYS = ("forward", "backward", "encoders", "update")
-FORWARD = ALWAYS[:2]  # what the forward pass makes for the backward pass
-NOTED = ALWAYS[2:]
-
-
-@dataclass(frozen=True)
-class MemoryTerm:
-    """One kind of memory: its bytes, and the phases of a step in which it is held."""
-
-    name: str
-    bytes: int
-    phases: tuple[str, ...]
-    formula: str
 
 
 @dataclass(frozen=True)
@@ -39,7 +25,7 @@ class Plan:
     available: int | None
 
     def phase(self, name: str) -> int:
-        """Bytes held in one phase of a step."""
+        """Bytes held in one phase of the run."""
         return sum(term.bytes for term in self.terms if name in term.phases)
 
     @property
@@ -57,19 +43,21 @@ def make_plan(config: TrainConfig, shape: ModelShape, available: int | None = No
 
     Every term is linear in N and in F, and in the number of decoder vectors; none grows as N x F, F x F or F x U.
     """
-    run = _Run(config, shape)
-    terms = [*_state_terms(run), *_pass_terms(run), *_update_terms(run), *_connection_terms(run)]
+    run = RunSizes(config, shape)
+    terms = [*_state_terms(run), *_pass_terms(run), *_update_terms(run), *_connection_terms(run), *selection_terms(run)]
+    held = sum(term.bytes for term in terms if "evaluation" in term.phases)
+    terms += evaluation_terms(run, None if available is None else available - held)
     return Plan(tuple(term for term in terms if term.bytes), available)
 
 
 def dense_plan(config: TrainConfig, shape: ModelShape, available: int | None = None) -> Plan:
     """The memory of a plain dense trainer of the same CLT: fp32 Adam with all gradients, pre-activations [N, F] of
     every module and mode, and, for every reader, a virtual weight matrix F x U, its mask and its gradient."""
-    run = _Run(config, shape)
+    run = RunSizes(config, shape)
     held = dense_training_bytes(run.size, run.N, 1 if config.connections.policy == "none" else 2)
     terms = [
         MemoryTerm("weights, gradients and Adam's state", held["states"], ALWAYS, "16 (P_enc + P_dec)"),
-        MemoryTerm("language model", FLOAT * shape.parameters, ALWAYS, "4 P_model"),
+        MemoryTerm("language model", run.model_number * shape.parameters, ALWAYS, "4 P_model; bf16, fp16: 2 P_model"),
         MemoryTerm("pre-activations and latents", held["latents"], ALWAYS, "8 N F (modes x M + 1)"),
         MemoryTerm("virtual weights, masks and gradients", held["virtual weights"], ALWAYS, "12 F U per reader"),
     ]
@@ -80,7 +68,7 @@ def table(plan: Plan) -> str:
     """A plan as a Markdown table, in GiB, and whether it fits."""
     lines = ["| term | GiB | held in | formula (bytes) |", "| --- | ---: | --- | --- |"]
     for term in sorted(plan.terms, key=lambda term: -term.bytes):
-        held = "the whole step" if term.phases == ALWAYS else ", ".join(term.phases)
+        held = {ALWAYS: "the whole run", STEP: "the whole step"}.get(term.phases, ", ".join(term.phases))
         lines.append(f"| {term.name} | {term.bytes / GiB:.3f} | {held} | {term.formula} |")
     largest = max(ALWAYS, key=plan.phase)
     lines.append(f"| **peak** ({largest}) | **{plan.peak / GiB:.3f}** | | |")
@@ -89,48 +77,7 @@ def table(plan: Plan) -> str:
     return "\n".join(lines)
 
 
-def clt_size(config: TrainConfig, shape: ModelShape) -> CLTSize:
-    """The vectors and parameters of the CLT that `config` trains."""
-    sites = model_sites(shape.layers, config.clt.attention == "latents")
-    targets = tuple(shape.layers - site.layer if site.kind == "mlp" else 1 for site in sites)
-    upstream = tuple(upstream_modules(sites, i, shape.parallel) for i in range(len(sites)))
-    return CLTSize(shape.d_model, config.clt.latents, targets, upstream)
-
-
-def captured_bytes(config: TrainConfig, shape: ModelShape, tokens: int) -> int:
-    """Bytes of the activations that are captured for so many tokens, attention patterns included."""
-    L, D, H = shape.layers, shape.d_model, shape.heads
-    vectors = FLOAT * tokens * (D * (1 + 3 * L) + L)
-    pattern = FLOAT * L * tokens * (config.data.row_tokens * H + 1)
-    return vectors + (pattern if config.clt.attention == "latents" else 0)
-
-
-class _Run:
-    """The letters of the formulas for one run. n: tokens of a micro-batch; w: bytes of a weight; M: modules; K: the
-    most active latents of a token."""
-
-    def __init__(self, config: TrainConfig, shape: ModelShape):
-        self.config, self.shape, self.size = config, shape, clt_size(config, shape)
-        self.L, self.D, self.F = shape.layers, shape.d_model, config.clt.latents
-        self.K = active_slots(config.clt.activation, config.clt.active, self.F)
-        self.M = self.size.modules
-        self.N = config.batch_rows * config.data.row_tokens
-        rows = min(config.compute.micro_batch_rows or config.batch_rows, config.batch_rows)
-        self.n, self.in_parts = rows * config.data.row_tokens, rows < config.batch_rows
-        self.w = 2 if config.clt.dtype == "bf16" else 4
-        self.readers = [u for u in self.size.upstream if u]
-        self.sparse = config.connections.policy != "none" and bool(self.readers)
-        self.modes = 2 if self.sparse else 1
-        self.aux = config.loss.aux_latents if config.loss.aux_weight else 0
-        # Passes that note gradients of reconstructions: one per mode, and as many again for AuxK.
-        self.passes = self.modes * (2 if self.aux else 1)
-        self.outputs = FLOAT * self.N * self.D * self.M  # reconstructions of one mode
-        self.micro_outputs = FLOAT * self.n * self.D * self.M  # of a micro-batch
-        self.active_latents = self.modes * (FLOAT + ID) * self.N * self.K * self.M
-        self.widest = max(self.size.targets)
-
-
-def _state_terms(x: _Run) -> list[MemoryTerm]:
+def _state_terms(x: RunSizes) -> list[MemoryTerm]:
     """Everything that outlives a step."""
     config = x.config
     state = adam_state_bytes(x.size, config.optimizer.state == "8bit", config.optimizer.rows == "touched")
@@ -138,30 +85,30 @@ def _state_terms(x: _Run) -> list[MemoryTerm]:
         MemoryTerm("weights", x.w * x.size.parameters, ALWAYS, "w (P_enc + P_dec)"),
         MemoryTerm("optimiser state", state, ALWAYS,
                    "8 (P_enc + P_dec), 8bit: 2 (P_enc + P_dec) + 8 (P_enc + P_dec) / D"),
-        MemoryTerm("language model", FLOAT * x.shape.parameters, ALWAYS, "4 P_model"),
+        MemoryTerm("language model", x.model_number * x.shape.parameters, ALWAYS, "4 P_model; bf16, fp16: 2 P_model"),
         _activations(x),
         MemoryTerm("activity of latents", _activity_bytes(x), ALWAYS, "2 x 16 M F + 8 M K x recent tokens"),
     ]  # fmt: skip
 
 
-def _activations(x: _Run) -> MemoryTerm:
+def _activations(x: RunSizes) -> MemoryTerm:
     config = x.config
     if config.activations.shuffle_bytes:
-        size = buffer_bytes(config.activations.shuffle_bytes, x.N, config.steps, x.L, x.D)
+        size = buffer_bytes(config.activations.shuffle_bytes, x.N, config.steps, x.L, x.D, x.v)
         formula = "at most shuffle_bytes: 2 blocks of activations, and 3 batches"
-        return MemoryTerm("shuffle buffer", size, ALWAYS, formula)
+        return MemoryTerm("shuffle buffer", size, STEP, formula)
     captured = 2 * captured_bytes(config, x.shape, x.N)
-    return MemoryTerm("activations captured", captured, ALWAYS, "2 x 4 N D (1 + 3 L): this batch and the next")
+    return MemoryTerm("activations captured", captured, STEP, "2 x v N D (1 + 3 L): this batch and the next")
 
 
-def _activity_bytes(x: _Run) -> int:
+def _activity_bytes(x: RunSizes) -> int:
     connections = x.config.connections
     coactivation = connections.policy != "none" and connections.importance == "coactivation"
     recent = connections.recent_tokens if coactivation else 0
     return 2 * x.M * x.F * (ID + 2 * FLOAT) + x.M * recent * x.K * 2 * FLOAT
 
 
-def _pass_terms(x: _Run) -> list[MemoryTerm]:
+def _pass_terms(x: RunSizes) -> list[MemoryTerm]:
     """The forward and backward passes, and what they leave behind for the update."""
     encoders = x.w * (x.size.encoder_vectors * x.D + x.size.biases)
     noted_aux = x.modes * (FLOAT + ID) * x.N * x.aux * x.M
@@ -170,17 +117,19 @@ def _pass_terms(x: _Run) -> list[MemoryTerm]:
     candidates = (x.config.clt.activation != "topk") * x.modes * 14 * x.n * x.K * x.M
     one_module = FLOAT * x.n * x.D * x.widest
     return [
-        MemoryTerm("encoder gradients", encoders, ALWAYS[1:], "w P_enc"),
+        MemoryTerm("encoder gradients", encoders, ("backward", *NOTED), "w P_enc"),
+        MemoryTerm("activations in float32", (x.v < FLOAT) * 2 * x.micro_outputs, FORWARD,
+                   "8 n D L, where v = 2: inputs and outputs"),
         MemoryTerm("reconstructions", x.modes * x.micro_outputs, FORWARD,
                    "modes x 4 n D L; n: tokens of a micro-batch"),
-        MemoryTerm("active latents", x.active_latents, ALWAYS, "modes x 12 N K M"),
+        MemoryTerm("active latents", x.active_latents, (*FORWARD, *NOTED), "modes x 12 N K M"),
         MemoryTerm("candidates for active latents", candidates, FORWARD, "modes x 14 n K M"),
         MemoryTerm("latents before those of position 0 are emptied", x.modes * FLOAT * x.n * x.K * x.M, FORWARD,
                    "modes x 4 n K M"),
         MemoryTerm("latents of all micro-batches", x.in_parts * x.active_latents, NOTED, "modes x 12 N K M"),
         MemoryTerm("kept for backward", x.sparse * kept, FORWARD, "4 n D L + 33 n K M"),
         MemoryTerm("AuxK, when latents are dead", aux, FORWARD, "modes x (12 n D L + 20 n M aux_latents)"),
-        MemoryTerm("latents of AuxK, for the update", noted_aux, ALWAYS[2 - x.in_parts :],
+        MemoryTerm("latents of AuxK, for the update", noted_aux, ("backward",) * x.in_parts + NOTED,
                    "modes x 12 N M aux_latents"),
         MemoryTerm("gradients of reconstructions, earlier micro-batches", x.passes * (x.outputs - x.micro_outputs),
                    FORWARD, "modes x 4 (N - n) D L; AuxK: twice"),
@@ -195,7 +144,7 @@ def _pass_terms(x: _Run) -> list[MemoryTerm]:
     ]  # fmt: skip
 
 
-def _update_terms(x: _Run) -> list[MemoryTerm]:
+def _update_terms(x: RunSizes) -> list[MemoryTerm]:
     """Decoder gradients, computed from what the passes left behind, a chunk at a time where they are large."""
     device = resolve(x.config.device)
     decoders, largest = FLOAT * x.size.decoder_vectors * x.D, FLOAT * x.F * x.D * x.widest
@@ -214,13 +163,14 @@ def _update_terms(x: _Run) -> list[MemoryTerm]:
     ]  # fmt: skip
 
 
-def _connection_terms(x: _Run) -> list[MemoryTerm]:
+def _connection_terms(x: RunSizes) -> list[MemoryTerm]:
     if not x.sparse:
         return []
-    slots = x.F * sum(min(x.config.connections.per_latent, u * x.F) for u in x.readers)
     pointers = POSITION * x.F * x.size.pairs
     return [
-        MemoryTerm("connections", slots * (ID + POSITION) + pointers, ALWAYS, "12 F C + 4 U per reader"),
-        MemoryTerm("virtual weights and their gradient", 2 * x.w * slots, ALWAYS, "2 w F C per reader"),
-        MemoryTerm("effective decoders", FLOAT * x.F * x.D * max(x.readers), ("forward", "encoders"), "4 F D (L - 1)"),
-    ]
+        MemoryTerm("connections", x.slots * (ID + POSITION) + pointers, ALWAYS, "12 F C + 4 U per reader"),
+        MemoryTerm("virtual weights and their gradient", 2 * x.w * x.slots, ALWAYS, "2 w F C per reader"),
+        MemoryTerm("effective decoders", FLOAT * x.F * x.D * max(x.readers), ("selection", "forward", "encoders"),
+                   "4 F D (L - 1)"),
+        MemoryTerm("logits of connections", x.learned * 4 * FLOAT * x.slots, ALWAYS, "16 F C per reader, if learned"),
+    ]  # fmt: skip

@@ -139,8 +139,8 @@ class Objective:
 
     def means(self, activations: Activations) -> Means:
         """The mean [D] of each site's real output, over the tokens that count."""
-        counted, outputs = activations.counted_flat, activations.outputs(self.clt.sites)
-        return {site: losses.mean_over(y, counted) for site, y in outputs.items()}
+        counted = activations.counted_flat
+        return {site: losses.mean_over(activations.output(site), counted) for site in self.clt.sites}
 
     def loss(self, terms: dict[str, LossTerm], tokens: int, rho: float) -> tuple[Tensor, Values]:
         """The loss of a batch of so many tokens, and its terms by name. `rho`: weight of the sparsely-connected

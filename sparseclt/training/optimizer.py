@@ -44,13 +44,10 @@ class RowAdam:
 
     Weights in bf16 are rounded stochastically: the expected weight is the exact one, so that updates far below the
     spacing of bf16 still add up. The random bits follow from `seed`, the step, the parameter and the row.
-
-    Thresholds take steps sqrt(D) times as long: as far as a pre-activation moves when its D encoder weights each take
-    one, in random directions. With shorter ones they cannot follow the pre-activations that they are compared with.
     """
 
     def __init__(self, clt: Transcoders, config: OptimizerConfig, seed: int = 0):
-        self.config, self.seed, self.width = config, seed, clt.architecture.model.d_model
+        self.config, self.seed = config, seed
         self.parameters = dict(clt.named_parameters())
         self.step = 0
         self.state = {name: self._moments(name, parameter) for name, parameter in self.parameters.items()}
@@ -95,8 +92,6 @@ class RowAdam:
         """One step for `rows` of a parameter; `gradient` is theirs, and is overwritten. `self.step` counts from 1."""
         weights, first = self.parameters[name].data[rows], rows.start or 0
         part = {key: tensor[rows] for key, tensor in self.state[name].items()}
-        if name.endswith("threshold"):
-            learning_rate *= math.sqrt(self.width)
         if "last" not in part:
             self._adam(name, weights, gradient, part, learning_rate, first)
             return

@@ -1,0 +1,76 @@
+"""The sizes of a training run, which the terms of its memory plan are made of."""
+
+from dataclasses import dataclass
+
+from sparseclt.config import TrainConfig
+from sparseclt.costs import BYTES, FLOAT, ID, CLTSize
+from sparseclt.data.activation_stream import number_bytes
+from sparseclt.model.shape import ModelShape, active_slots
+from sparseclt.model.sites import model_sites, upstream_modules
+
+# The phases of a run. "selection": connections are chosen, at the start of a step; "encoders": their gradient through
+# virtual weights, after the backward passes; "update": the optimiser's step; "evaluation": after the last step.
+STEP = ("selection", "forward", "backward", "encoders", "update")
+ALWAYS = (*STEP, "evaluation")
+FORWARD = ("forward", "backward")  # what the forward pass makes for the backward pass
+NOTED = ("encoders", "update")
+
+
+@dataclass(frozen=True)
+class MemoryTerm:
+    """One kind of memory: its bytes, and the phases of a run in which it is held."""
+
+    name: str
+    bytes: int
+    phases: tuple[str, ...]
+    formula: str
+
+
+def clt_size(config: TrainConfig, shape: ModelShape) -> CLTSize:
+    """The vectors and parameters of the CLT that `config` trains."""
+    sites = model_sites(shape.layers, config.clt.attention == "latents")
+    targets = tuple(shape.layers - site.layer if site.kind == "mlp" else 1 for site in sites)
+    upstream = tuple(upstream_modules(sites, i, shape.parallel) for i in range(len(sites)))
+    return CLTSize(shape.d_model, config.clt.latents, targets, upstream)
+
+
+def captured_bytes(config: TrainConfig, shape: ModelShape, tokens: int) -> int:
+    """Bytes of the activations that are captured for so many tokens, attention patterns included."""
+    L, D, H, number = shape.layers, shape.d_model, shape.heads, number_bytes(config)
+    vectors = tokens * (number * D * (1 + 3 * L) + FLOAT * L)
+    pattern = L * tokens * (number * config.data.row_tokens * H + FLOAT)
+    return vectors + (pattern if config.clt.attention == "latents" else 0)
+
+
+class RunSizes:
+    """The letters of the formulas for one run. n: tokens of a micro-batch; w: bytes of a weight; v: bytes of a number
+    of the activations; M: modules; K: the most active latents of a token."""
+
+    def __init__(self, config: TrainConfig, shape: ModelShape):
+        self.config, self.shape, self.size = config, shape, clt_size(config, shape)
+        self.L, self.D, self.F = shape.layers, shape.d_model, config.clt.latents
+        self.K = active_slots(config.clt.activation, config.clt.active, self.F)
+        self.M = self.size.modules
+        self.S = config.data.row_tokens
+        self.N = config.batch_rows * self.S
+        rows = min(config.compute.micro_batch_rows or config.batch_rows, config.batch_rows)
+        self.n, self.in_parts = rows * self.S, rows < config.batch_rows
+        self.w, self.v = BYTES[config.clt.dtype], number_bytes(config)
+        self.model_number = BYTES[config.model.dtype]
+        self.half = self.model_number < FLOAT
+        self.readers = [u for u in self.size.upstream if u]
+        self.sparse = config.connections.policy != "none" and bool(self.readers)
+        self.modes = 2 if self.sparse else 1
+        self.aux = config.loss.aux_latents if config.loss.aux_weight else 0
+        # Passes that note gradients of reconstructions: one per mode, and as many again for AuxK.
+        self.passes = self.modes * (2 if self.aux else 1)
+        self.outputs = FLOAT * self.N * self.D * self.M  # reconstructions of one mode
+        self.micro_outputs = FLOAT * self.n * self.D * self.M  # of a micro-batch
+        self.active_latents = self.modes * (FLOAT + ID) * self.N * self.K * self.M
+        self.widest = max(self.size.targets)
+        c = config.connections
+        C = max(c.per_latent, (c.start_per_latent or 0) * (c.policy == "top"))
+        if c.policy == "dense-learned":
+            C = self.M * self.F
+        self.learned = c.policy in ("learned", "dense-learned")
+        self.slots = self.F * sum(min(C, u * self.F) for u in self.readers)

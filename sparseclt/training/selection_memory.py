@@ -1,0 +1,35 @@
+"""The memory that choosing connections takes, at the start of a step."""
+
+from sparseclt.costs import FLOAT, ID
+from sparseclt.devices import resolve
+from sparseclt.ops.scratch import SELECTION_BYTES, default_scratch
+from sparseclt.training.run_sizes import MemoryTerm, RunSizes
+
+PAIR = 28  # bytes of a pair of latents that fire together: its place, its value, and both while they are sorted
+
+
+def selection_terms(x: RunSizes) -> list[MemoryTerm]:
+    """What is held beside the effective decoders while connections are chosen."""
+    if not x.sparse:
+        return []
+    heads = x.shape.heads if x.config.clt.attention == "latents" else 0
+    rows = FLOAT * x.F * x.D * (1 + 2 * heads)
+    return [
+        MemoryTerm("scores of connections", max(_score_bytes(x, u * x.F) for u in x.readers), ("selection",),
+                   "at most 3 x 32 MiB; co-activation: 28 bytes per pair that fires together"),
+        MemoryTerm("encoder rows that choose", rows, ("selection",), "4 F D; attention: 4 F D (1 + 2 H)"),
+        MemoryTerm("connections chosen anew", ID * x.slots, ("selection",), "8 F C per reader"),
+    ]  # fmt: skip
+
+
+def _score_bytes(x: RunSizes, U: int) -> int:
+    """Of a reader of U latents: its scores, a few of its F rows at a time, and what they are computed from."""
+    backend = "triton" if resolve(x.config.device).type == "cuda" else "torch"
+    scratch = min(default_scratch("select_connections", backend), FLOAT * x.F * U)
+    if x.config.connections.importance != "coactivation":
+        return scratch
+    rows = min(x.F, max(1, SELECTION_BYTES // (FLOAT * U)))
+    scores = FLOAT * rows * U
+    # Of the recent tokens' latents, as many as belong to these rows if all fire equally often.
+    firing = x.config.connections.recent_tokens * x.K * rows // x.F
+    return max(3 * scores, 2 * scores + PAIR * firing * x.K, scores + scratch)
