@@ -25,11 +25,11 @@ def resume(run: Path, config: TrainConfig, checkpoint: Path | None) -> None:
     """Go on with a run and print its table."""
     from sparseclt import runs
     from sparseclt.evaluation import report
-    from sparseclt.training.run_directory import steps_done
 
-    if checkpoint is None and steps_done(run) == config.steps:
+    trainer = runs.resume(run, config, checkpoint=checkpoint)
+    if trainer.step == config.steps:
         print(f"{run} has done all its {config.steps} steps; --steps gives it more. It is evaluated again.\n")
-    print(report.evaluation_table(runs.resume(run, config, checkpoint=checkpoint).to_dict()))
+    print(report.evaluation_table(runs.finish(trainer).to_dict()))
 
 
 def repeat(run: Path, out: Path) -> None:

@@ -38,23 +38,25 @@ def train(config: TrainConfig) -> Evaluation:
     return finish(Trainer(config))
 
 
-def resume(run: str | Path, config: TrainConfig | None = None, *, checkpoint: str | Path | None = None) -> Evaluation:
-    """Go on with the run in directory `run` from its newest whole checkpoint, or from `checkpoint`, and evaluate it.
+def resume(run: str | Path, config: TrainConfig | None = None, *, checkpoint: str | Path | None = None) -> Trainer:
+    """The run in directory `run` at its newest whole checkpoint, or at `checkpoint`: `finish` goes on with it.
 
     `config`: its configuration, perhaps with more steps, another device, or other intervals for logs and checkpoints.
     Raises ValueError, naming the option, for a change that would train something else.
     """
     stored = read_config(run)
     config = replace(config or stored, out=str(run))
-    check_changes(stored, config, run)
-    return finish(Trainer(config), resume=run, checkpoint=checkpoint)
+    check_changes(stored, config, run)  # before anything is loaded
+    trainer = Trainer(config)
+    trainer.load(Path(run), checkpoint)
+    return trainer
 
 
-def finish(trainer: Trainer, resume: str | Path | None = None, checkpoint: str | Path | None = None) -> Evaluation:
+def finish(trainer: Trainer) -> Evaluation:
     """Train to the last step, evaluate on held-out text, write tables and plots."""
     model = trainer.language_model
     rows = held_out_rows(trainer.config, model)  # before the training: text that is missing is found at once
-    clt = trainer.fit(resume, checkpoint=checkpoint)
+    clt = trainer.fit()
     return _measure(trainer.config, clt, model, rows)
 
 

@@ -25,7 +25,7 @@ def with_output(block: str, folder: str) -> str:
             ["bash", "-c", script], cwd=folder, env={**os.environ, "PATH": path, "OMP_NUM_THREADS": "1"},
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         )  # fmt: skip
-        shown += [command, *(line.rstrip() for line in done.stdout.splitlines())]
+        shown += [command, *(line.rstrip() for line in done.stdout.replace(f"{folder}/", "").splitlines())]
     return "\n".join(shown)
 
 

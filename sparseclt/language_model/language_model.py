@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparseclt.language_model.dtypes import close, keep_dtype
 from sparseclt.language_model.files import DTYPES, EXPECTED, DType, load_hf, locate
 from sparseclt.language_model.hooks import BlockNorms, Hook, Replace, StopRun, recording_hooks
 from sparseclt.language_model.identity import tensors_digest
@@ -17,10 +18,6 @@ from sparseclt.model.attention import AttentionWeights, attention_write, centre
 from sparseclt.model.shape import ModelShape
 
 PROBE_TOKENS = 8
-# Of the largest entry: far above rounding, far below a wrong formula. In half precision the residual stream is rounded
-# at each of its additions.
-PROBE_TOLERANCE = {torch.float16: 1e-2, torch.bfloat16: 6e-2}
-FINE_TOLERANCE = 1e-3  # in float32 and float64
 
 
 class LanguageModel:
@@ -55,10 +52,7 @@ class LanguageModel:
             vocab=cfg.d_vocab,
             name=name,
         )
-        if self.dtype == torch.float64:
-            _keep_float64(bridge)
-        elif self.dtype != torch.float32:
-            _keep_half(bridge, self.dtype)
+        keep_dtype(bridge, self.dtype)
         self._check_hooks()
         self._check_residual()
 
@@ -253,7 +247,7 @@ class LanguageModel:
         for layer in range(self.shape.layers):
             residual = probe.residual(layer, after_attention=not self.shape.parallel)
             read = centre(residual) if self.shape.centred else residual
-            if not self._close(probe.x[layer] * probe.scale[layer][..., None], read):
+            if not close(probe.x[layer] * probe.scale[layer][..., None], read, self.dtype):
                 raise ValueError(
                     f"model.path: expected an MLP that reads the plain sum of the embedding and all earlier "
                     f"attention and MLP outputs, which layer {layer} of {self._class_name} does not "
@@ -264,18 +258,11 @@ class LanguageModel:
         probe = self._probe(attention=True)
         post_scale = probe.attn_post_scale[layer] if probe.attn_post_scale else None
         written = attention_write(probe.residual(layer), probe.mix(layer), weights, post_scale)
-        if not self._close(written, probe.attn_out[layer]):
+        if not close(written, probe.attn_out[layer], self.dtype):
             raise ValueError(
                 f"attention: expected attention outputs that are linear given pattern and scale, which layer "
                 f"{layer} of {self._class_name} does not have; train without attention modules on this model"
             )
-
-    def _close(self, a: Tensor, b: Tensor) -> bool:
-        return _close(a, b, PROBE_TOLERANCE.get(self.dtype, FINE_TOLERANCE))
-
-
-def _close(a: Tensor, b: Tensor, tolerance: float = FINE_TOLERANCE) -> bool:
-    return bool((a - b).abs().max() <= tolerance * b.abs().max())
 
 
 def _gain_and_bias(norm: Any) -> tuple[Tensor, Tensor | None]:
@@ -283,30 +270,3 @@ def _gain_and_bias(norm: Any) -> tuple[Tensor, Tensor | None]:
     bias = getattr(norm.original_component, "bias", None)
     gain = at_least_float32(norm.weight) + norm.uses_weight_offset
     return gain, None if bias is None else at_least_float32(bias)
-
-
-def _keep_half(bridge: Any, dtype: torch.dtype) -> None:
-    """Round rotated queries and keys back to `dtype`, as OLMo-2 does, whose angles are float32; its bridge leaves that
-    out, and then fails on mixed dtypes."""
-
-    def round_back(value: Tensor, hook: Any) -> Tensor | None:
-        return None if value.dtype == dtype else value.to(dtype)
-
-    for block in bridge.blocks:
-        for name in ("hook_rot_q", "hook_rot_k"):
-            if hasattr(block.attn, name):
-                getattr(block.attn, name).add_perma_hook(round_back)
-
-
-def _keep_float64(bridge: Any) -> None:
-    """Hugging Face computes RMSNorm and softmax in float32 whatever the dtype: undo what that costs."""
-
-    def rows_sum_to_one(pattern: Tensor, hook: Any) -> Tensor | None:
-        exact = pattern / pattern.sum(-1, keepdim=True)
-        return exact if _close(exact, pattern) else None  # rows that sum to less (attention sinks) stay
-
-    for module in bridge.modules():
-        if hasattr(module, "use_native_layernorm_autograd"):
-            module.use_native_layernorm_autograd = False
-    for block in bridge.blocks:
-        block.attn.hook_pattern.add_perma_hook(rows_sum_to_one)

@@ -153,13 +153,13 @@ def _update_terms(x: RunSizes) -> list[MemoryTerm]:
     else:
         kept = summed = min(CHUNK_BYTES.on(device), largest)
     widened = x.config.clt.dtype == "bf16" or x.config.optimizer.state == "8bit"
-    pieces = (6 if widened else 1) * min(PIECE_BYTES.on(device), largest)
+    pieces = (5 if widened else 1) * min(PIECE_BYTES.on(device), largest)
     side_by_side = x.passes * FLOAT * x.N * x.D * x.widest
     return [
         MemoryTerm("gradients of reconstructions, side by side", side_by_side, ("update",),
                    "modes x 4 N D L; AuxK: twice"),
         MemoryTerm("decoder gradients", kept + max(summed, pieces), ("update",),
-                   "4 P_dec, or 64 MiB (CPU: 8), plus partial sums or 1 piece of weights, 6 if widened"),
+                   "4 P_dec, or 64 MiB (CPU: 8), plus partial sums or 1 piece of weights, 5 if widened"),
     ]  # fmt: skip
 
 

@@ -100,6 +100,8 @@ class Trainer:
         self.objective = Objective(config, self.clt, self.policy, self.activity, self.language_model)
         self.state = TrainingState(self.clt, self.optimizer, self.activity)
         self.step = 0
+        self._resumed = False  # or `load` took up a run
+        self._has_clt = False  # or clt/ is that of the checkpoint taken up, if that is the last one
         self.batches = Batches(config, self.language_model, rows, self.device)
 
     def _make_activity(self) -> dict[Mode, Activity]:
@@ -186,15 +188,16 @@ class Trainer:
         """Train to the last step and return the CLT.
 
         `resume`: a run directory, wherever it lies; training goes on there from its newest whole checkpoint, or from
-        `checkpoint`, exactly as if it had never stopped. Without it the run directory must not hold a run yet.
+        `checkpoint`, exactly as if it had never stopped. Without it, and without `load`, the run directory must not
+        hold a run yet.
 
         SIGINT and SIGTERM finish the step and write a checkpoint; then `Interrupted` is raised. An error before the
         first step is done leaves no directory behind.
         """
-        if resume is None:
-            check_unused(self.out)
-        else:
+        if resume is not None:
             self.load(Path(resume), checkpoint)
+        elif not self._resumed:
+            check_unused(self.out)
         finished = self.step == self.config.steps
         with run_directory(self.out, begun=lambda: self.step > 0):
             write_identity(self.out, self.identity)
@@ -203,7 +206,7 @@ class Trainer:
             log = RunLog(self.config.logging, self.out, to_dict(self.config), self.config.steps, self.step)
             with closing(log), self._explaining_out_of_memory(), stop_requests() as request:
                 self._train(log, request)
-            if finished and (checkpoint is not None or not (self.out / CLT).is_dir()):
+            if finished and not self._has_clt:
                 self.clt.save_pretrained(self.out / CLT)
         return self.clt.eval()
 
@@ -241,7 +244,7 @@ class Trainer:
         """
         stored = read_config(run)
         check_changes(stored, self.config, run)
-        self.config, self.out = replace(self.config, out=str(run)), run
+        self.config, self.out, self._resumed = replace(self.config, out=str(run)), run, True
         path = newest_checkpoint(run) if checkpoint is None else choose_checkpoint(run, checkpoint)
         if path is None:
             check_identity(run, self.identity)
@@ -250,7 +253,7 @@ class Trainer:
         if step > self.config.steps:
             raise ValueError(f"steps: expected at least the {step} that {path} has done, got {self.config.steps}")
         set_later_aside(path)
-        self.step = step
+        self.step, self._has_clt = step, checkpoint is None and (run / CLT).is_dir()
         if self.config.compute.micro_batch_rows == stored.compute.micro_batch_rows:
             self.objective.micro_rows = micro_rows  # fewer, if memory ran out
 

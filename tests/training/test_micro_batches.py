@@ -160,11 +160,12 @@ def test_a_step_that_really_runs_out_of_memory_goes_on_in_micro_batches():
         from sparseclt.model.shape import ModelShape
         from sparseclt.training.trainer import Trainer
         L, D, rows = 8, 16, 96
-        shape = ModelShape(layers=L, d_model=D, heads=1)
+        shape = ModelShape(layers=L, d_model=D, heads=1, vocab=1)
         batch = test_plan.activations(L, D, rows)
         def trainer(micro):
             config = test_plan.configured(F=256, K=32, rows=rows, micro=micro)
-            return Trainer(config, language_model=SimpleNamespace(shape=shape), rows=torch.zeros(rows, test_plan.S))
+            model = SimpleNamespace(shape=shape, tokenizer=None)
+            return Trainer(config, language_model=model, rows=torch.zeros(rows, test_plan.S))
         def peak(micro):
             t = trainer(micro)
             t.train_step(batch)

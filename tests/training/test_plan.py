@@ -80,9 +80,9 @@ def configured(
 
 def make_trainer(config: TrainConfig, L: int, D: int) -> tuple[Trainer, Activations]:
     """A trainer without a language model, and a batch for it."""
-    shape = ModelShape(layers=L, d_model=D, heads=1)
+    shape = ModelShape(layers=L, d_model=D, heads=1, vocab=1)
     rows = torch.zeros(config.batch_rows, S, dtype=torch.int64)
-    trainer = Trainer(config, language_model=SimpleNamespace(shape=shape), rows=rows)  # type: ignore[arg-type]
+    trainer = Trainer(config, language_model=SimpleNamespace(shape=shape, tokenizer=None), rows=rows)  # type: ignore[arg-type]
     return trainer, activations(L, D, config.batch_rows)
 
 
@@ -163,8 +163,9 @@ def test_the_planned_shuffle_buffer_is_what_is_held_and_stays_within_its_bytes(m
 
     monkeypatch.setattr("sparseclt.training.batches.one_ahead", ahead)
     monkeypatch.setattr("sparseclt.data.activation_stream.one_ahead", ahead)
-    shape = ModelShape(layers=L, d_model=D, heads=1)
-    model = SimpleNamespace(shape=shape, capture=lambda tokens, **keywords: activations(L, D, len(tokens)))
+    shape = ModelShape(layers=L, d_model=D, heads=1, vocab=1)
+    capture = lambda tokens, **keywords: activations(L, D, len(tokens))  # noqa: E731
+    model = SimpleNamespace(shape=shape, tokenizer=None, capture=capture)
     before = held()
     trainer = Trainer(config, language_model=model, rows=torch.zeros(config.batch_rows, S, dtype=torch.int64))  # type: ignore[arg-type]
     start, batches = held() - before, trainer.batches.from_step(trainer.step)
@@ -219,7 +220,7 @@ def test_a_run_that_does_not_fit_is_refused_before_it_allocates(monkeypatch):
     shape = ModelShape(layers=4, d_model=64, heads=1)
     expected = r"memory: .* GiB are available; each change .*least harmful first: .*--optimizer.state 8bit"
     with pytest.raises(ValueError, match=expected):
-        Trainer(configured(F=8192), language_model=SimpleNamespace(shape=shape), rows=torch.zeros(4, S))  # type: ignore[arg-type]
+        Trainer(configured(F=8192), language_model=SimpleNamespace(shape=shape, tokenizer=None), rows=torch.zeros(4, S))  # type: ignore[arg-type]
 
 
 def test_advice_ends_with_what_fits():
