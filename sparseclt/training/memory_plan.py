@@ -115,6 +115,7 @@ def _pass_terms(x: RunSizes) -> list[MemoryTerm]:
     kept = x.micro_outputs + 33 * x.n * x.K * x.M
     aux = x.modes * (3 * x.micro_outputs + 20 * x.n * x.aux * x.M) if x.aux else 0
     candidates = (x.config.clt.activation != "topk") * x.modes * 14 * x.n * x.K * x.M
+    emptied = (x.config.clt.activation != "batchtopk") * x.modes * FLOAT * x.n * x.K * x.M
     one_module = FLOAT * x.n * x.D * x.widest
     return [
         MemoryTerm("encoder gradients", encoders, ("backward", *NOTED), "w P_enc"),
@@ -124,8 +125,8 @@ def _pass_terms(x: RunSizes) -> list[MemoryTerm]:
                    "modes x 4 n D L; n: tokens of a micro-batch"),
         MemoryTerm("active latents", x.active_latents, (*FORWARD, *NOTED), "modes x 12 N K M"),
         MemoryTerm("candidates for active latents", candidates, FORWARD, "modes x 14 n K M"),
-        MemoryTerm("latents before those of position 0 are emptied", x.modes * FLOAT * x.n * x.K * x.M, FORWARD,
-                   "modes x 4 n K M"),
+        MemoryTerm("latents before those of position 0 are emptied", emptied, FORWARD,
+                   "modes x 4 n K M; BatchTopK: among the candidates"),
         MemoryTerm("latents of all micro-batches", x.in_parts * x.active_latents, NOTED, "modes x 12 N K M"),
         MemoryTerm("kept for backward", x.sparse * kept, FORWARD, "4 n D L + 33 n K M"),
         MemoryTerm("AuxK, when latents are dead", aux, FORWARD, "modes x (12 n D L + 20 n M aux_latents)"),

@@ -13,7 +13,7 @@ import torch
 from faults import child, fail_at, refuse
 from tiny_runs import mark, save, write
 
-from sparseclt import cli
+from sparseclt import cli, commands
 from sparseclt.evaluation.plots import fvu_against_c
 from sparseclt.storage.checkpoint import latest
 from sparseclt.storage.directories import atomic_directory, remove_directory
@@ -149,6 +149,6 @@ def test_the_command_says_it_in_one_line(monkeypatch, capsys):
     def full(*arguments: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device", "/disk/run/metrics.jsonl")
 
-    monkeypatch.setattr(cli, "_selftest", full)
+    monkeypatch.setattr(commands, "selftest", full)
     assert cli.main(["selftest"]) == 2
     assert capsys.readouterr().err == "sparseclt: [Errno 28] No space left on device: '/disk/run/metrics.jsonl'\n"

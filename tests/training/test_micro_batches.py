@@ -117,7 +117,7 @@ def test_a_step_that_runs_out_of_memory_twice_fails_with_plan_and_advice(tmp_pat
     with pytest.warns(UserWarning, match="micro-batches of 2 rows"), pytest.raises(memory.OutOfMemory) as error:
         t.fit()
     assert "step 5: out of memory, in micro-batches of 2 rows" in str(error.value)
-    assert "each change on top of the ones before, least harmful first: --batch-rows 2" in str(error.value)
+    assert "each change on top of the ones before, least harmful first: --model.dtype bf16" in str(error.value)
     assert "| **peak**" in str(error.value)
     _, numbers = load_state(latest(tmp_path))
     assert numbers["step"] == 4

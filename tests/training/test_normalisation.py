@@ -64,7 +64,7 @@ def model_with_residual_in(unit: float) -> LanguageModel:
 @pytest.mark.parametrize("attention", ["frozen", "latents"])
 def test_the_units_of_the_residual_stream_leave_the_fvu_of_both_modes_as_it_is(tmp_path, attention):
     found = [
-        trained_fvu(tmp_path / str(unit), model_with_residual_in(unit), clt=CLTConfig(24, 3, attention))
+        trained_fvu(tmp_path / str(unit), model_with_residual_in(unit), clt=CLTConfig(24, 3, attention=attention))
         for unit in UNITS
     ]
     for mode in ("vanilla", "sparse"):
@@ -76,7 +76,7 @@ def test_the_units_of_the_residual_stream_leave_the_fvu_of_both_modes_as_it_is(t
 def test_scales_are_root_mean_squares_over_the_tokens_that_count():
     model = language_model("gpt2")
     activations = model.capture(ROWS[:4], attention=True)
-    clt = training.build_clt(config("unused", clt=CLTConfig(24, 3, "latents")), model)
+    clt = training.build_clt(config("unused", clt=CLTConfig(24, 3, attention="latents")), model)
     activations.mlp_out[0][:, 0] *= 1000
     inputs, outputs = site_scales(clt, activations)
     for i, site in enumerate(clt.sites):
