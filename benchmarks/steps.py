@@ -50,9 +50,9 @@ def make_trainer(mode: str, device: str, L: int, D: int, F: int, K: int, C: int,
         loss=LossConfig(sparse_start_share=0.0, sparse_ramp_share=0.0, dead_after_tokens=NEVER**2),
         optimizer=OptimizerConfig(learning_rate=0.0),
     )  # fmt: skip
-    shape = ModelShape(layers=L, d_model=D, heads=1)
+    shape = ModelShape(layers=L, d_model=D, heads=1, vocab=1)
     rows = torch.zeros(N // row, row, dtype=torch.int64)
-    trainer = Trainer(config, language_model=Inputs(shape=shape), rows=rows)  # type: ignore[arg-type]
+    trainer = Trainer(config, language_model=Inputs(shape=shape, tokenizer=None), rows=rows)  # type: ignore[arg-type]
     trainer.step = 1  # the ramp is over
     with torch.no_grad():
         for m in trainer.clt:

@@ -164,7 +164,8 @@ def test_a_step_that_really_runs_out_of_memory_goes_on_in_micro_batches():
         batch = test_plan.activations(L, D, rows)
         def trainer(micro):
             config = test_plan.configured(F=256, K=32, rows=rows, micro=micro)
-            return Trainer(config, language_model=SimpleNamespace(shape=shape, tokenizer=None), rows=torch.zeros(rows, test_plan.S))
+            model = SimpleNamespace(shape=shape, tokenizer=None)
+            return Trainer(config, language_model=model, rows=torch.zeros(rows, test_plan.S))
         def peak(micro):
             t = trainer(micro)
             t.train_step(batch)
