@@ -152,7 +152,7 @@ def _cross_entropies(
 
 def _zero_ablation(kind: Kind, layer: int, live: Activations) -> Tensor:
     real = live.output(Site(kind, layer))
-    return live.where_counted(torch.zeros_like(real), real).view_as(live.r_0)
+    return live.where_counted(torch.zeros_like(real), real).view_as(live.r_0).to(live.r_0.dtype)
 
 
 def captures(

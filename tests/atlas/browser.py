@@ -11,6 +11,8 @@ import pytest
 
 from sparseclt.atlas.server import AtlasServer
 
+TIMEOUT = 60_000  # ms: for a machine that is busy with other tests
+
 
 class Pages:
     """An atlas in a browser."""
@@ -18,6 +20,7 @@ class Pages:
     def __init__(self, page: Any, url: str):
         self.page, self.url = page, url
         self.troubles: list[str] = []
+        page.set_default_timeout(TIMEOUT)
         page.on(
             "console", lambda m: self.troubles.append(f"console: {m.text}") if m.type in ("error", "warning") else None
         )
@@ -36,7 +39,7 @@ class Pages:
 
     def shows(self, hash: str) -> None:
         """Wait until that page is shown."""
-        self.page.wait_for_function("hash => document.body.dataset.page === hash", arg=hash, timeout=20_000)
+        self.page.wait_for_function("hash => document.body.dataset.page === hash", arg=hash, timeout=TIMEOUT)
 
     def text(self, selector: str = "main") -> str:
         return self.page.inner_text(selector)
