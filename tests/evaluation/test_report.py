@@ -12,7 +12,7 @@ EVALUATION = {
             "name": "mlp_0",
             "fvu_vanilla": 0.1,
             "fvu_sparse": 0.1,
-            "excess_fvu": 0.0,
+            "excess_fvu": -1e-9,
             "connections_in_effect": None,
         }
         | {"l0_vanilla": 16, "l0_sparse": 15.96, "dead_vanilla": 0.125, "dead_sparse": 0.0, "splitting": 0.1},
