@@ -6,7 +6,6 @@ An entry of the store is a directory `SETTINGS-TEXT`, named by two digests, with
 
 import hashlib
 import json
-import os
 import shutil
 import tempfile
 import time
@@ -20,6 +19,7 @@ import torch
 from torch import Tensor
 
 from sparseclt.data.tokens import Stored, finish_digest, with_facts
+from sparseclt.storage.json_files import fsync, read_json
 
 INFO = "tokens.json"
 UNFINISHED = ".unfinished-"
@@ -53,7 +53,7 @@ class TokenStore:
         """
         for path in sorted(self.directory.glob(f"{self.key}-*")):
             try:
-                info = json.loads((path / INFO).read_bytes())
+                info = read_json(path / INFO)
                 entry = Entry({name: Stored(**facts) for name, facts in dict(info.pop("splits")).items()}, **info)
                 rows = {name: self._map(path / name, stored) for name, stored in entry.splits.items()}
             except (OSError, ValueError, KeyError, TypeError) as error:
@@ -74,15 +74,17 @@ class TokenStore:
                 entry = write(unfinished)
                 (unfinished / INFO).write_text(json.dumps(asdict(entry), indent=2) + "\n")
                 for file in unfinished.iterdir():
-                    _fsync(file)
+                    fsync(file)
                 path = self.directory / f"{self.key}-{_digest(entry.read)}"
                 if not path.exists():  # else another process was faster
                     unfinished.rename(path)
-                    _fsync(self.directory)
+                    fsync(self.directory)
             finally:
                 shutil.rmtree(unfinished, ignore_errors=True)
             return {name: self._map(path / name, stored) for name, stored in entry.splits.items()}
         except OSError as error:
+            if error.filename and not _of_the_store(Path(error.filename), self.directory):
+                raise  # the text's, which names its file
             raise ValueError(
                 f"data.cache: could not write token ids to {self.directory} ({error.strerror}); name another directory "
                 f"or make room"
@@ -110,9 +112,5 @@ def _digest(values: Any) -> str:
     return hashlib.blake2b(json.dumps(values, sort_keys=True).encode(), digest_size=12).hexdigest()
 
 
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _of_the_store(path: Path, directory: Path) -> bool:
+    return path.is_relative_to(directory) or directory.is_relative_to(path)

@@ -127,7 +127,7 @@ def test_a_hub_data_set_is_read_once(tmp_path, store, tokenized, monkeypatch):
     assert len(load(f"hf:{tmp_path / 'set'}", store)) < len(first) and len(tokenized) == 2
 
 
-@pytest.mark.parametrize("damage", ["byte", "length", "missing", "description"])
+@pytest.mark.parametrize("damage", ["byte", "length", "missing", "description", "nesting"])
 def test_a_damaged_entry_is_named_and_made_again(tmp_path, store, tokenized, damage):
     path = write_jsonl(tmp_path / "a.jsonl", WORDS)
     before = load(path, store).clone()
@@ -137,6 +137,8 @@ def test_a_damaged_entry_is_named_and_made_again(tmp_path, store, tokenized, dam
         file.unlink()
     elif damage == "description":
         (file.parent / "tokens.json").write_text('{"splits": 3}')
+    elif damage == "nesting":
+        (file.parent / "tokens.json").write_text("[" * 100_000)
     else:
         file.write_bytes(data[:-4] if damage == "length" else data[:40] + bytes([data[40] ^ 1]) + data[41:])
     with pytest.warns(UserWarning, match=f"data.cache: {file.parent} is damaged"):
@@ -161,6 +163,18 @@ def test_a_full_disk_is_named_and_leaves_nothing_behind(tmp_path, store, monkeyp
     path = write_jsonl(tmp_path / "a.jsonl", WORDS)
     monkeypatch.setattr("sparseclt.data.tokens.RowWriter.add", full)
     with pytest.raises(ValueError, match=f"data.cache: could not write token ids to {store} .No space left on device"):
+        load(path, store)
+    assert list(store.iterdir()) == []
+
+
+def test_a_text_that_the_disk_refuses_is_not_taken_for_the_store(tmp_path, store, monkeypatch):
+    path = write_jsonl(tmp_path / "a.jsonl", WORDS)
+
+    def refused(*args, **settings):
+        raise OSError(errno.EIO, "Input/output error", str(path))
+
+    monkeypatch.setattr("sparseclt.data.tokens.RowWriter.add", refused)
+    with pytest.raises(OSError, match=f"Input/output error: '{path}'"):
         load(path, store)
     assert list(store.iterdir()) == []
 
