@@ -14,7 +14,6 @@ from sparseclt.config import TrainConfig
 from sparseclt.connections.policies import check_connections
 from sparseclt.data.text import load_rows
 from sparseclt.data.tokens import check_token_ids
-from sparseclt.devices import usable
 from sparseclt.evaluation import plots, report
 from sparseclt.evaluation.metrics import Evaluation, evaluate
 from sparseclt.evaluation.pruning import fvu_against_c
@@ -23,10 +22,17 @@ from sparseclt.export.circuit_tracer import export_circuit_tracer
 from sparseclt.language_model.language_model import LanguageModel
 from sparseclt.model.clt import SparseCLT
 from sparseclt.storage.json_files import replace_file
-from sparseclt.storage.run_config import CLT, CONFIG, check_changes, check_unused, read_config
+from sparseclt.storage.run_config import CONFIG, check_changes, check_unused, read_config
 from sparseclt.training import memory
 from sparseclt.training.loggers import read_metrics
-from sparseclt.training.run_directory import METRICS, Identity, check_identity, choose_checkpoint, steps_done
+from sparseclt.training.run_directory import (
+    METRICS,
+    Identity,
+    check_identity,
+    choose_checkpoint,
+    finished_clt,
+    language_model_of,
+)
 from sparseclt.training.trainer import Trainer
 
 PRUNING_TOKENS = 32_768  # held-out tokens for the curve of FVU against C
@@ -76,10 +82,11 @@ def evaluate_run(
     config = replace(read_config(run), out=str(run))
     if device is not None:
         config = replace(config, device=device)
-    path = _finished(Path(run), config.steps) if checkpoint is None else choose_checkpoint(Path(run), checkpoint)
+    path = finished_clt(Path(run), config.steps) if checkpoint is None else choose_checkpoint(Path(run), checkpoint)
     if language_model is None:
-        language_model = _load_language_model(config)
-    check_identity(Path(run), Identity.of(language_model, rows=None))
+        language_model = language_model_of(Path(run), config)
+    else:
+        check_identity(Path(run), Identity.of(language_model, rows=None))
     clt = SparseCLT.from_pretrained(path, device=language_model.device)
     return _measure(config, clt, language_model, held_out_rows(config, language_model))
 
@@ -92,11 +99,10 @@ def load_run(run: str | Path, *, device: str | None = None) -> tuple[SparseCLT, 
     """
     config = read_config(run)
     config = replace(config, device=device or config.device)
-    path = _finished(Path(run), config.steps)
-    model = _load_language_model(config)
-    check_identity(Path(run), Identity.of(model, rows=None))
-    if config.model.dtype != "fp32":
-        model = _load_language_model(replace(config, model=replace(config.model, dtype="fp32")))
+    path = finished_clt(Path(run), config.steps)
+    model = language_model_of(Path(run), config)
+    if config.model.dtype != "fp32":  # whose weights have another digest, so that they cannot be checked
+        model = LanguageModel.of(replace(config, model=replace(config.model, dtype="fp32")))
     return SparseCLT.from_pretrained(path, device=model.device, dtype=torch.float32), model
 
 
@@ -113,17 +119,6 @@ def export_run(run: str | Path, out: str | Path, *, device: str | None = None) -
     before, after = (evaluate(c, model, rows[1::2], cross_entropy=False).to_dict() for c in (clt, calibrated))
     export_circuit_tracer(calibrated, model, Path(out))
     return report.export_table(before, after)
-
-
-def _finished(run: Path, steps: int) -> Path:
-    """Where the CLT of a finished run is."""
-    done, path = steps_done(run), run / CLT
-    if not path.is_dir() or done is not None and done < steps:
-        raise ValueError(
-            f"run: expected a finished run, but {run} has saved {done or 0} of {steps} steps; finish it with sparseclt "
-            f"resume, or choose one of its checkpoints"
-        )
-    return path
 
 
 def _measure(config: TrainConfig, clt: SparseCLT, language_model: LanguageModel, rows: Tensor) -> Evaluation:
@@ -186,7 +181,7 @@ def sweep(config: TrainConfig, Cs: Sequence[int]) -> list[dict[str, Any]]:
     out = Path(config.out)
     for run in (baseline, *runs.values()):
         _check_begun(run)
-    model = _load_language_model(config)
+    model = LanguageModel.of(config)
     rows = held_out_rows(config, model)
     shape, available = replace(model.shape, parameters=0), memory.available_bytes(model.device)
     for run in (baseline, *runs.values()):
@@ -250,8 +245,3 @@ def _release_memory(device: torch.device) -> None:
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
-
-
-def _load_language_model(config: TrainConfig) -> LanguageModel:
-    m = config.model
-    return LanguageModel.load(m.path, layers=m.layers, device=usable(config.device), dtype=m.dtype)

@@ -19,6 +19,7 @@ from test_cli import material  # noqa: F401  the fixture
 from sparseclt import runs
 from sparseclt.cli import main
 from sparseclt.config import TrainConfig
+from sparseclt.language_model import language_model
 from sparseclt.language_model.language_model import LanguageModel
 from sparseclt.storage.run_config import read_config
 from sparseclt.training.loggers import read_metrics
@@ -127,9 +128,9 @@ def test_a_start_that_fails_leaves_no_directory(material, tmp_path, capsys, what
 
 def test_a_run_is_evaluated_where_and_as_it_was_trained(run, monkeypatch, capsys):
     seen, asked = [], []
-    evaluate, usable = runs.evaluate, runs.usable
+    evaluate, usable = runs.evaluate, language_model.usable
     monkeypatch.setattr(runs, "evaluate", lambda clt, *a, **k: seen.append(clt) or evaluate(clt, *a, **k))
-    monkeypatch.setattr(runs, "usable", lambda name: asked.append(name) or usable("cpu"))
+    monkeypatch.setattr(language_model, "usable", lambda name: asked.append(name) or usable("cpu"))
     config = json.loads((run / "config.json").read_text())
     (run / "config.json").write_text(json.dumps({**config, "device": "cuda:3"}))
     before = json.loads((run / "evaluation.json").read_text())

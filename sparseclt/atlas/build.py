@@ -22,14 +22,13 @@ from sparseclt.atlas.logits import Unembedding
 from sparseclt.atlas.tokens import TokenIndex, token_texts
 from sparseclt.config import TrainConfig, to_dict
 from sparseclt.data.text import Split, load_rows
-from sparseclt.devices import usable
 from sparseclt.evaluation.metrics import modes_of
 from sparseclt.language_model.language_model import LanguageModel
 from sparseclt.model.clt import SparseCLT
 from sparseclt.storage.directories import MANIFEST, atomic_directory
 from sparseclt.storage.run_config import CLT, read_config
 from sparseclt.training.loggers import read_metrics
-from sparseclt.training.run_directory import METRICS, Identity, check_identity
+from sparseclt.training.run_directory import METRICS, finished_clt, language_model_of
 
 ATLAS, FORMAT = "run.json.gz", 1
 TOKEN_SHARD = 256  # tokens whose latents share a file
@@ -51,17 +50,14 @@ def build_atlas(
     run = Path(run)
     out = checked_out(run / "atlas" if out is None else Path(out))
     config = read_config(run)
-    if not (run / CLT).is_dir():
-        raise ValueError(f"run: expected a finished run, but {run} has no {CLT}; finish it with sparseclt resume")
+    path = finished_clt(run, config.steps)
     wanted = config.data.held_out_tokens if tokens is None else tokens
     if wanted < config.data.row_tokens and tokens is not None:
         raise ValueError(f"tokens: expected at least one row of {config.data.row_tokens} tokens, got {tokens}")
     identity = _identity(run, config, wanted, split)
     if not (out / "data" / ATLAS).is_file() or folder.read(out / "data" / ATLAS).get("identity") != identity:
-        model, device = config.model, usable(config.device)
-        language_model = LanguageModel.load(model.path, layers=model.layers, device=device, dtype=model.dtype)
-        check_identity(run, Identity.of(language_model, rows=None))
-        clt = SparseCLT.from_pretrained(run / CLT, device=device)
+        language_model = language_model_of(run, config)
+        clt = SparseCLT.from_pretrained(path, device=language_model.device)
         rows = load_rows(config, language_model.tokenizer, split)
         about = {
             "name": run.resolve().name,

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparseclt.config import TrainConfig
+from sparseclt.devices import usable
 from sparseclt.language_model.dtypes import close, keep_dtype
 from sparseclt.language_model.files import DTYPES, EXPECTED, DType, load_hf, locate
 from sparseclt.language_model.hooks import BlockNorms, Hook, Replace, StopRun, recording_hooks
@@ -78,6 +80,12 @@ class LanguageModel:
             return cls._from_hub(str(name_or_path), layers, device, DTYPES[dtype])
         hf_model, tokenizer = load_hf(path, DTYPES[dtype])
         return cls.from_hf(hf_model.to(device), tokenizer, layers=layers, name=str(name_or_path))
+
+    @classmethod
+    def of(cls, config: TrainConfig) -> "LanguageModel":
+        """The model that `config` names, in its dtype and on its device."""
+        m = config.model
+        return cls.load(m.path, layers=m.layers, device=usable(config.device), dtype=m.dtype)
 
     @classmethod
     def _from_hub(

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from sparseclt.config import TrainConfig
 from sparseclt.connections.activity import Activity
 from sparseclt.data.tokens import rows_digest
 from sparseclt.language_model.identity import tokenizer_digest
@@ -21,7 +22,7 @@ from sparseclt.model.sites import Mode
 from sparseclt.storage import checkpoint, clt_files
 from sparseclt.storage.directories import CheckpointError, atomic_directory, verify
 from sparseclt.storage.json_files import read_json, replace_file
-from sparseclt.storage.run_config import CHECKPOINTS, has_checkpoints
+from sparseclt.storage.run_config import CHECKPOINTS, CLT, has_checkpoints
 from sparseclt.training.optimizer import RowAdam
 
 METRICS, IDENTITY = "metrics.jsonl", "identity.json"
@@ -66,6 +67,14 @@ def check_identity(run: Path, identity: Identity) -> None:
     if not path.is_file():
         raise ValueError(f"run: expected {path}, which says what the run was trained on; restore it")
     identity.check(read_json(path), run)
+
+
+def language_model_of(run: Path, config: TrainConfig) -> LanguageModel:
+    """The language model of the run in directory `run`, loaded as `config` says. Raises ValueError for another model or
+    tokenizer than the run was trained on."""
+    model = LanguageModel.of(config)
+    check_identity(run, Identity.of(model, rows=None))
+    return model
 
 
 @contextmanager
@@ -118,6 +127,17 @@ def steps_done(run: Path) -> int | None:
     """The step of the newest checkpoint below `run`, or None. Once that is the last one, clt/ is of that step."""
     path = checkpoint.latest(run)
     return None if path is None else int(path.name.removeprefix("step_").removesuffix(".old"))
+
+
+def finished_clt(run: Path, steps: int) -> Path:
+    """Where the CLT of a finished run of so many steps is. Raises ValueError if the run is not finished."""
+    done, path = steps_done(run), run / CLT
+    if not path.is_dir() or done is not None and done < steps:
+        raise ValueError(
+            f"run: expected a finished run, but {run} has saved {done or 0} of {steps} steps; finish it with sparseclt "
+            f"resume, or choose one of its checkpoints"
+        )
+    return path
 
 
 def set_later_aside(path: Path) -> None:

@@ -75,9 +75,7 @@ class Trainer:
     def __init__(self, config: TrainConfig, *, language_model: LanguageModel | None = None, rows: Tensor | None = None):
         self.config, self.out = config, Path(config.out)
         self.device = usable(config.device)
-        self.language_model = language_model or LanguageModel.load(
-            config.model.path, layers=config.model.layers, device=str(self.device), dtype=config.model.dtype
-        )
+        self.language_model = language_model or LanguageModel.of(config)
         context = self.language_model.shape.context
         if context and config.data.row_tokens > context:
             raise ValueError(
