@@ -221,8 +221,7 @@ def _add_reader(
         scale = activations.scale[site.layer].flatten()[here][token]
         contribution = V[latent] * upstream / scale[:, None]
     else:
-        row = here.start // activations.tokens.shape[1]
-        mix = activations.attn_pattern[site.layer][row] / activations.attn_scale[site.layer][row]
+        mix = activations.rows(here.start // activations.tokens.shape[1], 1).mix(site.layer)[0]
         upstream = contribution = torch.zeros_like(columns, dtype=block.dtype)
         for head, pattern in enumerate(mix.to(block.dtype)):
             mixed = (pattern @ block)[token[:, None], columns]

@@ -78,9 +78,11 @@ class Activations:
 
     def split(self, rows: int) -> list["Activations"]:
         """Views of `rows` rows each; the last may have fewer."""
-        return [self._rows(slice(i, i + rows)) for i in range(0, len(self.tokens), rows)]
+        return [self.rows(i, rows) for i in range(0, len(self.tokens), rows)]
 
-    def _rows(self, rows: slice) -> "Activations":
+    def rows(self, first: int, count: int) -> "Activations":
+        """A view of `count` rows from `first` on, or of fewer at the end."""
+        rows = slice(first, first + count)
         values: dict[str, Any] = {}
         for name, value in vars(self).items():
             values[name] = [tensor[rows] for tensor in value] if isinstance(value, list) else value

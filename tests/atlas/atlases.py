@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from clts import connect_random, random_clt
-from tiny_models import CONTEXT, VOCAB, hf_model
+from tiny_models import CONTEXT, FAMILIES, VOCAB, further_config, hf_model
 
 from sparseclt.atlas.build import add_graphs, write_atlas
 from sparseclt.language_model.language_model import LanguageModel
@@ -87,7 +87,8 @@ def make_atlas(
     connected: bool = True,
     dtype: torch.dtype | None = None,
 ) -> Atlas:
-    model = LanguageModel.from_hf(hf_model(family), tokenizer(), name=family)
+    config = family if family in FAMILIES else further_config(family)
+    model = LanguageModel.from_hf(hf_model(config), tokenizer(), name=family)
     clt = random_clt(model, attention).to(dtype)
     with torch.no_grad():
         clt.transcoder(DEAD[0]).b_enc[DEAD[1]] = -1e6

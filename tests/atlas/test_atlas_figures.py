@@ -9,7 +9,7 @@ from sparseclt.atlas.folder import read
 from sparseclt.atlas.latents import SHARD
 from sparseclt.model.attention import attention_write, centre, head_rows
 
-CASES = [("gpt2", "frozen"), ("pythia", "frozen"), ("llama", "latents")]
+CASES = [("gpt2", "frozen"), ("pythia", "frozen"), ("llama", "latents"), ("Olmo2", "latents")]
 
 
 @pytest.fixture(scope="module", params=CASES, ids=[" ".join(case) for case in CASES])
@@ -174,7 +174,10 @@ def test_an_attention_latents_largest_values_are_made_of_their_contributions(cas
             targets = site.layer - writer.site.layer if writer.site.kind == "mlp" else 1
             E.append(writer.W_dec[:, :targets].sum(1))
         mix = activations.attn_pattern[site.layer] / activations.attn_scale[site.layer][:, None, None, :]
-        unmasked = (attention_write(stream, mix, weights) @ module.W_enc.T).detach()
+        post_scale = activations.attn_post_scale[site.layer] if activations.attn_post_scale else None
+        if post_scale is not None:
+            mix = mix / post_scale[:, None, :, None]
+        unmasked = (attention_write(stream, mix, weights, post_scale) @ module.W_enc.T).detach()
         V = torch.stack([torch.cat(E) @ head_rows(module.W_enc, weights, h).T for h in range(len(mix[0]))]).detach()
         for i, page in enumerate(pages(case, m)):
             for example in page["modes"]["sparse"]["examples"]:
@@ -192,7 +195,9 @@ def test_an_attention_latents_largest_values_are_made_of_their_contributions(cas
 def test_logits_of_the_decoders(case):
     hf, name = case.language_model.bridge.original_model, case.language_model.shape.name
     norm = hf.get_submodule(
-        {"gpt2": "transformer.ln_f", "pythia": "gpt_neox.final_layer_norm", "llama": "model.norm"}[name]
+        {"gpt2": "transformer.ln_f", "pythia": "gpt_neox.final_layer_norm", "llama": "model.norm"}.get(
+            name, "model.norm"
+        )
     )
     W_U = (norm.weight[:, None] * hf.get_output_embeddings().weight.T).detach()
     for m in range(len(case.clt.sites)):
