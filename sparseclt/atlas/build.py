@@ -18,12 +18,12 @@ from sparseclt.atlas import connections, folder
 from sparseclt.atlas.gather import Gathered, gather
 from sparseclt.atlas.graphs import copy_graphs
 from sparseclt.atlas.latents import SHARD, ModulePages
-from sparseclt.atlas.logits import Unembedding
 from sparseclt.atlas.tokens import TokenIndex, token_texts
 from sparseclt.config import TrainConfig, to_dict
 from sparseclt.data.text import Split, load_rows
 from sparseclt.evaluation.metrics import modes_of
 from sparseclt.language_model.language_model import LanguageModel
+from sparseclt.language_model.unembedding import logit_directions
 from sparseclt.model.clt import SparseCLT
 from sparseclt.storage.directories import MANIFEST, atomic_directory
 from sparseclt.storage.run_config import CLT, read_config
@@ -127,10 +127,10 @@ def _write_data(
     indices = {mode: TokenIndex(gathered.rows, vocabulary) for mode in modes}
     incoming = connections.incoming(clt, gathered)
     outgoing = connections.outgoing(incoming, len(clt.sites) * F)
-    unembedding = Unembedding.of(language_model)
+    directions, _ = logit_directions(language_model, dtype=torch.promote_types(language_model.dtype, torch.float32))
     modules = []
     for m in range(len(clt.sites)):
-        pages = ModulePages(clt, m, gathered, incoming[m], outgoing, unembedding, indices)
+        pages = ModulePages(clt, m, gathered, incoming[m], outgoing, directions, indices)
         modules.append(pages.write(data))
     _write_tokens(data, indices, gathered.rows, token_texts(language_model.tokenizer, vocabulary))
     content = {

@@ -7,12 +7,13 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from sparseclt.atlas import folder
 from sparseclt.atlas.connections import Incoming, Outgoing, contributions
 from sparseclt.atlas.examples import Examples, choose, histograms, largest_and_sum
 from sparseclt.atlas.gather import Firings, Gathered, ranges
-from sparseclt.atlas.logits import Unembedding, extremes
+from sparseclt.atlas.logits import extremes
 from sparseclt.atlas.tokens import TokenIndex
 from sparseclt.model.activations import at_least_float32
 from sparseclt.model.clt import SparseCLT
@@ -31,11 +32,11 @@ class ModulePages:
         gathered: Gathered,
         incoming: Incoming | None,
         outgoing: Outgoing,
-        unembedding: Unembedding,
+        directions: Tensor,
         indices: Mapping[Mode, TokenIndex],
     ):
         self.clt, self.m, self.gathered = clt, module, gathered
-        self.incoming, self.outgoing, self.unembedding, self.indices = incoming, outgoing, unembedding, indices
+        self.incoming, self.outgoing, self.directions, self.indices = incoming, outgoing, directions, indices
         self.F = clt.architecture.latents
         self.largest = {mode: np.zeros(self.F, np.float32) for mode in indices}
         self.token = {mode: np.full(self.F, -1) for mode in indices}
@@ -133,7 +134,7 @@ class ModulePages:
         T = decoders.shape[1]
         if T > 1:
             decoders = torch.cat([decoders.sum(1, keepdim=True), decoders], 1)
-        found = extremes(decoders.flatten(0, 1), self.unembedding)
+        found = extremes(decoders.flatten(0, 1), self.directions)
         layers = [None] * (T > 1) + list(range(module.site.layer, module.site.layer + T))
         columns = (
             found.top.tolist(),

@@ -11,6 +11,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -76,9 +77,12 @@ class TokenStore:
                 for file in unfinished.iterdir():
                     fsync(file)
                 path = self.directory / f"{self.key}-{_digest(entry.read)}"
-                if not path.exists():  # else another process was faster
+                try:
                     unfinished.rename(path)
                     fsync(self.directory)
+                except OSError:
+                    if not path.exists():  # else another process was faster
+                        raise
             finally:
                 shutil.rmtree(unfinished, ignore_errors=True)
             return {name: self._map(path / name, stored) for name, stored in entry.splits.items()}
@@ -103,9 +107,10 @@ class TokenStore:
 
     def _remove_abandoned(self) -> None:
         for path in self.directory.glob(f"{UNFINISHED}*"):
-            newest = max((file.stat().st_mtime for file in [path, *path.iterdir()]), default=0)
-            if time.time() - newest > ABANDONED_SECONDS:
-                shutil.rmtree(path, ignore_errors=True)
+            with suppress(FileNotFoundError):  # another process has finished it
+                newest = max(file.stat().st_mtime for file in [path, *path.iterdir()])
+                if time.time() - newest > ABANDONED_SECONDS:
+                    shutil.rmtree(path, ignore_errors=True)
 
 
 def _digest(values: Any) -> str:

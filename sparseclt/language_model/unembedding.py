@@ -35,23 +35,26 @@ def recorded_final_stream(model: LanguageModel) -> Iterator[FinalStream]:
         yield seen
 
 
-def logit_directions(model: LanguageModel, tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """Directions [k, D] and offsets [k], in float64, for `tokens` [k]: the logits minus their mean over the vocabulary
-    are `residual @ directions.T / scale + offsets`.
+def logit_directions(
+    model: LanguageModel, tokens: Tensor | None = None, dtype: torch.dtype = torch.float64
+) -> tuple[Tensor, Tensor]:
+    """Directions [k, D] and offsets [k], in `dtype`, for `tokens` [k] (None: the whole vocabulary): the logits minus
+    their mean over the vocabulary are `residual @ directions.T / scale + offsets`.
 
     The final norm's gain and bias are folded in. Subtracting the mean changes no probability; circuit-tracer does the
     same, so that a contribution says what sets a token apart from the others.
     """
     unembed, norm = model.bridge.unembed, model.bridge.ln_final
     W_U = unembed.W_U.detach()  # [D, V]
-    chosen = W_U[:, tokens].double() - W_U.mean(1, keepdim=True, dtype=torch.float64)
-    offsets = torch.zeros(len(tokens), dtype=torch.float64, device=W_U.device)
+    wanted = slice(None) if tokens is None else tokens
+    chosen = W_U[:, wanted].to(dtype) - W_U.mean(1, keepdim=True, dtype=dtype)
+    offsets = chosen.new_zeros(chosen.shape[1])
     if unembed.b_U is not None:
-        offsets = offsets + unembed.b_U[tokens].double() - unembed.b_U.double().mean()
+        offsets = offsets + unembed.b_U[wanted].to(dtype) - unembed.b_U.to(dtype).mean()
     bias = getattr(norm.original_component, "bias", None)
     if bias is not None:
-        offsets = offsets + bias.detach().double() @ chosen
+        offsets = offsets + bias.detach().to(dtype) @ chosen
     if (weight := getattr(norm.original_component, "weight", None)) is not None:
-        chosen = (weight.detach().double() + int(norm.uses_weight_offset))[:, None] * chosen
+        chosen = (weight.detach().to(dtype) + int(norm.uses_weight_offset))[:, None] * chosen
     directions = chosen.T
     return (centre(directions) if model.shape.centred else directions), offsets

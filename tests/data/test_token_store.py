@@ -193,10 +193,10 @@ def test_what_a_killed_process_left_is_removed_after_a_day(tmp_path, store):
 
 
 def test_several_at_once_do_no_harm(tmp_path, store):
-    path = write_jsonl(tmp_path / "a.jsonl", WORDS)
+    path, tokenizer = write_jsonl(tmp_path / "a.jsonl", WORDS), tiny_models.tokenizer()
     found, threads = [], []
     for _ in range(6):
-        threads.append(threading.Thread(target=lambda: found.append(load(path, store))))
+        threads.append(threading.Thread(target=lambda: found.append(load(path, store, tokenizer=tokenizer))))
         threads[-1].start()
     for thread in threads:
         thread.join()

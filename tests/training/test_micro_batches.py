@@ -152,7 +152,7 @@ def test_advice_begins_with_micro_batches():
 def test_a_step_that_really_runs_out_of_memory_goes_on_in_micro_batches():
     """The highest limit of the address space that is too low for the whole batch leaves room for its halves."""
     script = textwrap.dedent(f"""
-        import json, resource, sys, warnings
+        import json, os, resource, sys, warnings
         sys.path[:0] = {sys.path!r}
         import torch
         from types import SimpleNamespace
@@ -173,25 +173,37 @@ def test_a_step_that_really_runs_out_of_memory_goes_on_in_micro_batches():
                 t.train_step(batch)
             return bytes_[0], t
         (whole, _), (halves, expected) = peak(None), peak(rows // 2)
-        def warnings_under(limit):
-            # Of a step in so many bytes of address space, and its trainer.
-            t = trainer(None)
-            t.train_step(batch)
-            used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
-            resource.setrlimit(resource.RLIMIT_AS, (used + limit, resource.RLIM_INFINITY))
-            with warnings.catch_warnings(record=True) as caught:
-                warnings.simplefilter("always")
+        def step_under(limit):
+            # The warnings of a step in so many bytes of address space, and how far its parameters are from those
+            # expected: in a process of its own, so that each limit meets the same free memory.
+            read, write = os.pipe()
+            if not (child := os.fork()):
+                t = trainer(None)
                 t.train_step(batch)
-            resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-            return caught, t
-        # Allocations that find room in what the process has already are not counted: ever lower, until it is too low.
-        for limit in range(whole, halves // 2, (halves - whole) // 4):
-            caught, t = warnings_under(limit)
-            if caught:
-                break
-        pairs = zip(t.clt.parameters(), expected.clt.parameters())
-        difference = max(float((a - b).abs().max()) for a, b in pairs)
-        print(json.dumps([whole, halves, [str(w.message) for w in caught], difference]))
+                used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+                resource.setrlimit(resource.RLIMIT_AS, (used + limit, resource.RLIM_INFINITY))
+                with warnings.catch_warnings(record=True) as caught:
+                    warnings.simplefilter("always")
+                    t.train_step(batch)
+                resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+                pairs = zip(t.clt.parameters(), expected.clt.parameters())
+                difference = max(float((a - b).abs().max()) for a, b in pairs)
+                os.write(write, json.dumps([[str(w.message) for w in caught], difference]).encode())
+                os._exit(0)
+            os.close(write)
+            with os.fdopen(read) as result:
+                found = json.loads(result.read())
+            os.waitpid(child, 0)
+            return found
+        # Allocations that find room in what the process has already are not counted: the limit lies below `whole`.
+        low, high = 0, whole
+        while high - low > (whole - halves) // 4:
+            middle = (low + high) // 2
+            if (found := step_under(middle))[0]:
+                low, at_low = middle, found
+            else:
+                high = middle
+        print(json.dumps([whole, halves, *at_low]))
     """)
     # Every tensor in pages of its own: what is freed is given back.
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}
