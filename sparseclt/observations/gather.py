@@ -13,13 +13,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from sparseclt.atlas.strongest import StrongestFirings
 from sparseclt.evaluation.metrics import captures, modes_of
 from sparseclt.language_model.language_model import LanguageModel
 from sparseclt.model.activations import Activations, at_least_float32
 from sparseclt.model.clt import SparseCLT
 from sparseclt.model.forward import ForwardPass
 from sparseclt.model.sites import Mode
+from sparseclt.observations.strongest import StrongestFirings
 
 MOST_FIRINGS = 1 << 24  # held in memory at a time
 DENSE_ENTRIES = 1 << 18  # of the dense block of latents in which connections are looked up; small enough for a cache
