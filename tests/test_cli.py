@@ -148,7 +148,7 @@ def test_export_writes_thresholds_and_prints_what_they_cost(run, tmp_path, capsy
     from safetensors.torch import load_file
 
     assert main(["export", str(run), str(tmp_path / "export")]) == 0
-    assert "FVU exported" in capsys.readouterr().out
+    assert "FVU calibrated" in capsys.readouterr().out
     assert set(load_file(tmp_path / "export" / "W_enc_1.safetensors")) == {
         "W_enc_1",
         "b_enc_1",

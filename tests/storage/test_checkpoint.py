@@ -127,7 +127,7 @@ def test_views_of_one_storage_and_parameters_are_saved(tmp_path: Path) -> None:
 
 def test_files_follow_the_circuit_tracer_layout(saved: Path) -> None:
     tensors = clt_tensors()
-    assert load_file(saved / "W_enc_1.safetensors").keys() == {"W_enc_1", "b_enc_1", "b_dec_1"}
+    assert load_file(saved / "W_enc_1.safetensors").keys() == {"W_enc_1", "b_enc_1", "b_dec_1", "threshold_1"}
     assert load_file(saved / "W_dec_1.safetensors").keys() == {"W_dec_1"}
     connections = load_file(saved / "connections_1.safetensors")
     assert connections.keys() == {"connections_1", "logits_1"}
@@ -138,12 +138,12 @@ def test_files_follow_the_circuit_tracer_layout(saved: Path) -> None:
     yaml = (saved / "config.yaml").read_text()
     values = dict(line.split(": ") for line in yaml.splitlines() if not line.startswith("#"))
     assert values == {
-        "model_kind": "cross_layer_transcoder",
+        "model_kind": "uncalibrated_cross_layer_transcoder",
         "model_name": '"gpt2"',
         "feature_input_hook": '"ln2.hook_normalized"',
         "feature_output_hook": '"hook_mlp_out"',
     }
-    assert "ReLU" in yaml and "threshold" in yaml
+    assert "Not calibrated" in yaml and load_file(saved / "W_enc_1.safetensors")["threshold_1"].shape == (0,)
     assert json.loads((saved / "sparseclt.json").read_text()) == {"format_version": FORMAT_VERSION, **CONFIG}
 
 
