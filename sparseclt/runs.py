@@ -115,7 +115,7 @@ def export_run(
     device: str | None = None,
 ) -> str:
     """Write the CLT of the finished run in directory `run` to directory `out` as another tool reads it, after
-    `finetune_steps` of training with its thresholds fixed. Returns a table of what that costs (`export.stages`)."""
+    `finetune_steps` of further training with thresholds. Returns a table of what that costs (`export.stages`)."""
     clt, model = load_run(run, device=device)
     config = replace(read_config(run), device=str(model.device))
     rows = held_out_rows(config, model)
