@@ -114,9 +114,11 @@ def _activations(observed: Observed, page: LatentPage, source: str) -> Iterator[
 
 
 def _range(page: LatentPage, example: Example) -> tuple[float, float, float]:
-    """The smallest and the largest value of an example's group, and the share of all tokens that fired within."""
+    """The range of values of an example's group, and the share of the latent's firings in it: a quarter of them, or,
+    for the largest values, none."""
+    value = example.values[example.position]
     if example.group == 0:
-        return page.largest, page.largest, 0.0
+        return value, page.largest, 0.0
     bounds = [page.smallest, *(page.percentiles[p - 1] for p in (25, 50, 75, 100))]
     quarter = 4 - example.group
-    return bounds[quarter], bounds[quarter + 1], 0.25
+    return min(bounds[quarter], value), max(bounds[quarter + 1], value), 0.25

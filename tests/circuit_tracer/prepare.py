@@ -27,7 +27,7 @@ from sparseclt.graph.graph_json import write_graph
 from sparseclt.graph.influence import scores
 from sparseclt.language_model.language_model import LanguageModel
 from sparseclt.model.clt import SparseCLT
-from sparseclt.storage.run_config import CLT, read_config
+from sparseclt.storage.run_config import read_config
 
 PROMPTS, PROMPT_TOKENS, ROWS = 20, 16, 24
 GRAPHS = 3
@@ -79,7 +79,7 @@ def main(out: Path, run: Path | None, steps: int) -> None:
         write_graph(prompt_graph(clt, model, text), out / "graphs" / f"{len(list(out.glob('graphs/*')))}.json")
     found = [scores(linearised_graph(tuned, model, prompt)) for prompt in prompts]
     expected = {
-        "uncalibrated": str((run / CLT).resolve()),
+        "uncalibrated": str(clt.save_pretrained(out / "clt").resolve()),
         "slots": tuned.architecture.slots,
         "texts": [model.tokenizer.decode(prompt[1:]) for prompt in prompts],
         "fvu_topk": [m["fvu_vanilla"] for m in measured["as trained"]["modules"]],
