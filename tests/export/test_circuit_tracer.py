@@ -7,7 +7,7 @@ import torch
 from clts import connect_random, language_model, random_clt, tokens
 from safetensors.torch import load_file
 
-from sparseclt.export.calibration import calibrate
+from sparseclt.export.calibration import calibrate, with_thresholds
 from sparseclt.export.circuit_tracer import write_clt
 
 
@@ -54,6 +54,19 @@ def test_each_latent_fires_as_often_as_under_top_k():
     for before, after in zip(a.latents, b.latents, strict=True):
         fired = [(latents.dense(20) > 0).sum(0) for latents in (before, after)]
         assert torch.equal(*fired) and fired[0].any()
+    assert jump.architecture.activation == "jumprelu" and jump.connected
+
+
+def test_batch_top_k_keeps_the_thresholds_of_vanilla_mode():
+    model = language_model("gpt2")
+    clt = random_clt(model, activation="batchtopk").eval()
+    connect_random(clt, 4)
+    for module in clt:
+        module.threshold.uniform_(0.2, 1.0)
+        module.threshold_sparse.fill_(9.0)
+    jump, activations = with_thresholds(clt, model, tokens()), model.capture(tokens())
+    for before, after in zip(clt(activations, "vanilla").latents, jump(activations, "vanilla").latents, strict=True):
+        torch.testing.assert_close(before.dense(20), after.dense(20))
     assert jump.architecture.activation == "jumprelu" and jump.connected
 
 
