@@ -168,7 +168,8 @@ def export(
         run: The run directory.
         out: The new directory.
         format: The tool.
-        finetune_steps: Steps of further training, with thresholds, that make up for what they cost.
+        finetune_steps: Steps of further training, with thresholds, that make up for what they cost: half as many as the
+            run had, say.
         device: 'cpu', 'cuda', ... None: that of the run.
     """
     return partial(commands.export, run, out, format, finetune_steps, device)

@@ -75,6 +75,10 @@ def linearised_graph(clt: SparseCLT, language_model: LanguageModel, tokens: Tens
     stage = torch.full((len(nodes),), -1)
     stage[numbers] = torch.tensor([layer for layer, _, _ in targets])
     source, target, weight = (torch.cat(parts) for parts in zip(*edges, strict=True))
+    # A latent may lead to another one through the outputs of several layers: that is one edge.
+    pairs, place = torch.unique(torch.stack([source, target]), dim=1, return_inverse=True)
+    source, target = pairs
+    weight = torch.zeros(len(source), dtype=torch.float64).index_add_(0, place, weight)
     return Graph(
         tokens=tokens,
         nodes=nodes,

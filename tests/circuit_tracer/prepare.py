@@ -74,9 +74,9 @@ def main(out: Path, run: Path | None, steps: int) -> None:
     for layer, z in enumerate(latents):
         tensors[f"latents_{layer}"] = z.dense(tuned.architecture.latents).view(PROMPTS, PROMPT_TOKENS, -1)
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, out / "expected.safetensors")
-    for prompt in prompts[:GRAPHS]:
+    for number, prompt in enumerate(prompts[:GRAPHS]):
         text = model.tokenizer.decode(prompt[1:])
-        write_graph(prompt_graph(clt, model, text), out / "graphs" / f"{len(list(out.glob('graphs/*')))}.json")
+        write_graph(prompt_graph(clt, model, text), out / "graphs" / f"{number}.json")
     found = [scores(linearised_graph(tuned, model, prompt)) for prompt in prompts]
     expected = {
         "uncalibrated": str(clt.save_pretrained(out / "clt").resolve()),

@@ -216,10 +216,11 @@ def test_outside_training_the_latents_of_a_row_do_not_depend_on_the_batch(mode):
     assert int((clt(model.capture(rows), mode).latents[0].values > 0).sum()) == rows[:, 1:].numel() * K
 
 
-def test_a_token_has_at_most_four_times_k_latents():
+def test_a_token_has_at_most_four_times_k_latents_or_as_many_as_there_is_room_for():
     shape = ModelShape(layers=1, d_model=4)
     assert Architecture(shape, 100, 5).slots == 5
     assert Architecture(shape, 100, 5, activation="jumprelu").slots == 20
     assert Architecture(shape, 12, 5, activation="batchtopk").slots == 12
+    assert Architecture(shape, 100, 5, activation="jumprelu", room=16).slots == 80
     with pytest.raises(ValueError, match="activation: expected 'topk', .*, got 'relu'"):
         Architecture(shape, 12, 5, activation="relu")
