@@ -3,7 +3,9 @@
 .venv-circuit-tracer/bin/python tests/circuit_tracer/compare.py OUT
 """
 
+import contextlib
 import gzip
+import io
 import json
 import sys
 import warnings
@@ -137,6 +139,15 @@ def uncalibrated_is_refused(folder: str) -> str:
     raise AssertionError(f"the configuration of {folder} was accepted")
 
 
+def readme_runs(folder: Path) -> str:
+    """The Python in the export's README.md traces a prompt."""
+    code = (folder / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    with contextlib.chdir(folder), contextlib.redirect_stdout(io.StringIO()):
+        exec(compile(code, "README.md", "exec"), {})
+    graph = graph_models.Model(**json.loads((folder / "graphs" / "cat.json").read_text()))
+    return f"{len(graph.nodes)} nodes"
+
+
 def main(out: Path) -> None:
     warnings.filterwarnings("ignore")
     figures, expected = json.loads((out / "expected.json").read_text()), load_file(out / "expected.safetensors")
@@ -148,6 +159,7 @@ def main(out: Path) -> None:
         "scores": lambda: scores_agree(model, expected["prompts"], figures["replacement"], figures["completeness"]),
         "latent pages": lambda: latent_pages_are_read(out / "export" / "features", model.transcoders.d_transcoder),
         "graphs": lambda: graphs_are_read(out / "graphs"),
+        "readme": lambda: readme_runs(out / "export"),
         "uncalibrated": lambda: uncalibrated_is_refused(figures["uncalibrated"]),
     }
     failed = 0
