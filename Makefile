@@ -9,7 +9,7 @@ export NO_MKDOCS_2_WARNING = 1
 # The tests are small: one thread is fastest, two processes side by side. Nothing is timed in them.
 TEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --benchmark-disable
 
-.PHONY: demo sweep test check docs tutorial bench clean
+.PHONY: demo sweep test test-circuit-tracer check docs tutorial bench clean
 
 demo: .venv/demo  ## train on the embedded model and text, evaluate, print the table
 	$(BIN)/sparseclt train --out $(RUN)
@@ -20,6 +20,14 @@ sweep: .venv/demo  ## FVU against the number of connections, with the pruned bas
 
 test: .venv/test  ## the test suite
 	$(TEST) $(ARGS)
+
+# Its requirements do not go together with ours: an environment of its own. The package on PyPI is a fork; the original:
+# CIRCUIT_TRACER=git+https://github.com/decoderesearch/circuit-tracer
+CIRCUIT_TRACER ?= circuit-tracer==0.5.0 nnsight==0.8.1
+test-circuit-tracer: .venv/test .venv-circuit-tracer/ready  ## circuit-tracer runs an export as it is (ARGS='--run RUN')
+	rm -rf build/circuit-tracer
+	OMP_NUM_THREADS=1 $(BIN)/python tests/circuit_tracer/prepare.py build/circuit-tracer $(ARGS)
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 .venv-circuit-tracer/bin/python tests/circuit_tracer/compare.py build/circuit-tracer
 
 check: .venv/check docs  ## lint, types, import floors, the documentation and the test suite
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(BIN)/lint-imports
@@ -55,5 +63,11 @@ bench: .venv/test  ## measure (the quick set; ARGS=--full: all of it) and refres
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev]'
 	touch $@
 
+.venv-circuit-tracer/ready: tests/circuit_tracer/constraints.txt
+	$(PYTHON) -m venv .venv-circuit-tracer
+	.venv-circuit-tracer/bin/python -m pip install -q "$$(grep '^torch==' $<)"
+	.venv-circuit-tracer/bin/python -m pip install -q -c $< $(CIRCUIT_TRACER)
+	touch $@
+
 clean:
-	rm -rf .venv build site *.egg-info
+	rm -rf .venv .venv-circuit-tracer build site *.egg-info

@@ -10,13 +10,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import tyro
 
 from sparseclt import commands
 from sparseclt.commands import Split
 from sparseclt.config import TrainConfig
+from sparseclt.export import FormatName
 from sparseclt.model.shape import ModelShape
 from sparseclt.storage.run_config import read_config
 from sparseclt.strict import ConfigError
@@ -153,17 +154,25 @@ def intervene(
     return partial(commands.intervene, run, prompt, latents, special_tokens, device)
 
 
-def export(run: Run, out: Run, format: Literal["circuit-tracer"] = "circuit-tracer", device: str | None = None) -> Work:
-    """Write the CLT of a run as another tool reads it. TopK becomes one threshold per latent, calibrated on held-out
-    text; the table shows what that costs.
+def export(
+    run: Run,
+    out: Run,
+    format: FormatName = "circuit-tracer",
+    finetune_steps: int = 0,
+    device: str | None = None,
+) -> Work:
+    """Write the CLT of a run as another tool reads it, and print what that costs. For circuit-tracer TopK becomes one
+    threshold per latent, calibrated on held-out text.
 
     Args:
         run: The run directory.
         out: The new directory.
         format: The tool.
+        finetune_steps: Steps of further training, with thresholds, that make up for what they cost: half as many as the
+            run had, say.
         device: 'cpu', 'cuda', ... None: that of the run.
     """
-    return partial(commands.export, run, out, device)
+    return partial(commands.export, run, out, format, finetune_steps, device)
 
 
 def selftest(device: str = "auto", backends: tuple[str, ...] = ()) -> Work:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from sparseclt.config import TrainConfig
+from sparseclt.export import FormatName
 from sparseclt.model.shape import ModelShape
 from sparseclt.storage.run_config import read_config
 
@@ -109,11 +110,12 @@ def intervene(run: Path, prompt: str, latents: tuple[str, ...], special_tokens: 
     print(effects_table(change(clt, model, prompt, wanted, special_tokens=special_tokens)))
 
 
-def export(run: Path, out: Path, device: str | None) -> None:
-    """Write the CLT of a run as circuit-tracer reads it and print what that costs."""
+def export(run: Path, out: Path, format: FormatName, finetune_steps: int, device: str | None) -> None:
+    """Write the CLT of a run as another tool reads it and print what that costs."""
     from sparseclt import runs
 
-    print(f"{runs.export_run(run, out, device=device)}\n\nExport: {out}")
+    table = runs.export_run(run, out, format=format, finetune_steps=finetune_steps, device=device)
+    print(f"{table}\n\nExport: {out}")
 
 
 def selftest(device: str, backends: tuple[str, ...]) -> int:

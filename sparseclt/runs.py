@@ -17,8 +17,8 @@ from sparseclt.data.tokens import check_token_ids
 from sparseclt.evaluation import plots, report
 from sparseclt.evaluation.metrics import Evaluation, evaluate
 from sparseclt.evaluation.pruning import fvu_against_c
-from sparseclt.export.calibration import calibrate
-from sparseclt.export.circuit_tracer import export_circuit_tracer
+from sparseclt.export import FormatName
+from sparseclt.export.stages import export
 from sparseclt.language_model.language_model import LanguageModel
 from sparseclt.model.clt import SparseCLT
 from sparseclt.storage.json_files import replace_file
@@ -106,19 +106,20 @@ def load_run(run: str | Path, *, device: str | None = None) -> tuple[SparseCLT, 
     return SparseCLT.from_pretrained(path, device=model.device, dtype=torch.float32), model
 
 
-def export_run(run: str | Path, out: str | Path, *, device: str | None = None) -> str:
-    """Write the CLT of the finished run in directory `run` to directory `out`, for circuit-tracer; a TopK one is
-    calibrated on half of the run's held-out text. Returns a table of FVU and L0 in vanilla mode on the other half."""
+def export_run(
+    run: str | Path,
+    out: str | Path,
+    *,
+    format: FormatName = "circuit-tracer",
+    finetune_steps: int = 0,
+    device: str | None = None,
+) -> str:
+    """Write the CLT of the finished run in directory `run` to directory `out` as another tool reads it, after
+    `finetune_steps` of further training with thresholds. Returns a table of what that costs (`export.stages`)."""
     clt, model = load_run(run, device=device)
-    rows = held_out_rows(read_config(run), model)
-    if len(rows) < 2:
-        raise ValueError(
-            "data.held_out_tokens: expected at least 2 rows, to calibrate on one half and measure the other"
-        )
-    calibrated = calibrate(clt, model, rows[::2]) if clt.architecture.activation == "topk" else clt
-    before, after = (evaluate(c, model, rows[1::2], cross_entropy=False).to_dict() for c in (clt, calibrated))
-    export_circuit_tracer(calibrated, model, Path(out))
-    return report.export_table(before, after)
+    config = replace(read_config(run), device=str(model.device))
+    rows = held_out_rows(config, model)
+    return export(clt, model, config, rows, Path(run).resolve().name, Path(out), format, finetune_steps)
 
 
 def _measure(config: TrainConfig, clt: SparseCLT, language_model: LanguageModel, rows: Tensor) -> Evaluation:

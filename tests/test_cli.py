@@ -147,15 +147,22 @@ def test_intervene_prints_the_change_of_each_logit_in_both_modes(run, capsys):
 def test_export_writes_thresholds_and_prints_what_they_cost(run, tmp_path, capsys):
     from safetensors.torch import load_file
 
-    assert main(["export", str(run), str(tmp_path / "export")]) == 0
-    assert "FVU exported" in capsys.readouterr().out
-    assert set(load_file(tmp_path / "export" / "W_enc_1.safetensors")) == {
-        "W_enc_1",
-        "b_enc_1",
-        "b_dec_1",
-        "threshold_1",
-    }
-    assert "mlp.hook_in" in (tmp_path / "export" / "config.yaml").read_text()
+    out = tmp_path / "export"
+    assert main(["export", str(run), str(out), "--finetune-steps", "2"]) == 0
+    printed = capsys.readouterr().out
+    assert "FVU as trained | FVU calibrated | FVU fine-tuned" in printed and "Sparsely-connected mode" in printed
+    assert set(load_file(out / "W_enc_1.safetensors")) == {"W_enc_1", "b_enc_1", "b_dec_1", "threshold_1"}
+    assert "mlp.hook_in" in (out / "config.yaml").read_text() and "load_clt" in (out / "README.md").read_text()
+    for name in ("model/model.safetensors", "model/tokenizer.json", "features/index.json.gz", "features/layer_2.bin"):
+        assert (out / name).is_file()
+
+
+def test_export_for_neuronpedia_keeps_top_k(run, tmp_path, capsys):
+    arguments = ["export", str(run), str(tmp_path / "out"), "--format", "neuronpedia"]
+    assert main([*arguments, "--finetune-steps", "2"]) == 2
+    assert "finetune_steps: expected 0 with format 'neuronpedia'" in capsys.readouterr().err
+    assert main(arguments) == 0
+    assert (tmp_path / "out" / "model" / "0-first" / "features" / "batch-0.jsonl.gz").is_file()
 
 
 @pytest.mark.parametrize(

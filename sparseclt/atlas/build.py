@@ -15,16 +15,17 @@ from torch import Tensor
 
 from sparseclt import __version__
 from sparseclt.atlas import connections, folder
-from sparseclt.atlas.gather import Gathered, gather
 from sparseclt.atlas.graphs import copy_graphs
 from sparseclt.atlas.latents import SHARD, ModulePages
-from sparseclt.atlas.tokens import TokenIndex, token_texts
+from sparseclt.atlas.tokens import TokenIndex
 from sparseclt.config import TrainConfig, to_dict
 from sparseclt.data.text import Split, load_rows
 from sparseclt.evaluation.metrics import modes_of
 from sparseclt.language_model.language_model import LanguageModel
 from sparseclt.language_model.unembedding import logit_directions
 from sparseclt.model.clt import SparseCLT
+from sparseclt.observations.gather import Gathered, gather
+from sparseclt.observations.token_texts import token_texts
 from sparseclt.storage.directories import MANIFEST, atomic_directory
 from sparseclt.storage.run_config import CLT, read_config
 from sparseclt.training.loggers import read_metrics

@@ -6,8 +6,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from sparseclt.atlas.gather import Gathered
 from sparseclt.model.clt import SparseCLT
+from sparseclt.observations.gather import Gathered
 
 DOWNSTREAM = 64  # connections listed for a latent that many others read
 DENSE_ENTRIES = 1 << 22  # of the dense block in which upstream latents of examples are looked up

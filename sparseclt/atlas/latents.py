@@ -11,13 +11,13 @@ from torch import Tensor
 
 from sparseclt.atlas import folder
 from sparseclt.atlas.connections import Incoming, Outgoing, contributions
-from sparseclt.atlas.examples import Examples, choose, histograms, largest_and_sum
-from sparseclt.atlas.gather import Firings, Gathered, ranges
-from sparseclt.atlas.logits import extremes
 from sparseclt.atlas.tokens import TokenIndex
 from sparseclt.model.activations import at_least_float32
 from sparseclt.model.clt import SparseCLT
 from sparseclt.model.sites import Mode
+from sparseclt.observations.examples import Examples, choose, histograms, largest_and_sum
+from sparseclt.observations.gather import Firings, Gathered, ranges
+from sparseclt.observations.logits import extremes
 
 SHARD = 64  # latents in a file
 

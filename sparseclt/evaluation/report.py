@@ -24,13 +24,6 @@ _SWEEP = {
     "fvu_pruned": ("FVU pruned only", ".4f"),
     "dead_sparse": ("dead sparse", ".1%"),
 }
-_EXPORT = {
-    "name": ("module", ""),
-    "fvu_before": ("FVU as trained", ".4f"),
-    "fvu_after": ("FVU exported", ".4f"),
-    "l0_before": ("L0 as trained", ".1f"),
-    "l0_after": ("L0 exported", ".1f"),
-}
 _CROSS_ENTROPY = {
     "model": "the model itself",
     "vanilla": "replaced, vanilla mode",
@@ -50,16 +43,6 @@ def evaluation_table(evaluation: Mapping[str, Any]) -> str:
     table = markdown_table(rows, _EVALUATION)
     entropies = evaluation.get("cross_entropy")
     return f"{table}\n\n{_cross_entropy_table(entropies)}" if entropies else table
-
-
-def export_table(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
-    """Two evaluations of vanilla mode, of a CLT as trained and as exported, as Markdown: one row per module."""
-    rows = [
-        {"name": a["name"], "fvu_before": a["fvu_vanilla"], "fvu_after": b["fvu_vanilla"],
-         "l0_before": a["l0_vanilla"], "l0_after": b["l0_vanilla"]}
-        for a, b in zip(before["modules"], after["modules"], strict=True)
-    ]  # fmt: skip
-    return markdown_table(rows, _EXPORT)
 
 
 def sweep_table(rows: Sequence[Mapping[str, Any]]) -> str:

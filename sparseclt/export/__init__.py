@@ -1,1 +1,5 @@
 """A CLT in the formats of other tools."""
+
+from typing import Literal
+
+FormatName = Literal["circuit-tracer", "neuronpedia"]

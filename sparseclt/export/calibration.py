@@ -1,5 +1,6 @@
-"""From TopK to one threshold per latent, for tools that know no TopK."""
+"""From TopK and BatchTopK to one threshold per latent, for tools that know neither."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
@@ -11,7 +12,18 @@ from sparseclt.model.clt import SparseCLT, in_evaluation_mode
 
 TILE_BYTES = 64 << 20  # pre-activations that are alive at a time
 
+ROOM = 16  # times K: other tools know no limit to the active latents of a token, and some tokens have many
 MARGIN = 1e-5  # by which a threshold stays below the last value that fires, as a share of it: far above rounding
+
+
+def with_thresholds(clt: SparseCLT, language_model: LanguageModel, rows: Tensor) -> SparseCLT:
+    """A JumpReLU CLT with the weights of `clt`: TopK is calibrated on `rows` [R, S], BatchTopK keeps the thresholds of
+    vanilla mode, in either mode. A token has room for ROOM times K latents."""
+    a = clt.architecture
+    if a.activation == "topk":
+        return calibrate(clt, language_model, rows)
+    thresholds = {f"transcoders.{i}.threshold": module.threshold_of("vanilla") for i, module in enumerate(clt)}
+    return _jump_relu(clt, thresholds)
 
 
 @in_evaluation_mode
@@ -39,8 +51,16 @@ def calibrate(clt: SparseCLT, language_model: LanguageModel, rows: Tensor, *, ba
     for i, module in enumerate(clt):
         x = torch.cat(inputs[i]).to(module.W_enc.dtype)
         thresholds[f"transcoders.{i}.threshold"] = _thresholds(x, module.W_enc, module.b_enc, fired[i])
-    jump = SparseCLT(replace(a, activation="jumprelu")).to(device=clt.transcoder(0).W_enc.device)
-    jump.to(dtype=clt.transcoder(0).W_enc.dtype).load_state_dict({**clt.state_dict(), **thresholds})
+    return _jump_relu(clt, thresholds)
+
+
+def _jump_relu(clt: SparseCLT, thresholds: Mapping[str, Tensor]) -> SparseCLT:
+    """`clt` with `thresholds`, by the names of its parameters."""
+    kept = {name: tensor for name, tensor in clt.state_dict().items() if "threshold" not in name}
+    jump = SparseCLT(replace(clt.architecture, activation="jumprelu", room=ROOM)).to(
+        device=clt.transcoder(0).W_enc.device
+    )
+    jump.to(dtype=clt.transcoder(0).W_enc.dtype).load_state_dict({**kept, **thresholds})
     return jump.eval()
 
 

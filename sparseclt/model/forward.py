@@ -96,9 +96,19 @@ class ForwardPass:
         Its reading must have been taken by `advance`.
         """
         if rows is None:
-            return self._active(index, self._strongest(index, self.clt.architecture.slots))
+            return self._active(index, self._candidates(index))
         assert k is not None
         return self._strongest(index, k, rows)
+
+    def _candidates(self, index: int) -> Latents:
+        """Those latents of module `index` that the activation function chooses from."""
+        a, module = self.clt.architecture, self.clt.transcoder(index)
+        if a.activation == "topk" or a.activation == "batchtopk" and self.clt.training:
+            return self._strongest(index, a.slots)
+        bandwidth = a.bandwidth if a.activation == "jumprelu" else 0.0
+        floor, lowered = nonlinearity.floor(module.threshold_of(self.mode), bandwidth, module.b_enc)
+        b_enc = lowered + (module.b_enc - module.b_enc.detach())  # of its value, with the gradient of the bias
+        return nonlinearity.above_floor(self._strongest(index, a.slots, b_enc=b_enc), floor)
 
     def _active(self, index: int, candidates: Latents) -> Latents:
         """Those of the strongest latents of module `index` that the activation function keeps."""
@@ -117,11 +127,12 @@ class ForwardPass:
         self.l0.append(self.activations.where_counted(l0[:, None], 0.0)[:, 0])
         return latents
 
-    def _strongest(self, index: int, k: int, rows: Tensor | None = None) -> Latents:
-        """The k strongest latents of module `index`, or of only its latents `rows` [R]."""
+    def _strongest(self, index: int, k: int, rows: Tensor | None = None, b_enc: Tensor | None = None) -> Latents:
+        """The k strongest latents of module `index`, or of only its latents `rows` [R]; with other biases `b_enc` [F]
+        than its own, if they are given."""
         module, reading = self.clt.transcoder(index), self._readings[index]
         W_enc: Tensor = module.W_enc if self.mode == "vanilla" else self.clt.reading_rows(index)
-        b_enc: Tensor = module.b_enc
+        b_enc = module.b_enc if b_enc is None else b_enc
         V, connections = None, module.connections
         if self.mode == "sparse":
             V = self.virtual_weights[index]

@@ -1,8 +1,9 @@
 """What an encoder's activation function makes of its strongest pre-activations.
 
-In either mode a module's encoder yields candidates: the `slots` strongest positive pre-activations of each token, by
-the kernels of TopK. TopK keeps all of them, as it has K slots. BatchTopK and JumpReLU have more, and choose here. They
-are exact for tokens that want no more latents than there are slots; `full_rows` counts those that may.
+In either mode a module's encoder yields candidates, at most `slots` for each token, by the kernels of TopK: the
+strongest positive pre-activations, or, where latents have thresholds, those that are highest above their `floor`. TopK
+keeps all of them, as it has K slots. BatchTopK and JumpReLU have more, and choose here. They are exact for tokens that
+want no more latents than there are slots; `full_rows` counts those that may.
 """
 
 from typing import Any
@@ -22,6 +23,26 @@ def batch_top_k(candidates: Latents, k: int, tokens: int) -> Latents:
     kept = torch.zeros_like(values, dtype=torch.bool)
     kept[largest(values, tokens * k)] = True
     return _only((kept & (values != 0)).view_as(candidates.values), candidates)
+
+
+def floor(threshold: Tensor, bandwidth: float, b_enc: Tensor) -> tuple[Tensor, Tensor]:
+    """The pre-activation [F] that a candidate must exceed, in float32 or wider, and what `b_enc` is less it, in the
+    dtype of `b_enc`: at most the lower end of the gradient's rectangle around the threshold, and never negative.
+
+    The difference of both biases is exact, whatever the dtype, so that pre-activations can be had back.
+    """
+    wide = accumulation_dtype(b_enc.dtype)
+    own, limit = b_enc.detach().to(wide), (threshold.detach().to(wide) - bandwidth / 2).clamp_min(0)
+    limit = (limit - 2 * torch.finfo(b_enc.dtype).eps * (own - limit).abs()).clamp_min(0)  # what rounding may add
+    lowered = torch.where(limit > 0, (own - limit).to(b_enc.dtype), b_enc.detach())
+    return own - lowered.to(wide), lowered
+
+
+def above_floor(candidates: Latents, floor: Tensor) -> Latents:
+    """Candidates found with biases less `floor` [F], with the pre-activations that they have without."""
+    values, indices = candidates
+    raised = (values + floor[indices]).to(values.dtype)
+    return Latents(torch.where(values == 0, values, raised), indices)
 
 
 def above(candidates: Latents, threshold: Tensor) -> Latents:

@@ -36,9 +36,12 @@ class ModelShape:
     """The model's name or path, as it was given."""
 
 
-def active_slots(activation: str, active: int, latents: int) -> int:
+ROOM = 4  # the most active latents of a token over their mean
+
+
+def active_slots(activation: str, active: int, latents: int, room: int = ROOM) -> int:
     """The most active latents of a token, for K = `active` and F = `latents`: see `Architecture.slots`."""
-    return active if activation == "topk" else min(4 * active, latents)
+    return active if activation == "topk" else min(room * active, latents)
 
 
 @strict()
@@ -46,7 +49,8 @@ class Architecture:
     """The shape of a CLT: that of its language model, F latents per module, K of them active per token.
 
     `activation`: with "topk" each token has its K strongest latents. With "batchtopk" and "jumprelu" K is a mean, and a
-    token has at most `slots`: see `model.nonlinearity`. `bandwidth`: that of `ops.jumprelu_encode`, for training.
+    token has at most `slots`, `room` times K: see `model.nonlinearity`. `bandwidth`: that of `ops.jumprelu_encode`, for
+    training.
 
     `attention`: what stands for attention in sparsely-connected mode. "frozen": the model's real attention outputs;
     "latents": modules of their own. Raises ValueError for sizes below 1 and for K above F.
@@ -58,14 +62,15 @@ class Architecture:
     attention: Literal["frozen", "latents"] = "frozen"
     activation: Literal["topk", "batchtopk", "jumprelu"] = "topk"
     bandwidth: float = 0.1
+    room: int = ROOM
 
     @property
     def slots(self) -> int:
-        """The most active latents of a token: K with "topk", otherwise 4 K, or F if that is less."""
-        return active_slots(self.activation, self.active, self.latents)
+        """The most active latents of a token: K with "topk", otherwise `room` times K, or F if that is less."""
+        return active_slots(self.activation, self.active, self.latents, self.room)
 
     def __post_init__(self) -> None:
-        sizes = {"layers": self.model.layers, "d_model": self.model.d_model}
+        sizes = {"layers": self.model.layers, "d_model": self.model.d_model, "room": self.room}
         for name, size in (sizes | {"latents": self.latents, "active": self.active}).items():
             if size < 1:
                 raise ValueError(f"{name}: expected at least 1, got {size}")

@@ -1,7 +1,8 @@
 """The files of a CLT: the circuit-tracer directory layout for cross-layer transcoders, plus sidecars of ours.
 
-Other loaders ignore the sidecars. circuit-tracer runs a model without thresholds as plain ReLU, not as TopK: a TopK CLT
-needs a calibrated threshold before its results there mean anything.
+Other loaders ignore the sidecars. circuit-tracer runs a model without thresholds as plain ReLU, not as TopK. So that
+nobody takes that for the CLT, one without thresholds names a kind that circuit-tracer does not know, and has thresholds
+of size 0, on which its `load_clt`, which reads no configuration, stops. `sparseclt export` gives it real ones.
 """
 
 import json
@@ -19,6 +20,7 @@ from sparseclt.storage.json_files import write_json, write_text
 from sparseclt.storage.safetensors_stream import TensorFiles, check_tensor, save_file, stored_names
 
 CONFIG = "sparseclt.json"
+UNCALIBRATED = "uncalibrated_cross_layer_transcoder"  # the kind of a CLT without thresholds
 # (site, name in memory) -> (file, name in the file): "mlp.3.b_enc" is b_enc_3 in W_enc_3.safetensors.
 _LAYOUT = {
     ("mlp", "W_enc"): ("W_enc", "W_enc"),
@@ -65,8 +67,8 @@ def save_clt(
     mlp_input: the TransformerLens hook, in a block, of what the model's MLPs read.
 
     The files are circuit-tracer's (`config.yaml`, `W_enc_{l}`, `W_dec_{l}`) and our sidecars (`attn_{l}`,
-    `connections_{l}`, `attn_connections_{l}`, `attn_model_{l}`, `sparseclt.json`). circuit-tracer reads a CLT
-    without thresholds as plain ReLU: a TopK CLT needs a calibrated threshold there.
+    `connections_{l}`, `attn_connections_{l}`, `attn_model_{l}`, `sparseclt.json`). circuit-tracer refuses a CLT
+    without thresholds.
     Raises ValueError or TypeError for tensors or a config other than these.
     """
     if not isinstance(config.get("model_name"), str):
@@ -76,13 +78,14 @@ def save_clt(
     directory = Path(directory)
     files = _group_by_file(tensors)
     write_json(directory / CONFIG, {"format_version": FORMAT_VERSION, **config}, "config")
-    warning = (
-        "# Without threshold tensors circuit-tracer runs this model as plain ReLU.\n"
-        "# If it was trained with TopK, add a calibrated threshold first.\n"
-    )
+    kind, comment = "cross_layer_transcoder", ""
+    if "mlp.0.threshold" not in tensors:
+        kind, comment = UNCALIBRATED, "# Not calibrated for circuit-tracer: sparseclt export writes a CLT that is.\n"
+        for layer in range(sum(file.startswith("W_enc_") for file in files)):
+            files[f"W_enc_{layer}.safetensors"][f"threshold_{layer}"] = torch.empty(0)
     write_text(
         directory / "config.yaml",
-        ("" if "mlp.0.threshold" in tensors else warning) + "model_kind: cross_layer_transcoder\n"
+        f"{comment}model_kind: {kind}\n"
         f"model_name: {json.dumps(config['model_name'])}\n"
         f"feature_input_hook: {json.dumps(mlp_input)}\n"
         'feature_output_hook: "hook_mlp_out"\n',
@@ -110,7 +113,14 @@ def load_clt(path: str | Path) -> tuple[dict[str, Any], TensorFiles]:
             if in_memory is None or not stored.endswith(f"_{layer}"):
                 raise CheckpointError(f"{path / file}: unknown tensor {reprlib.repr(stored)} for layer {layer}")
             places[f"{in_memory[0]}.{layer}.{in_memory[1]}"] = path / file, stored
-    return config, TensorFiles(places)
+    return config, TensorFiles(_without_empty_thresholds(places))
+
+
+def _without_empty_thresholds(places: Mapping[str, tuple[Path, str]]) -> dict[str, tuple[Path, str]]:
+    """Without the thresholds of size 0 of a CLT that has none."""
+    tensors = TensorFiles(places)
+    empty = {name for name in tensors if name.endswith(".threshold") and tensors.shape(name) == (0,)}
+    return {name: place for name, place in places.items() if name not in empty}
 
 
 def _group_by_file(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:

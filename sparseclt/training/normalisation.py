@@ -44,15 +44,16 @@ def root_mean_square(y: Tensor, counted: Tensor | None, around_mean: bool = Fals
 
 
 @torch.no_grad()
-def normalise(clt: Transcoders, optimizer: RowAdam, activations: Activations) -> None:
+def normalise(clt: Transcoders, optimizer: RowAdam, activations: Activations, untrained: bool = True) -> None:
     """At the start of a run: measure the scales on its first batch, give them to `optimizer`, whose state they are part
-    of, and let the untrained encoders be as large for these inputs as they were for inputs of size 1."""
+    of, and let untrained encoders be as large for these inputs as they were for inputs of size 1."""
     scales = site_scales(clt, activations)
     outputs = dict(zip(clt.sites, scales.outputs, strict=True))
     for i, module in enumerate(clt):
         site, parameter = module.site, f"transcoders.{i}."
         encoder = optimizer.scales[parameter + "W_enc"]
-        module.W_enc.mul_(1 / scales.inputs[i] / encoder)
+        if untrained:
+            module.W_enc.mul_(1 / scales.inputs[i] / encoder)
         encoder.copy_(1 / scales.inputs[i])
         targets = [outputs[Site(site.kind, site.layer + target)] for target in range(module.W_dec.shape[1])]
         optimizer.scales[parameter + "W_dec"].copy_(torch.stack(targets)[:, None])

@@ -68,11 +68,19 @@ class Trainer:
 
         Trainer(TrainConfig(out="runs/first")).fit()
 
-    `language_model` and `rows` ([R, S] token ids) may be given instead of those that `config` names. A cache of
-    activations (`config.activations.cache`) that is absent or incomplete is written here.
+    `language_model` and `rows` ([R, S] token ids) may be given instead of those that `config` names, and a `clt` that
+    was trained already and is trained further in place. A cache of activations (`config.activations.cache`) that is
+    absent or incomplete is written here.
     """
 
-    def __init__(self, config: TrainConfig, *, language_model: LanguageModel | None = None, rows: Tensor | None = None):
+    def __init__(
+        self,
+        config: TrainConfig,
+        *,
+        language_model: LanguageModel | None = None,
+        rows: Tensor | None = None,
+        clt: SparseCLT | None = None,
+    ):
         self.config, self.out = config, Path(config.out)
         self.device = usable(config.device)
         self.language_model = language_model or LanguageModel.of(config)
@@ -87,9 +95,10 @@ class Trainer:
         if rows is None:
             rows = load_rows(config, self.language_model.tokenizer, "train")
         check_token_ids(rows, self.shape.vocab, self.language_model.tokenizer)
-        self.clt = build_clt(config, self.language_model).to(self.device)
+        self._untrained = clt is None
+        self.clt = (clt or build_clt(config, self.language_model)).to(self.device)
         self.policy = make_policy(config.connections, self.clt, config.steps, config.compute.backend)
-        if self.policy:
+        if self.policy and self._untrained:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(config.seed + 1)
                 self.policy.prepare(self.clt)
@@ -131,8 +140,9 @@ class Trainer:
         with self._explaining_out_of_memory():
             finite.check_activations(activations, step)
             if step == 0:
-                normalise(self.clt, self.optimizer, activations)
-                thresholds.calibrate(self.clt, activations, config.compute.backend)
+                normalise(self.clt, self.optimizer, activations, self._untrained)
+                if self._untrained:
+                    thresholds.calibrate(self.clt, activations, config.compute.backend)
             if self.policy and schedule.connections_may_change(config, step):
                 self.policy.update(self.clt, self.activity["vanilla"], step)
             rho = schedule.sparse_weight(config, step)

@@ -247,11 +247,11 @@ def test_a_clt_without_connections_has_vanilla_pages(tmp_path):
 
 
 def test_latents_in_several_ranges_give_the_same_files(tmp_path, monkeypatch, atlas):
-    monkeypatch.setattr("sparseclt.atlas.gather.MOST_FIRINGS", 50)
-    monkeypatch.setattr("sparseclt.atlas.gather.SCAN_TOKENS", 64)
-    monkeypatch.setattr("sparseclt.atlas.gather.DENSE_ENTRIES", 1)
+    monkeypatch.setattr("sparseclt.observations.gather.MOST_FIRINGS", 50)
+    monkeypatch.setattr("sparseclt.observations.gather.SCAN_TOKENS", 64)
+    monkeypatch.setattr("sparseclt.observations.gather.DENSE_ENTRIES", 1)
     monkeypatch.setattr("sparseclt.atlas.connections.DENSE_ENTRIES", 1)
-    monkeypatch.setattr("sparseclt.atlas.logits.ENTRIES", 1)
+    monkeypatch.setattr("sparseclt.observations.logits.ENTRIES", 1)
     other = make_atlas(tmp_path / "again")
     names = [f.relative_to(atlas.folder) for f in (atlas.folder / "data").rglob("*.gz")]
     assert len(names) > 5

@@ -7,8 +7,8 @@ import torch
 from clts import connect_random, language_model, random_clt, tokens
 from safetensors.torch import load_file
 
-from sparseclt.export.calibration import calibrate
-from sparseclt.export.circuit_tracer import export_circuit_tracer
+from sparseclt.export.calibration import calibrate, with_thresholds
+from sparseclt.export.circuit_tracer import write_clt
 
 
 def run_as_circuit_tracer_does(path: Path, model, rows):
@@ -35,10 +35,10 @@ def run_as_circuit_tracer_does(path: Path, model, rows):
 def test_the_export_computes_what_the_calibrated_clt_computes(family, tmp_path):
     model = language_model(family)
     clt = calibrate(random_clt(model), model, tokens(rows=8))
-    export_circuit_tracer(clt, model, tmp_path / "export")
+    write_clt(clt, model, tmp_path)
     rows = tokens(seed=5)
     here = clt(model.capture(rows), "vanilla")
-    there = run_as_circuit_tracer_does(tmp_path / "export", model, rows)
+    there = run_as_circuit_tracer_does(tmp_path, model, rows)
     counted = model.capture(rows).counted_flat
     for site, output in zip(clt.sites, there, strict=True):
         torch.testing.assert_close(output[counted], here.output(site)[counted], rtol=0, atol=1e-10)
@@ -57,9 +57,22 @@ def test_each_latent_fires_as_often_as_under_top_k():
     assert jump.architecture.activation == "jumprelu" and jump.connected
 
 
+def test_batch_top_k_keeps_the_thresholds_of_vanilla_mode():
+    model = language_model("gpt2")
+    clt = random_clt(model, activation="batchtopk").eval()
+    connect_random(clt, 4)
+    for module in clt:
+        module.threshold.uniform_(0.2, 1.0)
+        module.threshold_sparse.fill_(9.0)
+    jump, activations = with_thresholds(clt, model, tokens()), model.capture(tokens())
+    for before, after in zip(clt(activations, "vanilla").latents, jump(activations, "vanilla").latents, strict=True):
+        torch.testing.assert_close(before.dense(20), after.dense(20))
+    assert jump.architecture.activation == "jumprelu" and jump.connected
+
+
 def test_a_top_k_clt_is_not_exported_as_it_is(tmp_path):
     model = language_model("gpt2")
     with pytest.raises(ValueError, match="expected one with thresholds, got activation 'topk'"):
-        export_circuit_tracer(random_clt(model), model, tmp_path / "export")
+        write_clt(random_clt(model), model, tmp_path)
     with pytest.raises(ValueError, match="expected activation 'topk' and attention 'frozen'"):
         calibrate(random_clt(model, "latents"), model, tokens())

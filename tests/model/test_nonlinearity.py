@@ -172,6 +172,37 @@ def test_outputs_and_gradients_are_those_of_a_dense_clt(activation, mode):
         assert len(forward.l0) == len(clt.sites) and any(m.threshold.requires_grad for m in clt)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("activation", ["batchtopk", "jumprelu"])
+@pytest.mark.parametrize("mode", MODES)
+def test_strong_latents_below_their_threshold_take_no_slot(mode, activation, dtype):
+    """Many large pre-activations below large thresholds, and few small ones above small thresholds, which count."""
+    model = language_model("gpt2", torch.float64 if dtype == torch.float64 else torch.float32)
+    clt = clt_of(model, activation, active=2).to(dtype).eval()
+    connect_random(clt, 6)
+    with torch.no_grad():
+        for module in clt:
+            module.keep_wide_thresholds()
+            module.b_enc[:15] += 20
+            for threshold in (module.threshold, module.threshold_sparse):
+                if threshold is not None:
+                    threshold[:15] += 60
+    assert clt.architecture.slots == 8
+    forward = clt(model.capture(tokens()), mode)
+    for index, latents in enumerate(forward.latents):
+        everything = forward.encode(index, torch.arange(F), F).dense(F)
+        threshold = clt.transcoder(index).threshold_of(mode)
+        expected = everything * (everything > threshold)
+        near = (everything - threshold).abs() < 0.01 * threshold
+        got = latents.dense(F)
+        assert (got > 0)[forward.activations.counted_flat].any(), "a problem in which something fires"
+        tolerance = 1e-5 if dtype != torch.bfloat16 else 2e-2
+        counted = forward.activations.counted_flat[:, None] & ~near
+        torch.testing.assert_close(
+            (got * counted).float(), (expected * counted).float(), rtol=tolerance, atol=tolerance
+        )
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_outside_training_the_latents_of_a_row_do_not_depend_on_the_batch(mode):
     model = language_model("gpt2")
@@ -185,10 +216,11 @@ def test_outside_training_the_latents_of_a_row_do_not_depend_on_the_batch(mode):
     assert int((clt(model.capture(rows), mode).latents[0].values > 0).sum()) == rows[:, 1:].numel() * K
 
 
-def test_a_token_has_at_most_four_times_k_latents():
+def test_a_token_has_at_most_four_times_k_latents_or_as_many_as_there_is_room_for():
     shape = ModelShape(layers=1, d_model=4)
     assert Architecture(shape, 100, 5).slots == 5
     assert Architecture(shape, 100, 5, activation="jumprelu").slots == 20
     assert Architecture(shape, 12, 5, activation="batchtopk").slots == 12
+    assert Architecture(shape, 100, 5, activation="jumprelu", room=16).slots == 80
     with pytest.raises(ValueError, match="activation: expected 'topk', .*, got 'relu'"):
         Architecture(shape, 12, 5, activation="relu")

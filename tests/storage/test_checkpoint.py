@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from sparseclt.storage import checkpoint, clt_files, directories
 from sparseclt.storage.checkpoint import latest, load_state, save_state
@@ -127,7 +127,7 @@ def test_views_of_one_storage_and_parameters_are_saved(tmp_path: Path) -> None:
 
 def test_files_follow_the_circuit_tracer_layout(saved: Path) -> None:
     tensors = clt_tensors()
-    assert load_file(saved / "W_enc_1.safetensors").keys() == {"W_enc_1", "b_enc_1", "b_dec_1"}
+    assert load_file(saved / "W_enc_1.safetensors").keys() == {"W_enc_1", "b_enc_1", "b_dec_1", "threshold_1"}
     assert load_file(saved / "W_dec_1.safetensors").keys() == {"W_dec_1"}
     connections = load_file(saved / "connections_1.safetensors")
     assert connections.keys() == {"connections_1", "logits_1"}
@@ -138,13 +138,24 @@ def test_files_follow_the_circuit_tracer_layout(saved: Path) -> None:
     yaml = (saved / "config.yaml").read_text()
     values = dict(line.split(": ") for line in yaml.splitlines() if not line.startswith("#"))
     assert values == {
-        "model_kind": "cross_layer_transcoder",
+        "model_kind": "uncalibrated_cross_layer_transcoder",
         "model_name": '"gpt2"',
         "feature_input_hook": '"ln2.hook_normalized"',
         "feature_output_hook": '"hook_mlp_out"',
     }
-    assert "ReLU" in yaml and "threshold" in yaml
+    assert "Not calibrated" in yaml and load_file(saved / "W_enc_1.safetensors")["threshold_1"].shape == (0,)
     assert json.loads((saved / "sparseclt.json").read_text()) == {"format_version": FORMAT_VERSION, **CONFIG}
+
+
+def test_directories_from_before_thresholds_of_size_0_are_read(saved: Path, tmp_path: Path) -> None:
+    with atomic_directory(tmp_path / "older") as directory:
+        for file in saved.iterdir():
+            if file.name.startswith("W_enc"):
+                kept = {name: t for name, t in load_file(file).items() if not name.startswith("threshold")}
+                save_file(kept, directory / file.name)
+            elif file.name != "manifest.json":
+                shutil.copy(file, directory)
+    assert_same_bits(load_clt(tmp_path / "older")[1], load_clt(saved)[1])
 
 
 def test_no_file_holds_a_pickle(saved: Path) -> None:

@@ -95,7 +95,7 @@ def test_thresholds_are_in_the_files_where_circuit_tracer_reads_them(trained, mo
     for layer, module in enumerate(trained.clt):
         stored = load_file(path / f"W_enc_{layer}.safetensors")
         assert torch.equal(stored[f"threshold_{layer}"], module.threshold) and (module.threshold > 0).all()
-    assert "Without threshold" not in (path / "config.yaml").read_text()
+    assert "model_kind: cross_layer_transcoder\n" in (path / "config.yaml").read_text()
     loaded = SparseCLT.from_pretrained(path)
     assert loaded.architecture == trained.clt.architecture and not loaded.training
     assert loaded.architecture.activation == trained.config.clt.activation

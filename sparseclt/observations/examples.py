@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from sparseclt.atlas.gather import STRONGEST, Firings
+from sparseclt.observations.gather import STRONGEST, Firings
 
 TOP, QUARTERS, PER_QUARTER = STRONGEST, 4, 4  # examples
 BEFORE, AFTER = 16, 8  # tokens shown around an example

@@ -4,7 +4,7 @@ Active latents go to a file, token by token; beside it only sums over tokens are
 connection. Memory does not depend on the number of tokens.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,13 +13,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from sparseclt.atlas.strongest import StrongestFirings
 from sparseclt.evaluation.metrics import captures, modes_of
 from sparseclt.language_model.language_model import LanguageModel
 from sparseclt.model.activations import Activations, at_least_float32
 from sparseclt.model.clt import SparseCLT
 from sparseclt.model.forward import ForwardPass
 from sparseclt.model.sites import Mode
+from sparseclt.observations.strongest import StrongestFirings
 
 MOST_FIRINGS = 1 << 24  # held in memory at a time
 DENSE_ENTRIES = 1 << 18  # of the dense block of latents in which connections are looked up; small enough for a cache
@@ -137,14 +137,15 @@ def gather(
     rows: Tensor,
     folder: Path,
     *,
+    modes: Sequence[Mode] | None = None,
     batch_rows: int = 16,
     backend: str | None = None,
 ) -> Gathered:
-    """Run every mode over `rows` [R, S]; files of active latents are written to `folder`.
+    """Run `modes` (None: every mode) over `rows` [R, S]; files of active latents are written to `folder`.
 
     Tokens that do not count (`Activations.counted`) take no part.
     """
-    modes, N = modes_of(clt), rows.numel()
+    modes, N = modes or modes_of(clt), rows.numel()
     spools = {mode: Spool(folder, mode, clt, N) for mode in modes}
     scale = np.memmap(folder / "scale", np.float32, "w+", shape=(clt.architecture.model.layers, N))
     sums: list[ConnectionSums | None] = [None] * len(clt.sites)
