@@ -49,7 +49,10 @@ class Architecture:
     token has at most `slots`: see `model.nonlinearity`. `bandwidth`: that of `ops.jumprelu_encode`, for training.
 
     `attention`: what stands for attention in sparsely-connected mode. "frozen": the model's real attention outputs;
-    "latents": modules of their own. Raises ValueError for sizes below 1 and for K above F.
+    "latents": modules of their own.
+
+    `targets`: the MLP outputs that an MLP's latents write to. "all": those of their own and all later layers; "own": that
+    of their own layer, as in a set of per-layer transcoders. Raises ValueError for sizes below 1 and for K above F.
     """
 
     model: ModelShape
@@ -58,11 +61,16 @@ class Architecture:
     attention: Literal["frozen", "latents"] = "frozen"
     activation: Literal["topk", "batchtopk", "jumprelu"] = "topk"
     bandwidth: float = 0.1
+    targets: Literal["all", "own"] = "all"
 
     @property
     def slots(self) -> int:
         """The most active latents of a token: K with "topk", otherwise 4 K, or F if that is less."""
         return active_slots(self.activation, self.active, self.latents)
+
+    def targets_of(self, layer: int) -> int:
+        """T, the number of MLP outputs that the MLP module of `layer` writes to."""
+        return self.model.layers - layer if self.targets == "all" else 1
 
     def __post_init__(self) -> None:
         sizes = {"layers": self.model.layers, "d_model": self.model.d_model}

@@ -43,7 +43,7 @@ class Transcoders(nn.Module):
                     module.register_buffer(name, getattr(weights[module.site.layer], name), persistent=False)
 
     def _targets(self, site: Site) -> int:
-        return self.architecture.model.layers - site.layer if site.kind == "mlp" else 1
+        return self.architecture.targets_of(site.layer) if site.kind == "mlp" else 1
 
     def transcoder(self, index: int) -> Transcoder:
         """Module `index` of the model order."""
