@@ -4,15 +4,13 @@ import json
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
+from sparseclt.formats.mlp_input import folded_encoder
 from sparseclt.language_model.language_model import LanguageModel
 from sparseclt.model.clt import SparseCLT
 from sparseclt.storage.directories import atomic_directory
 from sparseclt.storage.json_files import write_text
 from sparseclt.storage.safetensors_stream import save_file
-
-SMALLEST_GAIN = 1e-6
 
 
 @torch.no_grad()
@@ -46,19 +44,3 @@ def export_circuit_tracer(clt: SparseCLT, language_model: LanguageModel, path: P
             save_file(tensors, directory / f"W_enc_{layer}.safetensors")
             save_file({f"W_dec_{layer}": module.W_dec.detach()}, directory / f"W_dec_{layer}.safetensors")
     return path
-
-
-def folded_encoder(language_model: LanguageModel, layer: int, W_enc: Tensor, b_enc: Tensor) -> tuple[Tensor, Tensor]:
-    """The encoder [F, D], [F] that reads the MLP's own input and yields the same pre-activations."""
-    norm = language_model.mlp_norm(layer)
-    if norm is None:
-        return W_enc, b_enc
-    gain, bias = norm
-    if gain.abs().min() < SMALLEST_GAIN:
-        raise ValueError(
-            f"model: expected a gain that is nowhere near 0, as it is divided by, of the norm before the MLP of layer "
-            f"{layer}, got {gain.abs().min().item():g}"
-        )
-    W = W_enc.double() / gain.double()
-    b = b_enc.double() if bias is None else b_enc.double() - W @ bias.double()
-    return W.to(W_enc.dtype), b.to(b_enc.dtype)
