@@ -15,7 +15,8 @@ from sparseclt.storage.safetensors_stream import save_file
 
 @torch.no_grad()
 def export_circuit_tracer(clt: SparseCLT, language_model: LanguageModel, path: Path) -> Path:
-    """Write `clt`, one with thresholds, to directory `path`, for circuit-tracer's `load_clt`.
+    """Write `clt`, one with thresholds, to directory `path`, for circuit-tracer's `load_clt` or, with targets "own",
+    its `load_transcoder_set`.
 
     What a module reads here stands before the gain and bias of the norm; versions of TransformerLens call different
     things by that hook's name. So gain and bias are folded into the encoder, which then reads `mlp.hook_in`.
@@ -31,7 +32,7 @@ def export_circuit_tracer(clt: SparseCLT, language_model: LanguageModel, path: P
     with atomic_directory(path) as directory:
         write_text(
             directory / "config.yaml",
-            "model_kind: cross_layer_transcoder\n"
+            f"model_kind: {'cross_layer_transcoder' if a.targets == 'all' else 'transcoder_set'}\n"
             f"model_name: {json.dumps(a.model.name)}\n"
             'feature_input_hook: "mlp.hook_in"\n'
             'feature_output_hook: "hook_mlp_out"\n',
@@ -39,6 +40,11 @@ def export_circuit_tracer(clt: SparseCLT, language_model: LanguageModel, path: P
         for layer, module in enumerate(clt):
             W_enc, b_enc = folded_encoder(language_model, layer, module.W_enc, module.b_enc)
             threshold = module.threshold_of("vanilla")
+            if a.targets == "own":
+                tensors = {"W_enc": W_enc, "b_enc": b_enc, "b_dec": module.b_dec, "W_dec": module.W_dec[:, 0]}
+                tensors["activation_function.threshold"] = threshold
+                save_file(tensors, directory / f"layer_{layer}.safetensors")
+                continue
             encoder = {"W_enc": W_enc, "b_enc": b_enc, "b_dec": module.b_dec, "threshold": threshold}
             tensors = {f"{name}_{layer}": tensor.detach() for name, tensor in encoder.items()}
             save_file(tensors, directory / f"W_enc_{layer}.safetensors")

@@ -1,8 +1,9 @@
 """Gemma Scope 2: cross-layer transcoders (`clt/`) and per-layer transcoders (`transcoder_all/`) of Gemma 3.
 
-Source: huggingface.co/google/gemma-scope-2, and circuit-tracer's `load_gemma_scope_2_clt`. JumpReLU; encoders are stored
-as [D, F], and the decoders of a CLT as [F, L, D] over all layers, of which those before the latent's own are zero, or
-left out, as circuit-tracer does. Directories with an affine skip connection (`_affine`) hold more than a `SparseCLT`.
+Source: huggingface.co/google/gemma-scope-2, and circuit-tracer's `load_gemma_scope_2_clt`. JumpReLU; encoders are
+stored as [D, F], and the decoders of a CLT as [F, L, D] over all layers, of which those before the latent's own are
+zero, or left out, as circuit-tracer does. Directories with an affine skip connection (`_affine`) hold more than a
+`SparseCLT`.
 """
 
 import re

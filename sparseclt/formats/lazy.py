@@ -42,7 +42,7 @@ class ForeignFiles:
     def __init__(self, folder: Path, files: Iterable[str]):
         self.folder = folder
         self.names: dict[str, list[str]] = {}
-        places = {}
+        places: dict[str, tuple[Path, str]] = {}
         for file in files:
             check_regular(folder, file)
             self.names[file] = stored_names(folder / file)
@@ -57,9 +57,7 @@ class ForeignFiles:
         key = f"{file}:{name}"
         self._tensors.check(key, FLOATS, shape)
         dtype = next(dtype for dtype, stored in NAMES.items() if stored == self._tensors.dtype(key))
-        return LazyTensor(
-            self.folder / file, name, dtype, self._tensors.shape(key), lambda: self._tensors[key]
-        )
+        return LazyTensor(self.folder / file, name, dtype, self._tensors.shape(key), lambda: self._tensors[key])
 
     def check_known(self, file: str, known: Iterable[str]) -> None:
         """A CheckpointError if `file` holds a tensor of a name that is not `known`: it would be left out in silence."""
@@ -76,9 +74,7 @@ class ForeignFiles:
 def stacked(parts: Sequence[LazyTensor]) -> LazyTensor:
     """Decoders [F, D], one for each target, as [F, T, D]."""
     F, D = parts[0].shape
-    return replace(
-        parts[0], shape=(F, len(parts), D), read=lambda: torch.stack([part.read() for part in parts], 1)
-    )
+    return replace(parts[0], shape=(F, len(parts), D), read=lambda: torch.stack([part.read() for part in parts], 1))
 
 
 def summed(parts: Sequence[LazyTensor]) -> LazyTensor:

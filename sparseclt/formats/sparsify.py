@@ -1,9 +1,9 @@
 """sparsify and clt-training: TopK transcoders, one folder per module, named after the module ("layers.3.mlp").
 
 Source: github.com/EleutherAI/sparsify and github.com/EleutherAI/clt-training, `sparsify/sparse_coder.py` and, for how
-the sources of a layer add up, `sparsify/runner.py`. clt-training's cross-layer transcoders have a decoder and a bias for
-each target, and may scale latents before decoding (`post_encoder_scale`) and inputs and outputs (`normalize_io`); both are folded
-into the weights.
+the sources of a layer add up, `sparsify/runner.py`. clt-training's cross-layer transcoders have a decoder and a bias
+for each target, and may scale latents before decoding (`post_encoder_scale`) and inputs and outputs (`normalize_io`);
+both are folded into the weights.
 """
 
 import re
@@ -38,7 +38,7 @@ def read(folder: Path) -> ForeignCLT:
     across = the_same(folder, "n_targets (0 or more)", [bool(config.get("n_targets")) for config in configs])
     return ForeignCLT(
         folder=folder, tensors=_Layers(folder, folders, configs, across).tensors(), activation="topk",
-        active=the_same(folder, "k", [whole(folder / n / CONFIG, c, "k") for n, c in zip(folders, configs, strict=True)]),
+        active=the_same(folder, "k", [whole(folder, config, "k") for config in configs]),
         targets="all" if across else "own", input_hook="mlp.hook_in", output_hook="mlp.hook_out",
         hooks_at=f"{folder / folders[0]}: the name of the folder", model_name=str(run.get("model", "")),
     )  # fmt: skip

@@ -24,7 +24,7 @@ class Foreign(Protocol):
         """Its architecture and tensors as a CLT of ours; the arguments are those of `SparseCLT.from_pretrained`."""
 
 
-# What opens the directories of other tools, None where it does not know them; `sparseclt.formats.registry` puts it here.
+# What opens the directories of other tools, or returns None; put here by `sparseclt.formats.registry`.
 OPENERS: list[Callable[[Path], Foreign | None]] = []
 
 

@@ -51,8 +51,10 @@ class Architecture:
     `attention`: what stands for attention in sparsely-connected mode. "frozen": the model's real attention outputs;
     "latents": modules of their own.
 
-    `targets`: the MLP outputs that an MLP's latents write to. "all": those of their own and all later layers; "own": that
-    of their own layer, as in a set of per-layer transcoders. Raises ValueError for sizes below 1 and for K above F.
+    `targets`: the MLP outputs that an MLP's latents write to. "all": those of their own and all later layers; "own":
+    that of their own layer, as in a set of per-layer transcoders.
+
+    Raises ValueError for sizes below 1 and for K above F.
     """
 
     model: ModelShape

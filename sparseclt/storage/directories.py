@@ -16,7 +16,15 @@ from typing import Any
 
 from sparseclt.storage.json_files import CheckpointError, fsync, naming, read_json, write_json
 
-__all__ = ["FORMAT_VERSION", "MANIFEST", "CheckpointError", "atomic_directory", "check_regular", "remove_directory", "verify"]
+__all__ = [
+    "FORMAT_VERSION",
+    "MANIFEST",
+    "CheckpointError",
+    "atomic_directory",
+    "check_regular",
+    "remove_directory",
+    "verify",
+]
 
 FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
