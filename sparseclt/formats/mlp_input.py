@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from sparseclt.language_model.language_model import LanguageModel
+from sparseclt.model.clt import SparseCLT
 
 SMALLEST_GAIN = 1e-6
 
@@ -42,6 +43,15 @@ def unfolded_bias(language_model: LanguageModel, layer: int, W_enc: Tensor, b_en
     if norm is None or norm[1] is None:
         return b_enc
     return (b_enc.double() + W_enc.double() @ norm[1].double().cpu()).to(b_enc.dtype)
+
+
+def check_vanilla(clt: SparseCLT, name: str, activations: tuple[str, ...]) -> None:
+    """A ValueError unless the format called `name`, which holds one of `activations`, has room for vanilla mode."""
+    a = clt.architecture
+    if a.activation not in activations:
+        raise ValueError(f"format: {name} holds activation {' or '.join(activations)}, got one with {a.activation}")
+    if a.attention != "frozen":
+        raise ValueError(f"format: {name} has no place for attention latents")
 
 
 def has_norm_behind_mlp(language_model: LanguageModel) -> bool:

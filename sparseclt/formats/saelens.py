@@ -8,10 +8,17 @@ import re
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from sparseclt.formats.foreign import ForeignCLT, nonnegative
 from sparseclt.formats.layers import by_layer, expect, folders_with, json_of, the_same
 from sparseclt.formats.lazy import ForeignFiles, LazyTensor, stacked
-from sparseclt.storage.directories import CheckpointError
+from sparseclt.formats.mlp_input import check_vanilla, folded_encoder
+from sparseclt.language_model.language_model import LanguageModel
+from sparseclt.model.clt import SparseCLT
+from sparseclt.storage.directories import CheckpointError, atomic_directory
+from sparseclt.storage.json_files import write_json
+from sparseclt.storage.safetensors_stream import save_file
 
 NAME, CONFIG, WEIGHTS = "saelens", "cfg.json", "sae_weights.safetensors"
 ARCHITECTURES = ("transcoder", "jumprelu_transcoder", "skip_transcoder", "jumprelu_skip_transcoder")
@@ -89,3 +96,36 @@ def _layers(folder: Path, names: list[str], jump: bool) -> list[dict[str, LazyTe
             threshold = files.tensor(name, "threshold", (F,))
             layers[-1]["threshold"] = nonnegative(threshold.converted(lambda t: t.clamp_min(0)))
     return layers
+
+
+@torch.no_grad()
+def write(clt: SparseCLT, language_model: LanguageModel, path: Path) -> Path:
+    """Write the vanilla mode of `clt`, per-layer transcoders with thresholds, to directory `path`. Gain and bias of the
+    norm before the MLP are folded into the encoder.
+
+    Raises ValueError for decoders to later layers, for TopK (SAELens has no such transcoder; calibrate it), and for
+    attention latents.
+    """
+    a = clt.architecture
+    if a.targets == "all":
+        raise ValueError("format: saelens holds transcoders of one layer each, got decoders to later layers")
+    check_vanilla(clt, NAME, ("jumprelu", "batchtopk"))
+    with atomic_directory(path) as directory:
+        for layer, module in enumerate(clt):
+            folder = directory / f"layer_{layer}"
+            folder.mkdir()
+            W_enc, b_enc = folded_encoder(language_model, layer, module.W_enc, module.b_enc)
+            tensors = {"W_enc": W_enc.T, "b_enc": b_enc, "W_dec": module.W_dec[:, 0], "b_dec": module.b_dec}
+            save_file(tensors | {"threshold": module.threshold_of("vanilla")}, folder / WEIGHTS)
+            metadata = {
+                "sae_lens_version": "6.0.0", "model_name": a.model.name, "hook_name": f"blocks.{layer}.mlp.hook_in",
+                "hook_name_out": f"blocks.{layer}.hook_mlp_out", "model_from_pretrained_kwargs": {"fold_ln": False},
+            }  # fmt: skip
+            config = {
+                "architecture": "jumprelu_transcoder", "d_in": a.model.d_model, "d_out": a.model.d_model,
+                "d_sae": a.latents, "dtype": str(W_enc.dtype).removeprefix("torch."), "device": "cpu",
+                "apply_b_dec_to_input": False, "normalize_activations": "none", "reshape_activations": "none",
+                "metadata": metadata,
+            }  # fmt: skip
+            write_json(folder / CONFIG, config, "config")
+    return path

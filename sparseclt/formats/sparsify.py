@@ -12,12 +12,19 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from sparseclt.formats.foreign import ForeignCLT
 from sparseclt.formats.layers import by_layer, expect, folders_with, json_of, the_same, whole
 from sparseclt.formats.lazy import ForeignFiles, LazyTensor, stacked, summed
-from sparseclt.storage.directories import CheckpointError
+from sparseclt.formats.mlp_input import check_vanilla, folded_encoder, has_norm_behind_mlp
+from sparseclt.language_model.language_model import LanguageModel
+from sparseclt.model.clt import SparseCLT
+from sparseclt.model.modules import Transcoder
+from sparseclt.storage.directories import CheckpointError, atomic_directory
+from sparseclt.storage.json_files import write_json
+from sparseclt.storage.safetensors_stream import save_file
 
 NAME, CONFIG, WEIGHTS = "sparsify", "cfg.json", "sae.safetensors"
 
@@ -134,3 +141,61 @@ class _Layers:
 
 def _scaled(tensor: Tensor, by: Tensor) -> Tensor:
     return tensor * by.to(tensor.dtype)
+
+
+@torch.no_grad()
+def write(clt: SparseCLT, language_model: LanguageModel, path: Path) -> Path:
+    """Write the vanilla mode of `clt`, a TopK one, to directory `path`: for sparsify where its targets are "own", else
+    for clt-training. Gain and bias of the norm before the MLP are folded into the encoder.
+
+    Raises ValueError for another activation, attention latents, and a model with a norm behind its MLPs.
+    """
+    check_vanilla(clt, NAME, ("topk",))
+    if has_norm_behind_mlp(language_model):
+        raise ValueError(f"format: {NAME} reconstructs the MLP itself, but this model has a norm behind it")
+    names = _hookpoints(language_model)
+    with atomic_directory(path) as directory:
+        for layer, module in enumerate(clt):
+            folder = directory / names[layer]
+            folder.mkdir()
+            save_file(_stored(module, language_model, across=clt.architecture.targets == "all"), folder / WEIGHTS)
+            write_json(folder / CONFIG, _config(clt, layer), "config")
+    return path
+
+
+def _hookpoints(language_model: LanguageModel) -> list[str]:
+    """The names of the MLPs of the covered layers in the base model of the language model, "h.0.mlp" and so on."""
+    model = language_model.bridge.original_model
+    prefix = f"{model.base_model_prefix}."
+    plain = [name.replace("._original_component", "") for name, _ in model.named_modules()]
+    found = {int(m[1]): name.removeprefix(prefix) for name in plain if (m := re.fullmatch(r".*\.(\d+)\.mlp", name))}
+    if missing := [layer for layer in range(language_model.shape.layers) if layer not in found]:
+        raise ValueError(f"format: {NAME} names modules, but this model has none called mlp in layer {missing[0]}")
+    return [found[layer] for layer in range(language_model.shape.layers)]
+
+
+def _stored(module: Transcoder, language_model: LanguageModel, across: bool) -> dict[str, Tensor]:
+    W_enc, b_enc = folded_encoder(language_model, module.site.layer, module.W_enc, module.b_enc)
+    tensors = {"encoder.weight": W_enc, "encoder.bias": b_enc}
+    if not across:
+        return tensors | {"W_dec": module.W_dec[:, 0], "b_dec": module.b_dec}
+    for j in range(module.W_dec.shape[1]):
+        tensors[f"W_decs.{j}"] = module.W_dec[:, j]
+        tensors[f"b_decs.{j}"] = module.b_dec if j == 0 else torch.zeros_like(module.b_dec)
+        tensors[f"post_encs.{j}"] = torch.zeros_like(module.b_enc)
+    return tensors
+
+
+def _config(clt: SparseCLT, layer: int) -> dict[str, Any]:
+    a = clt.architecture
+    config = {
+        "activation": "topk", "k": a.active, "num_latents": a.latents, "d_in": a.model.d_model, "expansion_factor": 1,
+        "normalize_decoder": False, "skip_connection": False, "transcode": True, "multi_topk": False,
+    }  # fmt: skip
+    if a.targets == "own":
+        return config
+    return config | {
+        "n_targets": a.targets_of(layer), "n_sources": layer + 1, "normalize_io": False, "divide_cross_layer": False,
+        "train_post_encoder": False, "post_encoder_scale": False, "per_source_tied": False,
+        "secondary_target_tied": False, "coalesce_topk": "none", "topk_coalesced": False,
+    }  # fmt: skip
