@@ -1,5 +1,6 @@
 """A CLT of another tool on the user's own text: connections chosen for it, and room for all of its latents."""
 
+import warnings
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -92,9 +93,11 @@ def _give_room(
     as many slots as it wants."""
     if clt.architecture.activation == "topk":
         return
-    for rows in texts:
-        for _, activations in captures(clt, language_model, rows, BATCH_ROWS):
-            while (a := clt.architecture).slots < a.latents and any(
-                full_rows(latents) for latents in clt(activations, mode, backend=config.compute.backend).latents
-            ):
-                clt.architecture = replace(a, active=min(2 * a.active, a.latents))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".* as many as they have room for")  # as is looked for here
+        for rows in texts:
+            for _, activations in captures(clt, language_model, rows, BATCH_ROWS):
+                while (a := clt.architecture).slots < a.latents and any(
+                    full_rows(latents) for latents in clt(activations, mode, backend=config.compute.backend).latents
+                ):
+                    clt.architecture = replace(a, active=min(2 * a.active, a.latents))

@@ -26,6 +26,7 @@ from sparseclt.storage.json_files import replace_file
 from sparseclt.storage.run_config import (
     CLT,
     CONFIG,
+    IMPORTED,
     check_changes,
     check_trained,
     check_unused,
@@ -130,7 +131,9 @@ def load_run(run: str | Path, *, device: str | None = None) -> tuple[SparseCLT, 
     model = language_model_of(Path(run), config)
     if config.model.dtype != "fp32":  # whose weights have another digest, so that they cannot be checked
         model = LanguageModel.of(replace(config, model=replace(config.model, dtype="fp32")))
-    return SparseCLT.from_pretrained(path, device=model.device, dtype=torch.float32), model
+    clt = SparseCLT.from_pretrained(path, device=model.device, dtype=torch.float32)
+    clt.warns_when_full = (Path(run) / IMPORTED).exists()
+    return clt, model
 
 
 def export_run(run: str | Path, out: str | Path, *, device: str | None = None) -> str:

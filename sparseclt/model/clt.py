@@ -105,5 +105,6 @@ class SparseCLT(Transcoders):
         for module in clt:
             module.keep_wide_thresholds()
         pretrained.load_tensors(clt, tensors)
+        clt.warns_when_full = language_model is not None
         clt.eval()
         return clt

@@ -16,7 +16,12 @@ class Transcoders(nn.Module):
     """What passes over a batch are made from; `SparseCLT` adds the passes and the files.
 
     `attention_weights`: the OV circuits of every layer, needed for `attention="latents"`.
+
+    `warns_when_full`: a pass warns where a token has as many active latents as it has room for, and may lack others. Of
+    a CLT that another tool trained, nothing has seen to it that there is room.
     """
+
+    warns_when_full = False
 
     def __init__(self, architecture: Architecture, attention_weights: Sequence[AttentionWeights] | None = None):
         super().__init__()

@@ -104,3 +104,12 @@ def test_decoders_to_earlier_layers_in_gemma_scope_are_left_out_with_a_warning(t
     save_file(tensors, file)
     with pytest.warns(UserWarning, match=r"params_layer_1.*writes to layers before its own \(at most 0.25\)"):
         SparseCLT.from_pretrained(path, language_model=model)
+
+
+def test_a_token_that_fills_its_room_is_a_warning(tmp_path):
+    model = language_model("gpt2")
+    path = foreign.circuit_tracer_clt(tmp_path / "theirs", foreign.weights("all"), thresholds=False)
+    clt = SparseCLT.from_pretrained(path, language_model=model, active=1)
+    with pytest.warns(UserWarning) as caught:
+        clt(model.capture(tokens()), "vanilla")
+    assert "tokens have 4 active latents, as many as they have room for" in str(caught[0].message)
