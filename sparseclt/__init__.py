@@ -76,7 +76,7 @@ _MODULES = {
     "intervene": "graph.intervention",
     "LanguageModel": "language_model.language_model",
     "Architecture": "model.shape",
-    "SparseCLT": "model.clt",
+    "SparseCLT": "formats.registry",
     "Trainer": "training.trainer",
 }
 

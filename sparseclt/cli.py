@@ -10,13 +10,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 
 from sparseclt import commands
 from sparseclt.commands import Split
-from sparseclt.config import TrainConfig
+from sparseclt.config import ConnectionConfig, DataConfig, ModelConfig, TrainConfig
 from sparseclt.export import FormatName
 from sparseclt.model.shape import ModelShape
 from sparseclt.storage.run_config import read_config
@@ -52,6 +52,31 @@ def repeat(run: Run, out: Run) -> Work:
         out: The new run directory.
     """
     return partial(commands.repeat, run, out)
+
+
+def import_clt(
+    path: Run,
+    out: Path,
+    model: ModelConfig = ModelConfig(),  # noqa: B008
+    data: DataConfig = DataConfig(),  # noqa: B008
+    connections: ConnectionConfig = ConnectionConfig(),  # noqa: B008
+    input_hook: Literal["mlp.hook_in", "ln2.hook_normalized"] | None = None,
+    device: str = "auto",
+) -> Work:
+    """Make a run directory of a CLT, or of per-layer transcoders, that circuit-tracer, Gemma Scope 2, sparsify,
+    clt-training or SAELens wrote: connections are chosen on your text, nothing is trained.
+
+    Args:
+        path: The directory of the other tool.
+        out: The run directory.
+        model: The language model that it was trained on.
+        data: The text to choose connections on, and to evaluate on.
+        connections: The connections.
+        input_hook: Where its files leave open what its encoders read: the MLP's own input, or before the norm's gain.
+        device: 'cpu', 'cuda', ... auto: CUDA if there is one, else the CPU.
+    """
+    config = TrainConfig(out=str(out), device=device, model=model, data=data, connections=connections)
+    return partial(commands.import_clt, path, config, input_hook)
 
 
 def evaluate(run: Run, device: str | None = None, checkpoint: Path | None = None) -> Work:
@@ -189,6 +214,7 @@ COMMANDS: dict[str, Callable[..., Work]] = {
     "train": train,
     "resume": resume,
     "repeat": repeat,
+    "import": import_clt,
     "eval": evaluate,
     "sweep": sweep,
     "atlas": atlas,

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from sparseclt.config import TrainConfig
 from sparseclt.export import FormatName
 from sparseclt.model.shape import ModelShape
-from sparseclt.storage.run_config import read_config
+from sparseclt.storage.run_config import check_trained, read_config
 
 Split = Literal["held_out", "train"]
 
@@ -35,7 +35,17 @@ def resume(run: Path, config: TrainConfig, checkpoint: Path | None) -> None:
 
 def repeat(run: Path, out: Path) -> None:
     """Train again as run directory `run` was, into `out`."""
+    check_trained(run)
     train(replace(read_config(run), out=str(out)))
+
+
+def import_clt(path: Path, config: TrainConfig, input_hook: str | None) -> None:
+    """Make a run of another tool's CLT and print its table."""
+    from sparseclt import runs
+    from sparseclt.evaluation import report
+
+    print(report.evaluation_table(runs.import_run(path, config, input_hook).to_dict()))
+    print(f"\nRun directory: {config.out}")
 
 
 def evaluate(run: Path, device: str | None, checkpoint: Path | None) -> None:

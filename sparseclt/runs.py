@@ -19,10 +19,21 @@ from sparseclt.evaluation.metrics import Evaluation, evaluate
 from sparseclt.evaluation.pruning import fvu_against_c
 from sparseclt.export import FormatName
 from sparseclt.export.stages import export
+from sparseclt.imports import import_clt
 from sparseclt.language_model.language_model import LanguageModel
 from sparseclt.model.clt import SparseCLT
 from sparseclt.storage.json_files import replace_file
-from sparseclt.storage.run_config import CONFIG, check_changes, check_unused, read_config
+from sparseclt.storage.run_config import (
+    CLT,
+    CONFIG,
+    IMPORTED,
+    check_changes,
+    check_trained,
+    check_unused,
+    note_import,
+    read_config,
+    write_config,
+)
 from sparseclt.training import memory
 from sparseclt.training.loggers import read_metrics
 from sparseclt.training.run_directory import (
@@ -32,6 +43,8 @@ from sparseclt.training.run_directory import (
     choose_checkpoint,
     finished_clt,
     language_model_of,
+    run_directory,
+    write_identity,
 )
 from sparseclt.training.trainer import Trainer
 
@@ -51,6 +64,7 @@ def resume(run: str | Path, config: TrainConfig | None = None, *, checkpoint: st
     Raises ValueError, naming the option, for a change that would train something else.
     """
     stored = read_config(run)
+    check_trained(run)
     config = replace(config or stored, out=str(run))
     check_changes(stored, config, run)  # before anything is loaded
     trainer = Trainer(config)
@@ -64,6 +78,20 @@ def finish(trainer: Trainer) -> Evaluation:
     rows = held_out_rows(trainer.config, model)  # before the training: text that is missing is found at once
     clt = trainer.fit()
     return _measure(trainer.config, clt, model, rows)
+
+
+def import_run(path: str | Path, config: TrainConfig, input_hook: str | None = None) -> Evaluation:
+    """Make a finished run of the CLT in directory `path`, which another tool wrote, in directory `config.out`, on the
+    model and text of `config`, and evaluate it. Connections are chosen for it, nothing is trained."""
+    check_unused(config.out)
+    config, clt, model, rows = import_clt(path, config, input_hook)
+    run = Path(config.out)
+    with run_directory(run, begun=lambda: (run / CLT).is_dir()):
+        write_identity(run, Identity.of(model, rows))
+        write_config(run, config)
+        note_import(run, path)
+        clt.save_pretrained(run / CLT)
+    return _measure(config, clt, model, held_out_rows(config, model))
 
 
 def evaluate_run(
@@ -103,7 +131,9 @@ def load_run(run: str | Path, *, device: str | None = None) -> tuple[SparseCLT, 
     model = language_model_of(Path(run), config)
     if config.model.dtype != "fp32":  # whose weights have another digest, so that they cannot be checked
         model = LanguageModel.of(replace(config, model=replace(config.model, dtype="fp32")))
-    return SparseCLT.from_pretrained(path, device=model.device, dtype=torch.float32), model
+    clt = SparseCLT.from_pretrained(path, device=model.device, dtype=torch.float32)
+    clt.warns_when_full = (Path(run) / IMPORTED).exists()
+    return clt, model
 
 
 def export_run(
@@ -135,7 +165,8 @@ def _measure(config: TrainConfig, clt: SparseCLT, language_model: LanguageModel,
         plots.fvu_against_c(points, run / "fvu_against_c.png", title=title)
     replace_file(run / "evaluation.json", json.dumps(result.to_dict(), indent=2) + "\n")
     replace_file(run / "table.md", report.evaluation_table(result.to_dict()) + "\n")
-    plots.loss_curves(read_metrics(run / METRICS), run / "loss.png")
+    if (run / METRICS).is_file():  # an imported CLT has none
+        plots.loss_curves(read_metrics(run / METRICS), run / "loss.png")
     return result
 
 

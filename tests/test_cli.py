@@ -13,7 +13,7 @@ from sparseclt.cli import main
 from sparseclt.training.loggers import read_metrics
 
 COMMANDS = (
-    "train", "resume", "repeat", "eval", "sweep", "atlas", "plan", "graph", "intervene", "export", "selftest",
+    "train", "resume", "repeat", "import", "eval", "sweep", "atlas", "plan", "graph", "intervene", "export", "selftest",
 )  # fmt: skip
 
 

@@ -10,13 +10,12 @@ from torch import Tensor
 
 from sparseclt.export.latent_files import write_latents
 from sparseclt.export.model_files import save_language_model
+from sparseclt.formats.mlp_input import folded_encoder
 from sparseclt.language_model.language_model import LanguageModel
 from sparseclt.model.clt import SparseCLT
 from sparseclt.storage.directories import atomic_directory
 from sparseclt.storage.json_files import write_text
 from sparseclt.storage.safetensors_stream import save_file
-
-SMALLEST_GAIN = 1e-6
 
 
 def write(clt: SparseCLT, language_model: LanguageModel, rows: Tensor, name: str, path: Path) -> None:
@@ -47,16 +46,18 @@ def check_exportable(clt: SparseCLT) -> None:
 
 @torch.no_grad()
 def write_clt(clt: SparseCLT, language_model: LanguageModel, directory: Path) -> None:
-    """Write `clt`, one with thresholds, into `directory`, for circuit-tracer's `load_clt`.
+    """Write `clt`, one with thresholds, into `directory`, for circuit-tracer's `load_clt` or, with targets "own", its
+    `load_transcoder_set`.
 
     What a module reads here stands before the gain and bias of the norm; versions of TransformerLens call different
     things by that hook's name. So gain and bias are folded into the encoder, which then reads `mlp.hook_in`.
     Raises ValueError for a TopK CLT, for attention latents, and for a norm whose gain is nearly zero somewhere.
     """
     check_exportable(clt)
+    own = clt.architecture.targets == "own"
     write_text(
         directory / "config.yaml",
-        "model_kind: cross_layer_transcoder\n"
+        f"model_kind: {'transcoder_set' if own else 'cross_layer_transcoder'}\n"
         f"model_name: {json.dumps(clt.architecture.model.name)}\n"
         'feature_input_hook: "mlp.hook_in"\n'
         'feature_output_hook: "hook_mlp_out"\n',
@@ -64,23 +65,12 @@ def write_clt(clt: SparseCLT, language_model: LanguageModel, directory: Path) ->
     for layer, module in enumerate(clt):
         W_enc, b_enc = folded_encoder(language_model, layer, module.W_enc, module.b_enc)
         threshold = module.threshold_of("vanilla")
+        if own:
+            tensors = {"W_enc": W_enc, "b_enc": b_enc, "b_dec": module.b_dec, "W_dec": module.W_dec[:, 0]}
+            tensors["activation_function.threshold"] = threshold
+            save_file(tensors, directory / f"layer_{layer}.safetensors")
+            continue
         encoder = {"W_enc": W_enc, "b_enc": b_enc, "b_dec": module.b_dec, "threshold": threshold}
         tensors = {f"{name}_{layer}": tensor.detach() for name, tensor in encoder.items()}
         save_file(tensors, directory / f"W_enc_{layer}.safetensors")
         save_file({f"W_dec_{layer}": module.W_dec.detach()}, directory / f"W_dec_{layer}.safetensors")
-
-
-def folded_encoder(language_model: LanguageModel, layer: int, W_enc: Tensor, b_enc: Tensor) -> tuple[Tensor, Tensor]:
-    """The encoder [F, D], [F] that reads the MLP's own input and yields the same pre-activations."""
-    norm = language_model.mlp_norm(layer)
-    if norm is None:
-        return W_enc, b_enc
-    gain, bias = norm
-    if gain.abs().min() < SMALLEST_GAIN:
-        raise ValueError(
-            f"model: expected a gain that is nowhere near 0, as it is divided by, of the norm before the MLP of layer "
-            f"{layer}, got {gain.abs().min().item():g}"
-        )
-    W = W_enc.double() / gain.double()
-    b = b_enc.double() if bias is None else b_enc.double() - W @ bias.double()
-    return W.to(W_enc.dtype), b.to(b_enc.dtype)

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
-from typing import Concatenate, ParamSpec, TypeVar
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import torch
 
@@ -75,18 +75,36 @@ class SparseCLT(Transcoders):
 
     @classmethod
     def from_pretrained(
-        cls, path: str | Path, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+        cls,
+        path: str | Path,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        language_model: Any = None,
+        active: int | None = None,
+        input_hook: str | None = None,
     ) -> "SparseCLT":
         """Read what `save_pretrained` or a training run wrote, a checkpoint included; every file is checked against its
-        digest.
+        digest. Or read a directory of circuit-tracer, Gemma Scope 2, sparsify, clt-training or SAELens, recognised by
+        its files: a CLT, or a set of per-layer transcoders (`Architecture.targets`), without connections.
 
         `device`: where it goes. None: the CPU. `dtype`: of its weights. None: as they were saved. The logits of
         learned connections keep theirs, and thresholds have at least fp32.
+
+        For directories of other tools: `language_model`, the `LanguageModel` that it was trained on. `active`: with
+        another activation than TopK, the mean number of active latents per token; a token has room for 4 times as many.
+        `input_hook`, where the directory leaves it open: "mlp.hook_in" if encoders read the MLP's own input,
+        "ln2.hook_normalized" if they read before the gain and bias of the norm.
+
+        Raises ValueError, naming the argument that is missing; CheckpointError, naming the file, for a damaged one and
+        for what a CLT of this kind cannot hold.
         """
-        architecture, attention, tensors = pretrained.read(Path(path))
+        options = {"language_model": language_model, "active": active, "input_hook": input_hook}
+        architecture, attention, tensors = pretrained.read(Path(path), **options)
         clt = cls(architecture, attention).to(device=device, dtype=dtype or pretrained.dtype_of(tensors))
         for module in clt:
             module.keep_wide_thresholds()
         pretrained.load_tensors(clt, tensors)
+        clt.warns_when_full = language_model is not None
         clt.eval()
         return clt

@@ -48,7 +48,7 @@ class _RunningDecoders:
     def slices(self, layer: int) -> Iterator[tuple[int, int]]:
         """(module, target) of every decoder slice that writes the MLP output of `layer`."""
         for u, site in enumerate(self.sites):
-            if site.kind == "mlp" and site.layer <= layer:
+            if site.kind == "mlp" and 0 <= layer - site.layer < self.decoders[u].shape[1]:
                 yield u, layer - site.layer
 
     def up_to(self, layer: int) -> None:

@@ -155,7 +155,8 @@ class DecoderGradients:
             return touched
         for layer in reversed(range(site.layer, self.clt.architecture.model.layers)):
             take([reader for reader in readers if reader.site.layer == layer + 1])
-            gradient[:, layer - site.layer] += behind
+            if layer - site.layer < gradient.shape[1]:
+                gradient[:, layer - site.layer] += behind
         return touched
 
 

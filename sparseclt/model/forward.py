@@ -96,7 +96,11 @@ class ForwardPass:
         Its reading must have been taken by `advance`.
         """
         if rows is None:
-            return self._active(index, self._candidates(index))
+            a = self.clt.architecture
+            latents = self._active(index, self._candidates(index))
+            if self.clt.warns_when_full and a.activation != "topk" and a.slots < a.latents:
+                nonlinearity.warn_if_full(latents, a.active, self.clt.sites[index])
+            return latents
         assert k is not None
         return self._strongest(index, k, rows)
 

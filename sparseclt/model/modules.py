@@ -27,7 +27,7 @@ class Latents(NamedTuple):
 class Transcoder(nn.Module):
     """The module at one site.
 
-    `W_enc` [F, D], `b_enc` [F], `W_dec` [F, T, D] (T = targets: layers l..L-1 for an MLP, 1 for attention),
+    `W_enc` [F, D], `b_enc` [F], `W_dec` [F, T, D] (T = targets: layers l..L-1 for an MLP, or its own; 1 for attention),
     `b_dec` [D]: the bias of this site's own reconstruction. In sparsely-connected mode each latent reads the
     upstream latents named by `connections` ([F, C], ids in 0..U-1 over all earlier modules side by side, or
     None before any were chosen). With learned connections `logits` [F, C] decides which of them are open.

@@ -6,12 +6,14 @@ keeps all of them, as it has K slots. BatchTopK and JumpReLU have more, and choo
 want no more latents than there are slots; `full_rows` counts those that may.
 """
 
+import warnings
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from sparseclt.model.modules import Latents
+from sparseclt.model.sites import Site
 from sparseclt.ops.batchtopk_encode import largest
 from sparseclt.ops.rows import accumulation_dtype, add_at_
 
@@ -65,6 +67,17 @@ def jump_relu(candidates: Latents, threshold: Tensor, bandwidth: float) -> tuple
 def full_rows(latents: Latents) -> Tensor:
     """How many tokens use all their slots, and may have wanted more: a scalar."""
     return (latents.values > 0).all(1).sum()
+
+
+def warn_if_full(latents: Latents, active: int, site: Site) -> None:
+    """A warning if a token uses all its slots, as latents that it wanted may have been left out."""
+    if full := int(full_rows(latents)):
+        slots = latents.values.shape[1]
+        warnings.warn(
+            f"{site.name}: {full} tokens have {slots} active latents, as many as they have room for with active = "
+            f"{active}, and may lack others; a larger active gives them room",
+            stacklevel=2,
+        )
 
 
 def _only(kept: Tensor, candidates: Latents) -> Latents:

@@ -1,6 +1,8 @@
 """A CLT as named tensors on disk: what `SparseCLT.save_pretrained` writes and `from_pretrained` reads."""
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -11,8 +13,31 @@ from sparseclt.model.shape import Architecture
 from sparseclt.model.stored_shapes import check_tensors
 from sparseclt.model.transcoders import Transcoders
 from sparseclt.storage import clt_files
-from sparseclt.storage.directories import CheckpointError, atomic_directory
+from sparseclt.storage.directories import MANIFEST, CheckpointError, atomic_directory
 from sparseclt.storage.safetensors_stream import TensorFiles
+
+
+class Foreign(Protocol):
+    """A CLT as another tool stored it."""
+
+    def clt(self, language_model: Any, active: int | None, input_hook: str | None) -> tuple[Architecture, TensorFiles]:
+        """Its architecture and tensors as a CLT of ours; the arguments are those of `SparseCLT.from_pretrained`."""
+
+
+# What opens the directories of other tools, or returns None; put here by `sparseclt.formats.registry`.
+OPENERS: list[Callable[[Path], Foreign | None]] = []
+
+
+def _foreign(path: Path) -> Foreign | None:
+    """The CLT in directory `path` if another tool laid it out."""
+    if not path.is_dir() or (path / clt_files.CONFIG).exists() or _lists_our_config(path / MANIFEST):
+        return None
+    return next((found for opened in OPENERS if (found := opened(path)) is not None), None)
+
+
+def _lists_our_config(manifest: Path) -> bool:
+    """Whether a file is missing that made the directory one of ours."""
+    return manifest.is_file() and clt_files.CONFIG.encode() in manifest.read_bytes()
 
 
 def _prefix(module: Transcoder) -> str:
@@ -82,8 +107,15 @@ def save(clt: Transcoders, path: Path) -> Path:
     return path
 
 
-def read(path: Path) -> tuple[Architecture, list[AttentionWeights] | None, TensorFiles]:
-    """The architecture, the OV circuits (for attention latents) and the tensors of the CLT in directory `path`."""
+def read(path: Path, **options: Any) -> tuple[Architecture, list[AttentionWeights] | None, TensorFiles]:
+    """The architecture, the OV circuits (for attention latents) and the tensors of the CLT in directory `path`, which
+    may be another tool's; the options are those of `from_pretrained`."""
+    if (foreign := _foreign(path)) is not None:
+        architecture, tensors = foreign.clt(**options)
+        return architecture, None, tensors
+    given = sorted(name for name, value in options.items() if value is not None)
+    if given:
+        raise ValueError(f"{given[0]}: expected None for {path}, which is no directory of another tool")
     config, tensors = clt_files.load_clt(path)
     try:
         architecture = Architecture.from_dict({name: value for name, value in config.items() if name != "model_name"})

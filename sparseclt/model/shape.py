@@ -53,7 +53,12 @@ class Architecture:
     training.
 
     `attention`: what stands for attention in sparsely-connected mode. "frozen": the model's real attention outputs;
-    "latents": modules of their own. Raises ValueError for sizes below 1 and for K above F.
+    "latents": modules of their own.
+
+    `targets`: the MLP outputs that an MLP's latents write to. "all": those of their own and all later layers; "own":
+    that of their own layer, as in a set of per-layer transcoders.
+
+    Raises ValueError for sizes below 1 and for K above F.
     """
 
     model: ModelShape
@@ -63,11 +68,16 @@ class Architecture:
     activation: Literal["topk", "batchtopk", "jumprelu"] = "topk"
     bandwidth: float = 0.1
     room: int = ROOM
+    targets: Literal["all", "own"] = "all"
 
     @property
     def slots(self) -> int:
         """The most active latents of a token: K with "topk", otherwise `room` times K, or F if that is less."""
         return active_slots(self.activation, self.active, self.latents, self.room)
+
+    def targets_of(self, layer: int) -> int:
+        """T, the number of MLP outputs that the MLP module of `layer` writes to."""
+        return self.model.layers - layer if self.targets == "all" else 1
 
     def __post_init__(self) -> None:
         sizes = {"layers": self.model.layers, "d_model": self.model.d_model, "room": self.room}

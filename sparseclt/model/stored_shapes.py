@@ -21,7 +21,7 @@ def check_tensors(architecture: Architecture, tensors: TensorFiles) -> None:
         folder = next((place.rsplit("/", 1)[0] for place in map(tensors.place, tensors)), "the checkpoint")
         raise CheckpointError(f"{folder}: expected W_enc files of {L} layers, as sparseclt.json says, found {stored}")
     for layer in range(L):
-        _check_module(architecture, tensors, f"mlp.{layer}.", (L - layer,))
+        _check_module(architecture, tensors, f"mlp.{layer}.", (architecture.targets_of(layer),))
         if architecture.attention == "latents":
             _check_module(architecture, tensors, f"attn.{layer}.", ())
             _check_attention(architecture, tensors, f"attn.{layer}.")

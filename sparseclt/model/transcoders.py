@@ -16,7 +16,12 @@ class Transcoders(nn.Module):
     """What passes over a batch are made from; `SparseCLT` adds the passes and the files.
 
     `attention_weights`: the OV circuits of every layer, needed for `attention="latents"`.
+
+    `warns_when_full`: a pass warns where a token has as many active latents as it has room for, and may lack others. Of
+    a CLT that another tool trained, nothing has seen to it that there is room.
     """
+
+    warns_when_full = False
 
     def __init__(self, architecture: Architecture, attention_weights: Sequence[AttentionWeights] | None = None):
         super().__init__()
@@ -43,7 +48,7 @@ class Transcoders(nn.Module):
                     module.register_buffer(name, getattr(weights[module.site.layer], name), persistent=False)
 
     def _targets(self, site: Site) -> int:
-        return self.architecture.model.layers - site.layer if site.kind == "mlp" else 1
+        return self.architecture.targets_of(site.layer) if site.kind == "mlp" else 1
 
     def transcoder(self, index: int) -> Transcoder:
         """Module `index` of the model order."""

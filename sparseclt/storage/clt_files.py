@@ -59,16 +59,17 @@ def save_clt(
     """Write a CLT's weights and configuration into `directory`, which is best one from `atomic_directory`.
 
     tensors: flat, with keys "mlp.{l}.NAME" and "attn.{l}.NAME". NAME is W_enc [F, D], b_enc [F], b_dec [D],
-        W_dec ([F, L-l, D] for mlp, [F, D] for attn), and optionally connections [F, C] int32, logits [F, C],
-        threshold [F] and threshold_sparse [F]; for attn also the model's own W_V, W_O and bias. mlp layers must be
-        0..L-1.
+        W_dec ([F, L-l, D] for mlp, or [F, 1, D] where config["targets"] is "own"; [F, D] for attn), and optionally
+        connections [F, C] int32, logits [F, C], threshold [F] and threshold_sparse [F]; for attn also the model's own
+        W_V, W_O and bias. mlp layers must be 0..L-1.
         Written a piece at a time: never a copy of a whole tensor.
     config: JSON values, with a "model_name"; tuples come back as lists.
     mlp_input: the TransformerLens hook, in a block, of what the model's MLPs read.
 
     The files are circuit-tracer's (`config.yaml`, `W_enc_{l}`, `W_dec_{l}`) and our sidecars (`attn_{l}`,
     `connections_{l}`, `attn_connections_{l}`, `attn_model_{l}`, `sparseclt.json`). circuit-tracer refuses a CLT
-    without thresholds.
+    without thresholds. Per-layer transcoders ("targets": "own") have no `config.yaml`: circuit-tracer has another
+    layout for them.
     Raises ValueError or TypeError for tensors or a config other than these.
     """
     if not isinstance(config.get("model_name"), str):
@@ -76,22 +77,31 @@ def save_clt(
     if "format_version" in config:
         raise ValueError('config must not have the key "format_version", save_clt writes its own: remove it')
     directory = Path(directory)
-    files = _group_by_file(tensors)
+    own = config.get("targets") == "own"
+    files = _group_by_file(tensors, own)
     write_json(directory / CONFIG, {"format_version": FORMAT_VERSION, **config}, "config")
+    if not own:
+        _write_config_yaml(directory, config["model_name"], mlp_input, files)
+    for file, named_tensors in files.items():
+        save_file(named_tensors, directory / file)
+
+
+def _write_config_yaml(directory: Path, model_name: str, mlp_input: str, files: dict[str, dict[str, Tensor]]) -> None:
+    """Write circuit-tracer's configuration; without thresholds one that it refuses, with an empty one in each of the
+    `files` of encoders."""
+    encoders = {file.split(".")[0].removeprefix("W_enc_"): named for file, named in files.items() if "W_enc_" in file}
     kind, comment = "cross_layer_transcoder", ""
-    if "mlp.0.threshold" not in tensors:
+    if "threshold_0" not in encoders["0"]:
         kind, comment = UNCALIBRATED, "# Not calibrated for circuit-tracer: sparseclt export writes a CLT that is.\n"
-        for layer in range(sum(file.startswith("W_enc_") for file in files)):
-            files[f"W_enc_{layer}.safetensors"][f"threshold_{layer}"] = torch.empty(0)
+        for layer, named in encoders.items():
+            named[f"threshold_{layer}"] = torch.empty(0)
     write_text(
         directory / "config.yaml",
         f"{comment}model_kind: {kind}\n"
-        f"model_name: {json.dumps(config['model_name'])}\n"
+        f"model_name: {json.dumps(model_name)}\n"
         f"feature_input_hook: {json.dumps(mlp_input)}\n"
         'feature_output_hook: "hook_mlp_out"\n',
     )
-    for file, named_tensors in files.items():
-        save_file(named_tensors, directory / file)
 
 
 def load_clt(path: str | Path) -> tuple[dict[str, Any], TensorFiles]:
@@ -123,7 +133,7 @@ def _without_empty_thresholds(places: Mapping[str, tuple[Path, str]]) -> dict[st
     return {name: place for name, place in places.items() if name not in empty}
 
 
-def _group_by_file(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+def _group_by_file(tensors: Mapping[str, Tensor], own_targets: bool) -> dict[str, dict[str, Tensor]]:
     """Check the tensors of a CLT and sort them into {file name: {name in the file: tensor}}."""
     files: dict[str, dict[str, Tensor]] = {}
     modules: dict[tuple[str, int], set[str]] = {}
@@ -149,7 +159,8 @@ def _group_by_file(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]
         raise ValueError(f"tensors must hold the mlp layers 0..L-1 without gaps, got {layers}")
     for layer in layers:
         shape = tuple(tensors[f"mlp.{layer}.W_dec"].shape)
-        if len(shape) != 3 or shape[1] != len(layers) - layer:
-            expected = f"[F, {len(layers) - layer}, D]"
-            raise ValueError(f"tensors['mlp.{layer}.W_dec'] must be {expected} (L - l targets), got {shape}")
+        targets = 1 if own_targets else len(layers) - layer
+        if len(shape) != 3 or shape[1] != targets:
+            expected = f"[F, {targets}, D] ({'its own layer' if own_targets else 'L - l'} targets)"
+            raise ValueError(f"tensors['mlp.{layer}.W_dec'] must be {expected}, got {shape}")
     return files

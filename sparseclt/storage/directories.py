@@ -16,7 +16,15 @@ from typing import Any
 
 from sparseclt.storage.json_files import CheckpointError, fsync, naming, read_json, write_json
 
-__all__ = ["FORMAT_VERSION", "MANIFEST", "CheckpointError", "atomic_directory", "remove_directory", "verify"]
+__all__ = [
+    "FORMAT_VERSION",
+    "MANIFEST",
+    "CheckpointError",
+    "atomic_directory",
+    "check_regular",
+    "remove_directory",
+    "verify",
+]
 
 FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
@@ -151,7 +159,7 @@ def verified(path: str | Path) -> tuple[Path, list[str]]:
     files = _listed(path)
     for name, entry in files.items():
         file = path / name
-        _check_regular(path, name)
+        check_regular(path, name)
         size = file.stat().st_size
         if size != entry["size"]:
             expected = entry["size"]
@@ -166,7 +174,7 @@ def _listed(path: Path) -> dict[str, dict[str, Any]]:
     manifest = path / MANIFEST
     if not manifest.is_file():
         raise CheckpointError(f"{manifest} is missing: the checkpoint is incomplete, use another one")
-    _check_regular(path, MANIFEST)
+    check_regular(path, MANIFEST)
     content = read_json(manifest)
     files = content.get("files")
     if not isinstance(files, dict) or not all(_is_entry(entry) for entry in files.values()):
@@ -190,7 +198,7 @@ def _is_name(name: str) -> bool:
     return stays and name.isprintable() and len(name) <= 1024 and all(len(part.encode()) <= 255 for part in parts)
 
 
-def _check_regular(path: Path, name: str) -> None:
+def check_regular(path: Path, name: str) -> None:
     """Refuse links, which may leave the directory, and everything that is no file, such as a pipe."""
     place = path
     for part in name.split("/"):

@@ -8,7 +8,7 @@ from sparseclt.config import TrainConfig, from_dict, to_dict
 from sparseclt.storage.json_files import read_json, replace_file
 from sparseclt.strict import ConfigError
 
-CONFIG, CLT, CHECKPOINTS = "config.json", "clt", "checkpoints"
+CONFIG, CLT, CHECKPOINTS, IMPORTED = "config.json", "clt", "checkpoints", "imported.json"
 # Text and model may have moved: digests say whether they are still the same.
 FREE = ("out", "steps", "device", "logging.", "checkpoints.", "compute.", "model.path", "data.source", "data.cache")
 
@@ -27,6 +27,18 @@ def read_config(run: str | Path) -> TrainConfig:
 def write_config(run: Path, config: TrainConfig) -> None:
     """Write `config` into the run directory, in the place of what it had."""
     replace_file(run / CONFIG, json.dumps(to_dict(config), indent=2) + "\n")
+
+
+def note_import(run: Path, source: str | Path) -> None:
+    """Write down that the CLT of the run in directory `run` was trained by another tool and came from `source`."""
+    replace_file(run / IMPORTED, json.dumps({"source": str(Path(source).resolve())}, indent=2) + "\n")
+
+
+def check_trained(run: str | Path) -> None:
+    """A ValueError if the CLT of the run in directory `run` was imported: there is no training to go on with, or to
+    repeat."""
+    if (Path(run) / IMPORTED).exists():
+        raise ValueError(f"run: expected one that was trained here, but the CLT in {run} was imported")
 
 
 def has_checkpoints(run: Path) -> bool:

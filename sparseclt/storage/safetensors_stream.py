@@ -111,6 +111,10 @@ class TensorFiles(Mapping[str, Tensor]):
         """The shape of a tensor, by the header of its file."""
         return self._header(name)[1]
 
+    def dtype(self, name: str) -> str:
+        """The dtype of a tensor as its file names it ("F32"), by the header of its file."""
+        return self._header(name)[0]
+
     def _header(self, name: str) -> tuple[str, tuple[int, ...]]:
         file, stored = self._places[name]
         with _opened(file) as tensors:

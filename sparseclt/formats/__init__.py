@@ -1,0 +1,1 @@
+"""CLTs in the formats of other tools, read and written exactly."""
