@@ -166,6 +166,27 @@ def export(run: Run, out: Run, format: Literal["circuit-tracer"] = "circuit-trac
     return partial(commands.export, run, out, device)
 
 
+def push(
+    run: Run,
+    name: tyro.conf.Positional[str],
+    dry_run: Path | None = None,
+    private: bool = False,
+    revision: str | None = None,
+    token: str | None = None,
+) -> Work:
+    """Upload the CLT of a finished run to the Hugging Face hub, with its configuration and a card of its evaluation.
+
+    Args:
+        run: The run directory.
+        name: OWNER/NAME on the hub; made if it does not exist.
+        dry_run: Upload nothing, and write what would be uploaded to this directory.
+        private: Make it private.
+        revision: The branch, which must exist. None: main.
+        token: The access token. None: that of `hf auth login` or of the variable HF_TOKEN.
+    """
+    return partial(commands.push, run, name, dry_run, private, revision, token)
+
+
 def selftest(device: str = "auto", backends: tuple[str, ...] = ()) -> Work:
     """Compare every op, dtype, backend and gradient with float64 on this machine; print the errors.
 
@@ -187,6 +208,7 @@ COMMANDS: dict[str, Callable[..., Work]] = {
     "graph": graph,
     "intervene": intervene,
     "export": export,
+    "push": push,
     "selftest": selftest,
 }
 

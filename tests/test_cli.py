@@ -13,7 +13,7 @@ from sparseclt.cli import main
 from sparseclt.training.loggers import read_metrics
 
 COMMANDS = (
-    "train", "resume", "repeat", "eval", "sweep", "atlas", "plan", "graph", "intervene", "export", "selftest",
+    "train", "resume", "repeat", "eval", "sweep", "atlas", "plan", "graph", "intervene", "export", "push", "selftest",
 )  # fmt: skip
 
 
