@@ -84,7 +84,7 @@ def test_attention_latents_have_edges_between_tokens():
 
 
 @pytest.mark.parametrize("attention", ["frozen", "latents"])
-@pytest.mark.parametrize("family", ["Phi", "Olmo2"])  # one norm for both, and norms behind attention and MLP
+@pytest.mark.parametrize("family", ["GPTJ", "Phi", "Olmo2"])  # one norm for both; norms behind attention and MLP
 def test_other_families_add_up_too(family, attention):
     model = LanguageModel.from_hf(hf_model(further_config(family)), tokenizer(), name=family)
     clt = random_clt(model, attention)
