@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -18,6 +18,7 @@ from sparseclt import commands
 from sparseclt.commands import Split
 from sparseclt.config import TrainConfig
 from sparseclt.model.shape import ModelShape
+from sparseclt.model.sites import Mode
 from sparseclt.storage.run_config import read_config
 from sparseclt.strict import ConfigError
 
@@ -107,6 +108,7 @@ def plan(
 def graph(
     run: Run,
     prompt: tyro.conf.Positional[str],
+    mode: Mode = "sparse",
     error_nodes: bool = False,
     node_share: float = 0.8,
     edge_share: float = 0.98,
@@ -120,6 +122,7 @@ def graph(
     Args:
         run: The run directory.
         prompt: The prompt.
+        mode: 'vanilla': the graph of vanilla mode, in which a latent reads all upstream latents. It is exact as well.
         error_nodes: Describe the language model's own run, with a node for what each module fails to reconstruct. Else:
             the sparse model.
         node_share: Keep the fewest nodes that have this share of all influence on the logits.
@@ -129,8 +132,8 @@ def graph(
         device: 'cpu', 'cuda', ... None: that of the run.
         out: The Graph JSON to write. None: graphs/NAME.json in the run directory, named after the prompt.
     """
-    options = {"error_nodes": error_nodes, "node_share": node_share, "edge_share": edge_share}
-    options |= {"max_logits": max_logits, "special_tokens": special_tokens}
+    options: dict[str, Any] = {"mode": mode, "error_nodes": error_nodes, "node_share": node_share}
+    options |= {"edge_share": edge_share, "max_logits": max_logits, "special_tokens": special_tokens}
     return partial(commands.graph, run, prompt, device, out, options)
 
 

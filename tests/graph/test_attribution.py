@@ -15,26 +15,29 @@ from sparseclt.model.replacement import replacement
 
 every_family = pytest.mark.parametrize("family", FAMILIES)
 both_kinds = pytest.mark.parametrize("attention", ["frozen", "latents"])
+both_modes = pytest.mark.parametrize("mode", ["sparse", "vanilla"])
 both_runs = pytest.mark.parametrize("error_nodes", [False, True], ids=["sparse model", "error nodes"])
 
 
+@both_modes
 @both_runs
 @both_kinds
 @every_family
-def test_what_leads_to_a_node_adds_up_to_its_value(family, attention, error_nodes):
-    graph = graph_of(family, attention, error_nodes)
+def test_what_leads_to_a_node_adds_up_to_its_value(family, attention, error_nodes, mode):
+    graph = graph_of(family, attention, error_nodes, mode)
     sums = torch.zeros_like(graph.values).index_add_(0, graph.target, graph.weight)
     reached = graph.stage >= 0
     assert graph.by_kind["latent"].sum() > 50 and graph.by_kind["logit"].any()
     torch.testing.assert_close(sums[reached], graph.values[reached], rtol=0, atol=1e-9)
 
 
+@both_modes
 @both_runs
 @both_kinds
 @every_family
-def test_logits_propagated_from_the_inputs_are_those_of_the_run(family, attention, error_nodes):
-    graph = graph_of(family, attention, error_nodes)
-    hooks = {} if error_nodes else replacement(clt_of(family, attention), "sparse")
+def test_logits_propagated_from_the_inputs_are_those_of_the_run(family, attention, error_nodes, mode):
+    graph = graph_of(family, attention, error_nodes, mode)
+    hooks = {} if error_nodes else replacement(clt_of(family, attention), mode)
     logits = model_of(family).replaced_logits(TOKENS, **hooks)[0, -1]
     numbers = graph.numbers("logit")
     chosen = torch.tensor([graph.nodes[n].index for n in numbers.tolist()])
@@ -59,6 +62,22 @@ def test_every_active_latent_is_a_node_and_reads_only_its_connections(attention)
             upstream = clt.sites.index(s.site) * clt.architecture.latents + s.index
             assert upstream in clt.transcoder(clt.sites.index(t.site)).connections.indices[t.index].tolist()
             assert s.position == t.position or t.site.kind == "attn"
+
+
+@both_kinds
+@every_family
+def test_in_vanilla_mode_the_latents_are_those_of_a_vanilla_pass_and_read_all_upstream_ones(family, attention):
+    clt, graph = clt_of(family, attention), graph_of(family, attention, True, "vanilla")
+    forward = clt(model_of(family).capture(TOKENS, attention=attention == "latents"), "vanilla")
+    for site, latents in zip(clt.sites, forward.latents, strict=True):
+        active = {(p, latents.indices[p, slot].item()) for p, slot in (latents.values > 0).nonzero().tolist()}
+        assert {(n.position, n.index) for n in graph.nodes if n.kind == "latent" and n.site == site} == active
+    latent = graph.by_kind["latent"]
+    pairs = set(zip(graph.source.tolist(), graph.target.tolist(), strict=True))
+    last = [n for n in latent.nonzero()[:, 0].tolist() if graph.nodes[n].site == clt.sites[-1]]
+    earlier = [n for n in latent.nonzero()[:, 0].tolist() if graph.nodes[n].site.layer < clt.sites[-1].layer]
+    same = [(s, t) for s in earlier for t in last if graph.nodes[s].position == graph.nodes[t].position]
+    assert len(same) > 50 and set(same) <= pairs
 
 
 @every_family
