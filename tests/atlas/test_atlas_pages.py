@@ -7,18 +7,12 @@ from pathlib import Path
 
 import pytest
 from atlases import DEAD, IMAGE, NAME, SCRIPT, SCRIPT_ID
-from browser import Pages, chromium, served
+from browser import Pages, served
 
 from sparseclt.atlas.build import build_atlas
 from sparseclt.atlas.folder import read, write
 
 SIZES = {"desktop": (1200, 900), "phone": (400, 800)}
-
-
-@pytest.fixture(scope="module")
-def browser():
-    with chromium() as browser:
-        yield browser
 
 
 @pytest.fixture(scope="module")
