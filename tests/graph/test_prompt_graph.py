@@ -198,6 +198,11 @@ def test_a_clt_without_connections_has_a_graph_of_vanilla_mode_only(tmp_path):
     assert with_errors.graph.probabilities[0] == pytest.approx(real.softmax(-1).max().item())
 
 
+def test_a_prompt_of_the_first_token_only_is_refused():
+    with pytest.raises(ValueError, match="prompt: expected text behind the token that begins a document"):
+        prompt_graph(clt_of("gpt2", "frozen"), model_of("gpt2"), "<s>", special_tokens=True)
+
+
 def test_half_precision_is_refused():
     clt = random_clt(model_of("gpt2")).bfloat16()
     with pytest.raises(ValueError, match="clt: expected float32 or float64, in which a graph is exact, got torch.bf"):
