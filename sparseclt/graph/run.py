@@ -12,7 +12,7 @@ from sparseclt.model.forward import ForwardPass
 from sparseclt.model.replacement import hooks
 from sparseclt.model.sites import Mode, Site
 
-LINEAR_TOLERANCE = 1e-3  # of the largest logit: far above rounding, far below a wrong formula
+LINEAR_TOLERANCE = 1e-4  # of the largest logit: far above rounding, far below a wrong formula
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from graphs import TOKENS, clt_of, graph_of, model_of, run_of
 from tiny_models import FAMILIES, further_config, hf_model, tokenizer
 
 from sparseclt.graph.attribution import attribute, top_logits
-from sparseclt.graph.run import sparse_model_run
+from sparseclt.graph.run import language_model_run, sparse_model_run
 from sparseclt.language_model.language_model import LanguageModel
 from sparseclt.model.replacement import replacement
 
@@ -147,3 +147,12 @@ def test_logits_with_a_soft_cap_are_refused():
     run = run_of("gpt2", "frozen", False)
     with pytest.raises(ValueError, match="expected logits that are linear in the residual stream"):
         attribute(replace(run, logits=3 * torch.tanh(run.logits / 3)))
+
+
+@pytest.mark.parametrize("make", [sparse_model_run, language_model_run])
+def test_a_family_with_a_soft_cap_is_refused_however_small_its_logits(make):
+    model = LanguageModel.from_hf(hf_model(further_config("Gemma2")), tokenizer(), name="Gemma2")
+    clt = random_clt(model)
+    connect_random(clt, 6)
+    with pytest.raises(ValueError, match="expected logits that are linear in the residual stream"):
+        attribute(make(clt, model, TOKENS))
