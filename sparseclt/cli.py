@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -19,6 +19,7 @@ from sparseclt.commands import Split
 from sparseclt.config import ConnectionConfig, DataConfig, ModelConfig, TrainConfig
 from sparseclt.export import FormatName
 from sparseclt.model.shape import ModelShape
+from sparseclt.model.sites import Mode
 from sparseclt.storage.run_config import read_config
 from sparseclt.strict import ConfigError
 
@@ -133,6 +134,7 @@ def plan(
 def graph(
     run: Run,
     prompt: tyro.conf.Positional[str],
+    mode: Mode = "sparse",
     error_nodes: bool = False,
     node_share: float = 0.8,
     edge_share: float = 0.98,
@@ -146,6 +148,7 @@ def graph(
     Args:
         run: The run directory.
         prompt: The prompt.
+        mode: 'vanilla': the graph of vanilla mode, in which a latent reads all upstream latents. It is exact as well.
         error_nodes: Describe the language model's own run, with a node for what each module fails to reconstruct. Else:
             the sparse model.
         node_share: Keep the fewest nodes that have this share of all influence on the logits.
@@ -155,8 +158,8 @@ def graph(
         device: 'cpu', 'cuda', ... None: that of the run.
         out: The Graph JSON to write. None: graphs/NAME.json in the run directory, named after the prompt.
     """
-    options = {"error_nodes": error_nodes, "node_share": node_share, "edge_share": edge_share}
-    options |= {"max_logits": max_logits, "special_tokens": special_tokens}
+    options: dict[str, Any] = {"mode": mode, "error_nodes": error_nodes, "node_share": node_share}
+    options |= {"edge_share": edge_share, "max_logits": max_logits, "special_tokens": special_tokens}
     return partial(commands.graph, run, prompt, device, out, options)
 
 
@@ -200,6 +203,27 @@ def export(
     return partial(commands.export, run, out, format, finetune_steps, device)
 
 
+def push(
+    run: Run,
+    name: tyro.conf.Positional[str],
+    dry_run: Path | None = None,
+    private: bool = False,
+    revision: str | None = None,
+    token: str | None = None,
+) -> Work:
+    """Upload the CLT of a finished run to the Hugging Face hub, with its configuration and a card of its evaluation.
+
+    Args:
+        run: The run directory.
+        name: OWNER/NAME on the hub; made if it does not exist.
+        dry_run: Upload nothing, and write what would be uploaded to this directory.
+        private: Make it private.
+        revision: The branch, which must exist. None: main.
+        token: The access token. None: that of `hf auth login` or of the variable HF_TOKEN.
+    """
+    return partial(commands.push, run, name, dry_run, private, revision, token)
+
+
 def selftest(device: str = "auto", backends: tuple[str, ...] = ()) -> Work:
     """Compare every op, dtype, backend and gradient with float64 on this machine; print the errors.
 
@@ -222,6 +246,7 @@ COMMANDS: dict[str, Callable[..., Work]] = {
     "graph": graph,
     "intervene": intervene,
     "export": export,
+    "push": push,
     "selftest": selftest,
 }
 

@@ -128,6 +128,16 @@ def export(run: Path, out: Path, format: FormatName, finetune_steps: int, device
     print(f"{table}\n\nExport: {out}")
 
 
+def push(run: Path, name: str, dry_run: Path | None, private: bool, revision: str | None, token: str | None) -> None:
+    """Upload the CLT of a run to the hub, or write what would be uploaded to `dry_run`."""
+    from sparseclt.hub.push import push_run, write_upload
+
+    if dry_run is not None:
+        print(f"Not uploaded: {write_upload(run, name, dry_run)}")
+        return
+    print(push_run(run, name, private=private or None, branch=revision, token=token))
+
+
 def selftest(device: str, backends: tuple[str, ...]) -> int:
     """Compare all ops with float64; 1 if one fails."""
     from sparseclt.devices import resolve

@@ -1,7 +1,9 @@
 """The command: its flags are frozen, its runs reproduce, its errors are one line."""
 
+import gzip
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +15,8 @@ from sparseclt.cli import main
 from sparseclt.training.loggers import read_metrics
 
 COMMANDS = (
-    "train", "resume", "repeat", "import", "eval", "sweep", "atlas", "plan", "graph", "intervene", "export", "selftest",
+    "train", "resume", "repeat", "import", "eval", "sweep", "atlas", "plan", "graph", "intervene", "export", "push",
+    "selftest",
 )  # fmt: skip
 
 
@@ -165,11 +168,32 @@ def test_export_for_neuronpedia_keeps_top_k(run, tmp_path, capsys):
     assert (tmp_path / "out" / "model" / "0-first" / "features" / "batch-0.jsonl.gz").is_file()
 
 
+def test_special_tokens_in_a_prompt_are_text_or_tokens_and_stay_text_in_the_atlas(run, tmp_path):
+    shutil.copytree(run, tmp_path / "run")
+    for name, flags in {"text": [], "tokens": ["--special-tokens"]}.items():
+        out = ["--out", str(tmp_path / "run" / "graphs" / f"{name}.json")]
+        assert main(["graph", str(tmp_path / "run"), "<s> w1 <s>", *flags, *out]) == 0
+    graphs = {
+        name: json.loads((tmp_path / "run" / "graphs" / f"{name}.json").read_text()) for name in ("text", "tokens")
+    }
+    assert graphs["tokens"]["metadata"]["prompt_tokens"] == ["<s>", "w1", "<s>"]
+    assert len(graphs["text"]["metadata"]["prompt_tokens"]) > 3
+    assert main(["atlas", str(tmp_path / "run"), "--out", str(tmp_path / "atlas")]) == 0
+    for name, graph in graphs.items():
+        shown = json.loads(gzip.decompress((tmp_path / "atlas" / "data" / "graphs" / f"{name}.json.gz").read_bytes()))
+        assert shown["metadata"]["prompt"] == graph["metadata"]["prompt"] == "<s> w1 <s>"
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["graph", "RUN", ""], "prompt: expected some text"),
         (["graph", "RUN", "w1 " * 30], "prompt: expected at most 24 tokens"),
+        (["graph", "RUN", "<s>", "--special-tokens"], "prompt: expected text behind the token that begins a document"),
+        (["intervene", "RUN", " ", "--latents", "mlp_0/1@1=0"], "prompt: expected some text"),
+        (["intervene", "RUN", "w1 " * 30, "--latents", "mlp_0/1@1=0"], "prompt: expected at most 24 tokens"),
+        (["intervene", "RUN", "<s>", "--special-tokens", "--latents", "mlp_0/1@1=0"], "prompt: expected text behind"),
+        (["atlas", "RUN", "--tokens", "5"], "tokens: expected at least one row of 12 tokens, got 5"),
         (["graph", "RUN", "w1", "--edge-share", "2"], "edge_share: expected a share from 0 to 1, got 2.0"),
         (["graph", "RUN", "w1", "--out", "graph.txt"], "out: expected a file named NAME.json"),
         (["intervene", "RUN", "w1", "--latents", "mlp_7/1@1=0"], "latents: expected a site of this CLT"),

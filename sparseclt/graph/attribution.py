@@ -10,6 +10,7 @@ from sparseclt.graph.graph import Graph, Node
 from sparseclt.graph.run import PromptRun, linear_logits
 from sparseclt.model.attention import AttentionWeights, head_rows
 from sparseclt.model.sites import Site, model_sites, upstream_modules
+from sparseclt.ops import Connections
 
 LOGIT_SHARE = 0.95  # the probability that a graph's logits have together, as in circuit-tracer
 Edges = tuple[Tensor, Tensor, Tensor]  # source, target, coefficient
@@ -141,6 +142,18 @@ class _Nodes:
         place = torch.searchsorted(self._keys, wanted).clamp_max(len(self._keys) - 1)
         return self._order[place], (self._keys[place] == wanted) & (ids >= 0)
 
+    def upstream(self, module: int) -> tuple[Tensor, Tensor, Tensor]:
+        """The nodes of all latents upstream of a module: numbers [n], positions [n], and what each writes into the
+        stream that the module reads per unit of its value, [n, D] in float64."""
+        clt, parts = self.run.clt, []
+        for index in range(clt.upstream[module]):
+            writer = clt.transcoder(index)
+            targets = clt.sites[module].layer - writer.site.layer if writer.site.kind == "mlp" else 1
+            written = writer.W_dec[self.indices[index], :targets].double().sum(1)
+            parts.append((self.of_module(index), self.positions[index], written))
+        numbers, positions, written = (torch.cat(part) for part in zip(*parts, strict=True))
+        return numbers, positions, written
+
     def before(self, site: Site) -> tuple[list[_Given], Tensor]:
         """What is given in the stream that `site` reads, and the biases written into it, [S, D]."""
         clt = self.run.clt
@@ -178,10 +191,23 @@ def _mlp_edges(
         yield from _known(number, target, (rows * stream.written[positions]).sum(1) / scale, number >= 0)
     bias = (rows * biases[positions]).sum(1) / scale + weights.b_enc[latents].double()
     yield torch.full_like(target, nodes.bias), target, bias
-    V, connections = run.forward.virtual_weights[module], weights.connections
+    if run.forward.mode == "vanilla" and run.clt.upstream[module]:
+        number, at, written = nodes.upstream(module)
+        for position in positions.unique().tolist():
+            here, there = positions == position, at == position
+            effect = rows[here] @ written[there].T / scale[here, None]
+            yield from _known(number[there].expand_as(effect), target[here, None], effect, effect != 0)
+    V, connections = _connections(run, module)
     if V is not None and connections is not None:
         source, found = nodes.find(positions[:, None], connections.indices[latents].long())
         yield from _known(source, target[:, None], V[latents].double() / scale[:, None], found)
+
+
+def _connections(run: PromptRun, module: int) -> tuple[Tensor | None, Connections | None]:
+    """The virtual weights of a module's connections, in sparsely-connected mode."""
+    if run.forward.mode == "vanilla":
+        return None, None
+    return run.forward.virtual_weights[module], run.clt.transcoder(module).connections
 
 
 def _attention_edges(
@@ -205,7 +231,12 @@ def _attention_edges(
         own = own / activations.attn_post_scale[site.layer][0, positions].double()
     bias = torch.einsum("had,sd,has->a", heads, biases, at_query) + own + weights.b_enc[latents].double()
     yield torch.full_like(target, nodes.bias), target, bias
-    V, connections = run.forward.virtual_weights[module], weights.connections
+    if run.forward.mode == "vanilla" and run.clt.upstream[module]:
+        number, at, written = nodes.upstream(module)
+        parts = [rows @ written.T * pattern[:, at] for rows, pattern in zip(heads, at_query, strict=True)]
+        effect = torch.stack(parts).sum(0)
+        yield from _known(number.expand_as(effect), target[:, None], effect, effect != 0)
+    V, connections = _connections(run, module)
     if V is not None and connections is not None:
         ids, through = connections.indices[latents].long(), V[:, latents].double()  # [A, C], [H, A, C]
         for key in range(int(positions.max()) + 1 if len(positions) else 0):

@@ -12,6 +12,8 @@ from sparseclt.graph.prompt import prompt_tokens, token_strings
 from sparseclt.graph.run import check_exact, language_model_run, sparse_model_run
 from sparseclt.language_model.language_model import LanguageModel
 from sparseclt.model.clt import SparseCLT, in_evaluation_mode
+from sparseclt.model.forward import ForwardPass
+from sparseclt.model.sites import Mode
 
 
 @dataclass(frozen=True)
@@ -44,8 +46,11 @@ class PromptGraph:
     node_share: float
     edge_share: float
     max_logits: int
+    mode: Mode
+    """Whose latents and edges: those of sparsely-connected mode, or of vanilla mode."""
     error_nodes: bool
-    """False: the graph of the sparse model. True: of the language model's own run, with error nodes."""
+    """False: the graph of the sparse model (in vanilla mode: of the replaced model). True: of the language model's own
+    run, with error nodes."""
     scores: Scores
     """Of the graph with error nodes, whether this is it or not."""
     agreement: Agreement
@@ -58,26 +63,28 @@ def prompt_graph(
     language_model: LanguageModel,
     prompt: str,
     *,
+    mode: Mode = "sparse",
     error_nodes: bool = False,
     node_share: float = 0.8,
     edge_share: float = 0.98,
     max_logits: int = 10,
     special_tokens: bool = False,
 ) -> PromptGraph:
-    """The graph of `prompt` in sparsely-connected mode.
+    """The graph of `prompt` in sparsely-connected mode, or in `mode` "vanilla", where a latent reads all upstream ones.
 
-    Without `error_nodes` it describes the sparse model: the language model with the CLT in sparsely-connected mode in
-    place of its MLPs (and of attention, where that has latents). With them it describes the language model's own run.
+    Without `error_nodes` it describes the sparse model: the language model with the CLT, in that mode, in place of its
+    MLPs (and of attention, where that has latents). With them it describes the language model's own run.
     Either is exact: what leads to a latent adds up to its pre-activation, what leads to a logit to that logit minus
     the mean over the vocabulary. Attention patterns, norm scales and the choice of active latents are constants.
     Pruning, influence and scores are those of circuit-tracer; `node_share` and `edge_share` have its defaults.
 
-    Raises ValueError for a prompt that is empty or too long, for shares outside 0 to 1, for a CLT without connections,
-    and for a model whose logits are not linear in its last residual stream.
+    Raises ValueError for a prompt that is empty or too long, for shares outside 0 to 1, for sparsely-connected mode of
+    a CLT without connections, and for a model whose logits are not linear in its last residual stream.
     """
-    check_exact(clt, language_model)
+    check_exact(clt, language_model, mode)
     tokens = prompt_tokens(language_model, prompt, special_tokens)
-    sparse, real = sparse_model_run(clt, language_model, tokens), language_model_run(clt, language_model, tokens)
+    sparse = sparse_model_run(clt, language_model, tokens, ForwardPass(clt, mode))
+    real = language_model_run(clt, language_model, tokens, mode)
     graph = attribute(real if error_nodes else sparse, max_logits=max_logits)
     with_errors = graph if error_nodes else attribute(real, max_logits=max_logits)
     logits = torch.tensor([graph.nodes[number].index for number in graph.numbers("logit").tolist()])
@@ -93,6 +100,7 @@ def prompt_graph(
         node_share=node_share,
         edge_share=edge_share,
         max_logits=max_logits,
+        mode=mode,
         error_nodes=error_nodes,
         scores=scores(with_errors),
         agreement=agreement(real.logits, sparse.logits),

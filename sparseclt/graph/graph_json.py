@@ -47,7 +47,8 @@ def graph_name(explained: PromptGraph) -> str:
     """A file name for the graph: the first words of its prompt and a digest of all of it."""
     words = "-".join(re.findall(r"[a-z0-9]+", explained.prompt.lower()))[:40].strip("-") or "prompt"
     digest = hashlib.blake2b(explained.prompt.encode(), digest_size=3).hexdigest()
-    return f"{words}-{digest}" + ("-errors" if explained.error_nodes else "")
+    vanilla = "-vanilla" if explained.mode == "vanilla" else ""
+    return f"{words}-{digest}{vanilla}" + ("-errors" if explained.error_nodes else "")
 
 
 def write_graph(explained: PromptGraph, path: Path) -> Path:
@@ -73,7 +74,8 @@ def _write(path: Path, values: dict[str, Any]) -> None:
 
 def _metadata(explained: PromptGraph, slug: str) -> dict[str, Any]:
     kept, graph = explained.pruned, explained.graph
-    run = "The language model's own run, with error nodes" if explained.error_nodes else "The sparse model's run"
+    run = "The sparse model's run" if explained.mode == "sparse" else "The replaced model's run in vanilla mode"
+    run = "The language model's own run, with error nodes" if explained.error_nodes else run
     return {
         "slug": slug,
         "scan": explained.model_name,
@@ -89,6 +91,7 @@ def _metadata(explained: PromptGraph, slug: str) -> dict[str, Any]:
         "generation_settings": {"max_n_logits": explained.max_logits, "desired_logit_prob": LOGIT_SHARE},
         "pruning_settings": {"node_threshold": explained.node_share, "edge_threshold": explained.edge_share},
         "sparseclt": {
+            "mode": explained.mode,
             "error_nodes": explained.error_nodes,
             "attention": explained.attention,
             "agreement": asdict(explained.agreement),

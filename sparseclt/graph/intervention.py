@@ -71,14 +71,14 @@ class Effects:
     """What interventions do to the logits behind the last token."""
 
     tokens: Tensor
-    """[k] the compared tokens: the likeliest of the sparse model, before and after."""
+    """[k] the compared tokens: the likeliest of the model that is graphed, before and after."""
     token_strings: tuple[str, ...]
     before: dict[Mode, Outcome]
     """Of each mode, without the interventions."""
     after: dict[Mode, Outcome]
     """With them: whatever follows from them is computed anew (later latents, attention, norm scales)."""
     predicted: Tensor
-    """[k] the change of the logits along the sparse model's graph, which is linear."""
+    """[k] the change of the logits along the graph, which is linear."""
 
 
 @in_evaluation_mode
@@ -89,27 +89,30 @@ def intervene(
     prompt: str,
     interventions: Sequence[Intervention],
     *,
-    modes: Sequence[Mode] = MODES,
+    modes: Sequence[Mode] | None = None,
     special_tokens: bool = False,
 ) -> Effects:
-    """Set latents to other values on `prompt`, in the replaced model of each of `modes`; the prediction is that of the
-    sparse model's graph.
+    """Set latents to other values on `prompt`, in the replaced model of each of `modes` (None: all that the CLT has);
+    the prediction is that of the sparse model's graph, or, of a CLT without connections, of vanilla mode's.
 
     Raises ValueError for sites, latents and positions that do not exist, for two interventions on one latent at one
     position, and where `prompt_graph` does.
     """
-    check_exact(clt, language_model)
+    known: Sequence[Mode] = MODES if clt.connected and clt.reads_upstream else ("vanilla",)
+    graphed, modes = known[-1], known if modes is None else modes
+    for mode in (graphed, *modes):
+        check_exact(clt, language_model, mode)
     tokens = prompt_tokens(language_model, prompt, special_tokens)
     places = _resolve(clt, tokens.shape[1], interventions)
-    runs = {mode: _runs(clt, language_model, tokens, mode, places) for mode in dict.fromkeys(("sparse", *modes))}
-    likeliest = [run.logits[-1].topk(min(SHOWN, run.logits.shape[1])).indices.tolist() for run in runs["sparse"]]
+    runs = {mode: _runs(clt, language_model, tokens, mode, places) for mode in dict.fromkeys((graphed, *modes))}
+    likeliest = [run.logits[-1].topk(min(SHOWN, run.logits.shape[1])).indices.tolist() for run in runs[graphed]]
     chosen = torch.tensor(list(dict.fromkeys(sum(likeliest, []))), device=tokens.device)
     return Effects(
         tokens=chosen,
         token_strings=tuple(token_strings(language_model, chosen)),
         before={mode: _outcome(runs[mode][0], chosen) for mode in modes},
         after={mode: _outcome(runs[mode][1], chosen) for mode in modes},
-        predicted=_predicted(runs["sparse"][0], places, chosen),
+        predicted=_predicted(runs[graphed][0], places, chosen),
     )
 
 

@@ -23,6 +23,8 @@ def prompt_tokens(language_model: LanguageModel, prompt: str, special_tokens: bo
     ids = tokenizer(prompt, add_special_tokens=False, verbose=False, split_special_tokens=not special_tokens).input_ids
     if ids[:1] != [start] or not special_tokens:
         ids = [start, *ids]
+    if len(ids) < 2:
+        raise ValueError(f"prompt: expected text behind the token that begins a document, got only that: {prompt!r}")
     context = language_model.shape.context
     if context is not None and len(ids) > context:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""The run that a graph describes: one prompt, in sparsely-connected mode, with all that its graph is made from."""
+"""The run that a graph describes: one prompt, in one mode, with all that its graph is made from."""
 
 from dataclasses import dataclass
 
@@ -10,9 +10,9 @@ from sparseclt.language_model.unembedding import logit_directions, recorded_fina
 from sparseclt.model.clt import SparseCLT
 from sparseclt.model.forward import ForwardPass
 from sparseclt.model.replacement import hooks
-from sparseclt.model.sites import Site
+from sparseclt.model.sites import Mode, Site
 
-LINEAR_TOLERANCE = 1e-3  # of the largest logit: far above rounding, far below a wrong formula
+LINEAR_TOLERANCE = 1e-4  # of the largest logit: far above rounding, far below a wrong formula
 
 
 @dataclass(frozen=True)
@@ -74,19 +74,20 @@ class PromptRun:
         return written
 
 
-def check_exact(clt: SparseCLT, language_model: LanguageModel) -> None:
-    """Raises ValueError for a CLT without sparsely-connected mode, of which there is no graph, and for half precision,
-    in which nothing would add up."""
+def check_exact(clt: SparseCLT, language_model: LanguageModel, mode: Mode = "sparse") -> None:
+    """Raises ValueError for sparsely-connected mode of a CLT that has none, and for half precision, in which nothing
+    would add up."""
     dtypes = {"clt": next(clt.parameters()).dtype, "language_model": language_model.dtype}
     for name, dtype in dtypes.items():
         if dtype not in (torch.float32, torch.float64):
             raise ValueError(
                 f"{name}: expected float32 or float64, in which a graph is exact, got {dtype}; call .float()"
             )
-    if not (clt.connected and clt.reads_upstream):
+    if mode == "sparse" and not (clt.connected and clt.reads_upstream):
         raise ValueError(
             "clt: expected a CLT with connections, whose sparsely-connected mode a graph describes, got one without; "
-            "train with connections.policy 'top', or choose connections with TopConnections(...).update(clt)"
+            "train with connections.policy 'top', choose connections with TopConnections(...).update(clt), or trace "
+            "mode 'vanilla'"
         )
 
 
@@ -106,8 +107,10 @@ def sparse_model_run(
 
 
 @torch.no_grad()
-def language_model_run(clt: SparseCLT, language_model: LanguageModel, tokens: Tensor) -> PromptRun:
-    """The language model's own run on `tokens` [1, S], with the latents of sparsely-connected mode and their errors."""
+def language_model_run(
+    clt: SparseCLT, language_model: LanguageModel, tokens: Tensor, mode: Mode = "sparse"
+) -> PromptRun:
+    """The language model's own run on `tokens` [1, S], with the latents of `mode` and their errors."""
     captured = {}
 
     def keep_mlp(layer, live):
@@ -117,7 +120,7 @@ def language_model_run(clt: SparseCLT, language_model: LanguageModel, tokens: Te
     attention = {"on_attn": lambda layer, live: live.attn_out[-1]} if clt.architecture.attention == "latents" else {}
     with recorded_final_stream(language_model) as final:
         logits = language_model.replaced_logits(tokens, on_mlp=keep_mlp, **attention)
-    forward = clt(captured["live"], "sparse", error_nodes=True)
+    forward = clt(captured["live"], mode, error_nodes=mode == "sparse")
     return PromptRun(clt, language_model, forward, True, final.residual[0], final.scale[0], logits[0])
 
 

@@ -48,13 +48,14 @@ def strongest_paths(graph: Graph, pruned: Pruned, logit: int, most: int = PATHS)
 def graph_summary(explained: PromptGraph) -> str:
     """What a graph says, in a screenful."""
     graph, pruned, a, s = explained.graph, explained.pruned, explained.agreement, explained.scores
-    described = "the language model's own run, with error nodes" if explained.error_nodes else "the sparse model"
+    model = "sparse model" if explained.mode == "sparse" else "replaced model, vanilla mode,"
+    described = "the language model's own run, with error nodes" if explained.error_nodes else f"the {model.strip(',')}"
     shares = ", ".join(f"{INPUT_NAMES[kind]} {share:.1%}" for kind, share in s.input_shares.items() if share)
     lines = [
         f"Graph of {described}, {len(graph.tokens)} tokens",
         f"  nodes kept      {int(pruned.nodes.sum())} of {len(graph.nodes)}",
         f"  edges kept      {int(pruned.edges.sum())} of {len(pruned.edges)}",
-        "Sparse model against the language model",
+        f"{model.capitalize()} against the language model",
         f"  KL divergence   {a.kl_last:.4f} nats behind the last token, {a.kl_mean:.4f} on average",
         f"  same top token  {'yes' if a.top1_last else 'no'} behind the last token, {a.top1_mean:.1%} of all tokens",
         "With error nodes",

@@ -1,6 +1,7 @@
 """What is recorded of a run of the language model, and the hooks that record it and replace outputs."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -76,6 +77,38 @@ def recording_hooks(
             if norms.behind_attention:
                 hooks.append(_scale(block, norms.behind_attention, "", live.attn_post_scale))
     return hooks
+
+
+@contextmanager
+def patterns_in_time(bridge: Any, hooks: list[Hook]) -> Iterator[list[Hook]]:
+    """The `hooks` to run `bridge` with, so that those on attention's pattern run before those on its output.
+
+    A bridge that leaves attention to the wrapped module (GPT-J) tells the pattern last. There it is taken from that
+    module while this context lasts.
+    """
+    from transformer_lens.model_bridge.generalized_components import AttentionBridge
+
+    others, handles = [], []
+    for name, hook in hooks:
+        attention = bridge.get_submodule(name.rpartition(".")[0]) if name.endswith(".attn.hook_pattern") else None
+        if attention is not None and type(attention).forward is AttentionBridge.forward:
+            handles.append(attention.original_component.register_forward_hook(_of_output(hook)))
+        else:
+            others.append((name, hook))
+    try:
+        yield others
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _of_output(hook: Callable[..., Tensor | None]) -> Callable[..., None]:
+    """`hook` for the pattern among what a module of transformers returns."""
+
+    def forward_hook(module: Any, arguments: Any, output: tuple[Tensor, ...]) -> None:
+        hook(output[1], None)
+
+    return forward_hook
 
 
 def _scale(block: str, norm: str | None, without_norm: str, kept: list[Tensor]) -> Hook:

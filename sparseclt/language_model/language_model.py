@@ -13,7 +13,7 @@ from sparseclt.config import TrainConfig
 from sparseclt.devices import usable
 from sparseclt.language_model.dtypes import close, keep_dtype
 from sparseclt.language_model.files import DTYPES, EXPECTED, DType, load_hf, locate
-from sparseclt.language_model.hooks import BlockNorms, Hook, Replace, StopRun, recording_hooks
+from sparseclt.language_model.hooks import BlockNorms, Hook, Replace, StopRun, patterns_in_time, recording_hooks
 from sparseclt.language_model.identity import tensors_digest
 from sparseclt.model.activations import Activations, all_but_first, at_least_float32
 from sparseclt.model.attention import AttentionWeights, attention_write, centre
@@ -209,7 +209,8 @@ class LanguageModel:
         return None if name is None else _gain_and_bias(self.bridge.blocks[layer].get_submodule(name))
 
     def _run(self, tokens: Tensor, hooks: list[Hook]) -> Tensor:
-        return self.bridge.run_with_hooks(tokens, fwd_hooks=hooks, use_cache=False)
+        with patterns_in_time(self.bridge, hooks) as hooks:
+            return self.bridge.run_with_hooks(tokens, fwd_hooks=hooks, use_cache=False)
 
     def _checked(self, tokens: Tensor) -> Tensor:
         if tokens.ndim != 2 or tokens.dtype not in (torch.int32, torch.int64):

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from typing import Any, Concatenate, ParamSpec, TypeVar, Unpack
 
 import torch
 
@@ -11,8 +11,9 @@ from sparseclt.model import pretrained
 from sparseclt.model.activations import Activations
 from sparseclt.model.decoder_gradients import DecoderGradients
 from sparseclt.model.forward import ForwardPass
+from sparseclt.model.hub import HubModel
 from sparseclt.model.sites import Mode
-from sparseclt.model.transcoders import Transcoders
+from sparseclt.storage.hub import Download, local_directory
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -33,7 +34,7 @@ def in_evaluation_mode(function: Callable[Concatenate["SparseCLT", P], R]) -> Ca
     return run
 
 
-class SparseCLT(Transcoders):
+class SparseCLT(HubModel):
     """A sparsely-connected cross-layer transcoder.
 
     Vanilla mode: every encoder reads the model's own residual stream. Sparsely-connected mode: each latent is
@@ -69,12 +70,8 @@ class SparseCLT(Transcoders):
             forward.advance(site, activations)
         return forward
 
-    def save_pretrained(self, path: str | Path) -> Path:
-        """Write the CLT to directory `path` (circuit-tracer layout and sidecars), whole or not at all."""
-        return pretrained.save(self, Path(path))
-
     @classmethod
-    def from_pretrained(
+    def from_pretrained(  # type: ignore[override]  # that of the hub's mixin begins with a search for config.json
         cls,
         path: str | Path,
         device: torch.device | str | None = None,
@@ -83,11 +80,14 @@ class SparseCLT(Transcoders):
         language_model: Any = None,
         active: int | None = None,
         input_hook: str | None = None,
+        **download: Unpack[Download],
     ) -> "SparseCLT":
         """Read what `save_pretrained` or a training run wrote, a checkpoint included; every file is checked against its
         digest. Or read a directory of circuit-tracer, Gemma Scope 2, sparsify, clt-training or SAELens, recognised by
         its files: a CLT, or a set of per-layer transcoders (`Architecture.targets`), without connections.
 
+        `path`: a directory, or the name of a repository on the Hugging Face hub ("owner/name"), to which `download`
+        applies (`revision`, `token`, `cache_dir`, `force_download`, `local_files_only`).
         `device`: where it goes. None: the CPU. `dtype`: of its weights. None: as they were saved. The logits of
         learned connections keep theirs, and thresholds have at least fp32.
 
@@ -100,7 +100,7 @@ class SparseCLT(Transcoders):
         for what a CLT of this kind cannot hold.
         """
         options = {"language_model": language_model, "active": active, "input_hook": input_hook}
-        architecture, attention, tensors = pretrained.read(Path(path), **options)
+        architecture, attention, tensors = pretrained.read(local_directory(path, download), **options)
         clt = cls(architecture, attention).to(device=device, dtype=dtype or pretrained.dtype_of(tensors))
         for module in clt:
             module.keep_wide_thresholds()

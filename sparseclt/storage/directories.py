@@ -203,10 +203,16 @@ def check_regular(path: Path, name: str) -> None:
     place = path
     for part in name.split("/"):
         place = place / part
-        if place.is_symlink():
+        if place.is_symlink() and not _is_blob_of_the_hub(place):
             raise CheckpointError(f"{place} is a symbolic link: expected a file of the checkpoint, copy it in")
     if not place.is_file():
         raise CheckpointError(f"{place} is missing: restore it or use another checkpoint")
+
+
+def _is_blob_of_the_hub(link: Path) -> bool:
+    """Whether a link in REPOSITORY/snapshots/REVISION of the hub's cache leads to a file in REPOSITORY/blobs."""
+    snapshots = [parent for parent in link.parents if parent.name == "snapshots"]
+    return any(link.resolve().parent == parent.with_name("blobs") for parent in snapshots)
 
 
 def read_versioned(path: Path, files: list[str], name: str) -> dict[str, Any]:

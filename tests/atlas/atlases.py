@@ -86,11 +86,16 @@ def make_atlas(
     attention: str = "frozen",
     connected: bool = True,
     dtype: torch.dtype | None = None,
+    activation: str = "topk",
 ) -> Atlas:
     config = family if family in FAMILIES else further_config(family)
     model = LanguageModel.from_hf(hf_model(config), tokenizer(), name=family)
-    clt = random_clt(model, attention).to(dtype)
+    clt = random_clt(model, attention, activation=activation).to(dtype).eval()
     with torch.no_grad():
+        for module in clt:
+            for threshold, value in ((module.threshold, 0.5), (module.threshold_sparse, 0.8)):
+                if threshold is not None:  # one that some of the strongest latents do not reach
+                    threshold.fill_(value)
         clt.transcoder(DEAD[0]).b_enc[DEAD[1]] = -1e6
     if connected:
         connect_random(clt, C)

@@ -9,13 +9,22 @@ from sparseclt.atlas.folder import read
 from sparseclt.atlas.latents import SHARD
 from sparseclt.model.attention import attention_write, centre, head_rows
 
-CASES = [("gpt2", "frozen"), ("pythia", "frozen"), ("llama", "latents"), ("Olmo2", "latents")]
+CASES = [
+    ("gpt2", "frozen", "topk"),
+    ("pythia", "frozen", "topk"),
+    ("llama", "latents", "topk"),
+    ("Olmo2", "latents", "topk"),
+    ("gpt2", "frozen", "batchtopk"),
+    ("gpt2", "frozen", "jumprelu"),
+    ("llama", "latents", "jumprelu"),
+]
 
 
 @pytest.fixture(scope="module", params=CASES, ids=[" ".join(case) for case in CASES])
 def case(request, tmp_path_factory):
-    atlas = make_atlas(tmp_path_factory.mktemp("figures") / "atlas", *request.param)
-    attention = request.param[1] == "latents"
+    family, attention, activation = request.param
+    atlas = make_atlas(tmp_path_factory.mktemp("figures") / "atlas", family, attention, activation=activation)
+    attention = attention == "latents"
     atlas.activations = atlas.language_model.capture(atlas.rows.long(), attention=attention)
     atlas.z = {mode: dense(atlas, mode) for mode in ("vanilla", "sparse")}
     return atlas

@@ -7,18 +7,12 @@ from pathlib import Path
 
 import pytest
 from atlases import DEAD, IMAGE, NAME, SCRIPT, SCRIPT_ID
-from browser import Pages, chromium, served
+from browser import Pages, served
 
 from sparseclt.atlas.build import build_atlas
 from sparseclt.atlas.folder import read, write
 
 SIZES = {"desktop": (1200, 900), "phone": (400, 800)}
-
-
-@pytest.fixture(scope="module")
-def browser():
-    with chromium() as browser:
-        yield browser
 
 
 @pytest.fixture(scope="module")
@@ -259,6 +253,7 @@ def test_196608_latents_open_in_under_a_second(browser, atlas, tmp_path):
 @pytest.mark.skipif("SPARSECLT_PICTURES" not in os.environ, reason="makes the pictures of docs/atlas.md: see there")
 def test_pictures_for_the_documentation(browser):
     run, folder = Path(os.environ["SPARSECLT_PICTURES"]), Path(__file__).parents[2] / "docs" / "images"
+    names = os.environ.get("SPARSECLT_PICTURE_NAMES", "atlas")  # what the files' names begin with
     latent, graph = os.environ["SPARSECLT_PICTURED"].split()
     with served(build_atlas(run)) as url:
         for name, hash, scheme, (width, height) in [
@@ -273,6 +268,6 @@ def test_pictures_for_the_documentation(browser):
             page.wait_for_selector("h1")
             if name == "graph":
                 page.locator("#picture .mark circle").last.click()
-            page.screenshot(path=folder / f"atlas-{name}.png")
+            page.screenshot(path=folder / f"{names}-{name}.png")
             page.close()
             assert pages.troubles == []

@@ -7,6 +7,7 @@ from clts import connect_random, language_model, random_clt
 
 from sparseclt.graph.attribution import attribute
 from sparseclt.graph.run import language_model_run, sparse_model_run
+from sparseclt.model.forward import ForwardPass
 
 PROMPT = "w7 w31 w7 w12 w3 w44"
 TOKENS = torch.tensor([[0, 7, 31, 7, 12, 3, 44]])
@@ -25,11 +26,13 @@ def clt_of(family: str, attention: str):
 
 
 @cache
-def run_of(family: str, attention: str, error_nodes: bool):
-    make = language_model_run if error_nodes else sparse_model_run
-    return make(clt_of(family, attention), model_of(family), TOKENS)
+def run_of(family: str, attention: str, error_nodes: bool, mode: str = "sparse"):
+    clt = clt_of(family, attention)
+    if error_nodes:
+        return language_model_run(clt, model_of(family), TOKENS, mode)
+    return sparse_model_run(clt, model_of(family), TOKENS, ForwardPass(clt, mode))
 
 
 @cache
-def graph_of(family: str, attention: str, error_nodes: bool):
-    return attribute(run_of(family, attention, error_nodes))
+def graph_of(family: str, attention: str, error_nodes: bool, mode: str = "sparse"):
+    return attribute(run_of(family, attention, error_nodes, mode))

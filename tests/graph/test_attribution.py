@@ -9,32 +9,35 @@ from graphs import TOKENS, clt_of, graph_of, model_of, run_of
 from tiny_models import FAMILIES, further_config, hf_model, tokenizer
 
 from sparseclt.graph.attribution import attribute, top_logits
-from sparseclt.graph.run import sparse_model_run
+from sparseclt.graph.run import language_model_run, sparse_model_run
 from sparseclt.language_model.language_model import LanguageModel
 from sparseclt.model.replacement import replacement
 
 every_family = pytest.mark.parametrize("family", FAMILIES)
 both_kinds = pytest.mark.parametrize("attention", ["frozen", "latents"])
+both_modes = pytest.mark.parametrize("mode", ["sparse", "vanilla"])
 both_runs = pytest.mark.parametrize("error_nodes", [False, True], ids=["sparse model", "error nodes"])
 
 
+@both_modes
 @both_runs
 @both_kinds
 @every_family
-def test_what_leads_to_a_node_adds_up_to_its_value(family, attention, error_nodes):
-    graph = graph_of(family, attention, error_nodes)
+def test_what_leads_to_a_node_adds_up_to_its_value(family, attention, error_nodes, mode):
+    graph = graph_of(family, attention, error_nodes, mode)
     sums = torch.zeros_like(graph.values).index_add_(0, graph.target, graph.weight)
     reached = graph.stage >= 0
     assert graph.by_kind["latent"].sum() > 50 and graph.by_kind["logit"].any()
     torch.testing.assert_close(sums[reached], graph.values[reached], rtol=0, atol=1e-9)
 
 
+@both_modes
 @both_runs
 @both_kinds
 @every_family
-def test_logits_propagated_from_the_inputs_are_those_of_the_run(family, attention, error_nodes):
-    graph = graph_of(family, attention, error_nodes)
-    hooks = {} if error_nodes else replacement(clt_of(family, attention), "sparse")
+def test_logits_propagated_from_the_inputs_are_those_of_the_run(family, attention, error_nodes, mode):
+    graph = graph_of(family, attention, error_nodes, mode)
+    hooks = {} if error_nodes else replacement(clt_of(family, attention), mode)
     logits = model_of(family).replaced_logits(TOKENS, **hooks)[0, -1]
     numbers = graph.numbers("logit")
     chosen = torch.tensor([graph.nodes[n].index for n in numbers.tolist()])
@@ -61,6 +64,22 @@ def test_every_active_latent_is_a_node_and_reads_only_its_connections(attention)
             assert s.position == t.position or t.site.kind == "attn"
 
 
+@both_kinds
+@every_family
+def test_in_vanilla_mode_the_latents_are_those_of_a_vanilla_pass_and_read_all_upstream_ones(family, attention):
+    clt, graph = clt_of(family, attention), graph_of(family, attention, True, "vanilla")
+    forward = clt(model_of(family).capture(TOKENS, attention=attention == "latents"), "vanilla")
+    for site, latents in zip(clt.sites, forward.latents, strict=True):
+        active = {(p, latents.indices[p, slot].item()) for p, slot in (latents.values > 0).nonzero().tolist()}
+        assert {(n.position, n.index) for n in graph.nodes if n.kind == "latent" and n.site == site} == active
+    latent = graph.by_kind["latent"]
+    pairs = set(zip(graph.source.tolist(), graph.target.tolist(), strict=True))
+    last = [n for n in latent.nonzero()[:, 0].tolist() if graph.nodes[n].site == clt.sites[-1]]
+    earlier = [n for n in latent.nonzero()[:, 0].tolist() if graph.nodes[n].site.layer < clt.sites[-1].layer]
+    same = [(s, t) for s in earlier for t in last if graph.nodes[s].position == graph.nodes[t].position]
+    assert len(same) > 50 and set(same) <= pairs
+
+
 @every_family
 def test_frozen_attention_is_one_node_for_each_layer_and_position(family):
     places = [(n.site.name, n.position) for n in graph_of(family, "frozen", False).nodes if n.kind == "attention"]
@@ -84,7 +103,7 @@ def test_attention_latents_have_edges_between_tokens():
 
 
 @pytest.mark.parametrize("attention", ["frozen", "latents"])
-@pytest.mark.parametrize("family", ["Phi", "Olmo2"])  # one norm for both, and norms behind attention and MLP
+@pytest.mark.parametrize("family", ["GPTJ", "Phi", "Olmo2"])  # one norm for both; norms behind attention and MLP
 def test_other_families_add_up_too(family, attention):
     model = LanguageModel.from_hf(hf_model(further_config(family)), tokenizer(), name=family)
     clt = random_clt(model, attention)
@@ -128,3 +147,12 @@ def test_logits_with_a_soft_cap_are_refused():
     run = run_of("gpt2", "frozen", False)
     with pytest.raises(ValueError, match="expected logits that are linear in the residual stream"):
         attribute(replace(run, logits=3 * torch.tanh(run.logits / 3)))
+
+
+@pytest.mark.parametrize("make", [sparse_model_run, language_model_run])
+def test_a_family_with_a_soft_cap_is_refused_however_small_its_logits(make):
+    model = LanguageModel.from_hf(hf_model(further_config("Gemma2")), tokenizer(), name="Gemma2")
+    clt = random_clt(model)
+    connect_random(clt, 6)
+    with pytest.raises(ValueError, match="expected logits that are linear in the residual stream"):
+        attribute(make(clt, model, TOKENS))

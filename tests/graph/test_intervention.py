@@ -6,7 +6,7 @@ from clts import random_clt
 from graphs import PROMPT, TOKENS, clt_of, model_of, run_of
 
 from sparseclt.graph.intervention import Intervention, _IntervenedPass, _predicted, _resolve, intervene
-from sparseclt.graph.run import linear_logits
+from sparseclt.graph.run import linear_logits, sparse_model_run
 from sparseclt.model.forward import ForwardPass
 from sparseclt.model.replacement import hooks
 
@@ -126,6 +126,15 @@ def test_what_does_not_exist_is_named(interventions, message):
         intervene(clt_of("gpt2", "frozen"), model_of("gpt2"), PROMPT, parsed)
 
 
-def test_a_clt_without_connections_is_refused():
+def test_a_clt_without_connections_is_changed_in_vanilla_mode():
+    clt, model = random_clt(model_of("gpt2")), model_of("gpt2")
+    run = sparse_model_run(clt, model, TOKENS, ForwardPass(clt, "vanilla"))
+    z = run.forward.latents[2].dense(clt.architecture.latents)[LAST]
+    latent = int(z.argmax())
+    effects = intervene(clt, model, PROMPT, [Intervention("mlp_2", latent, (-1,), value=0.0)])
+    assert list(effects.before) == list(effects.after) == ["vanilla"]
+    directions, _ = linear_logits(run, effects.tokens)
+    expected = -z[latent] * (directions @ clt.transcoder(2).W_dec[latent, 0])
+    torch.testing.assert_close(effects.predicted, expected.detach())
     with pytest.raises(ValueError, match="clt: expected a CLT with connections"):
-        intervene(random_clt(model_of("gpt2")), model_of("gpt2"), PROMPT, [Intervention("mlp_1", 0, value=0.0)])
+        intervene(clt, model, PROMPT, [Intervention("mlp_1", 0, value=0.0)], modes=["sparse"])

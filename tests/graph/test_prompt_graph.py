@@ -184,9 +184,23 @@ def test_a_prompt_without_text_or_too_long_is_refused(prompt, message):
         prompt_graph(clt_of("gpt2", "frozen"), model_of("gpt2"), prompt)
 
 
-def test_a_clt_without_connections_has_no_graph():
-    with pytest.raises(ValueError, match="clt: expected a CLT with connections.*connections.policy 'top'"):
-        prompt_graph(random_clt(model_of("gpt2")), model_of("gpt2"), PROMPT)
+def test_a_clt_without_connections_has_a_graph_of_vanilla_mode_only(tmp_path):
+    clt, model = random_clt(model_of("gpt2")), model_of("gpt2")
+    with pytest.raises(ValueError, match="clt: expected a CLT with connections.*trace mode 'vanilla'"):
+        prompt_graph(clt, model, PROMPT)
+    traced = prompt_graph(clt, model, PROMPT, mode="vanilla")
+    assert graph_name(traced).endswith("-vanilla")
+    written = json.loads(write_graph(traced, tmp_path / "graph.json").read_text())
+    assert written["metadata"]["sparseclt"]["mode"] == "vanilla"
+    assert "Graph of the replaced model, vanilla mode" in graph_summary(traced)
+    with_errors = prompt_graph(clt, model, PROMPT, mode="vanilla", error_nodes=True)
+    real = model.replaced_logits(TOKENS)[0, -1]
+    assert with_errors.graph.probabilities[0] == pytest.approx(real.softmax(-1).max().item())
+
+
+def test_a_prompt_of_the_first_token_only_is_refused():
+    with pytest.raises(ValueError, match="prompt: expected text behind the token that begins a document"):
+        prompt_graph(clt_of("gpt2", "frozen"), model_of("gpt2"), "<s>", special_tokens=True)
 
 
 def test_half_precision_is_refused():

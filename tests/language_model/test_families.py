@@ -68,6 +68,18 @@ def test_replacing_outputs_by_themselves_leaves_the_logits(model, live):
     torch.testing.assert_close(same, model.replaced_logits(tokens), **EXACT)
 
 
+def test_a_replacement_of_attention_sees_its_pattern_and_scale(model, live):
+    """As the modules do that read them while the model runs."""
+    seen = []
+
+    def own(layer, run):
+        seen.append(torch.equal(run.mix(layer), live.mix(layer)))
+        return run.attn_out[layer]
+
+    model.replaced_logits(tiny_models.tokens(), on_attn=own)
+    assert seen == [True] * model.shape.layers
+
+
 @pytest.mark.parametrize("attention", ["frozen", "latents"])
 def test_with_all_connections_open_and_error_nodes_both_modes_agree(model, live, attention):
     clt = random_clt(model, attention)

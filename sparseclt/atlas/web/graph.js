@@ -165,7 +165,7 @@ class View {
     return [
       el("h2", {}, this.name(node)),
       el("p", { class: "row" },
-        latent ? el("a", { href: latentHref(module, node.latent, run.modes.at(-1)), id: "to-latent" }, "its page") : null,
+        latent ? el("a", { href: latentHref(module, node.latent, this.metadata.sparseclt?.mode ?? run.modes.at(-1)), id: "to-latent" }, "its page") : null,
         el("button", { type: "button", id: "pin", "aria-pressed": String(this.pinned.includes(node.node_id)), onclick: () => this.pin(node.node_id) }, "pin")),
       el("p", { class: "faint" }, node.activation === null || node.activation === undefined ? null : ["activation ", number(node.activation)],
         node.token_prob ? [" probability ", number(node.token_prob)] : null),

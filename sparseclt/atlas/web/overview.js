@@ -15,7 +15,7 @@ export function overview() {
   const { architecture: a, evaluation: e } = run;
   const content = [
     el("h1", {}, run.name),
-    el("p", {}, `A cross-layer transcoder of ${a.model.name}: ${run.modules.length} modules of ${count(run.latents)} latents, ` +
+    el("p", {}, `A cross-layer transcoder of ${a.model.name.startsWith("/") ? a.model.name.split("/").pop() : a.model.name}: ${run.modules.length} modules of ${count(run.latents)} latents, ` +
       `${a.active} active per token${e && e.C ? `, ${e.C} connections per latent` : ""}. The pages of latents show ` +
       `${count(run.tokens)} tokens of the ${run.split === "train" ? "training" : "held-out"} text.`),
     run.modes.includes("sparse") ? null : el("p", { class: "note" }, "This run has no connections: only vanilla mode is shown."),
