@@ -11,7 +11,7 @@ from sparseclt.model import pretrained
 from sparseclt.model.activations import Activations
 from sparseclt.model.decoder_gradients import DecoderGradients
 from sparseclt.model.forward import ForwardPass
-from sparseclt.model.sites import Mode
+from sparseclt.model.sites import Mode, Open
 from sparseclt.model.transcoders import Transcoders
 
 P = ParamSpec("P")
@@ -56,6 +56,7 @@ class SparseCLT(Transcoders):
         backend: str | None = None,
         error_nodes: bool = False,
         gradients: DecoderGradients | None = None,
+        open_connections: Open = "own",
     ) -> ForwardPass:
         """All modules on one batch of captured activations, in `mode` "vanilla" or "sparse".
 
@@ -63,8 +64,10 @@ class SparseCLT(Transcoders):
         `error_nodes` (sparsely-connected mode): what each module failed to reconstruct is added to the stream
         that later modules read, as in circuit tracing. With all connections open, both modes then agree.
         `gradients`: collects the decoders' gradient in the backward pass, instead of their `.grad`.
+        `open_connections` (sparsely-connected mode): "all" or "none" of the upstream latents are read, instead of the
+        CLT's "own" connections. With "all" nothing of size F x U exists, and the CLT needs no connections.
         """
-        forward = ForwardPass(self, mode, backend, error_nodes, gradients)
+        forward = ForwardPass(self, mode, backend, error_nodes, gradients, open_connections)
         for site in self.sites:
             forward.advance(site, activations)
         return forward
