@@ -64,14 +64,19 @@ def evaluate(run: Run, device: str | None = None, checkpoint: Path | None = None
     return partial(commands.evaluate, run, device, checkpoint)
 
 
-def sweep(config: Config = TrainConfig(out="runs/sweep"), connections: tuple[int, ...] = (8, 16, 32, 64)) -> Work:  # noqa: B008
+def sweep(
+    config: Config = TrainConfig(out="runs/sweep"),  # noqa: B008
+    connections: tuple[int, ...] = (0, 1, 2, 4, 8, 16, 32, 64),
+    random: bool = True,
+) -> Work:
     """Train a vanilla baseline and one run for each number of connections: FVU against C.
 
     Args:
         config: The configuration of the runs.
-        connections: The numbers of connections (C).
+        connections: The numbers of connections (C). 0: a run without any, which the others are compared with.
+        random: Train another run for each C, with random connections.
     """
-    return partial(commands.sweep, config, connections)
+    return partial(commands.sweep, config, connections, random)
 
 
 def atlas(

@@ -46,12 +46,12 @@ def evaluate(run: Path, device: str | None, checkpoint: Path | None) -> None:
     print(report.evaluation_table(result.to_dict()))
 
 
-def sweep(config: TrainConfig, connections: tuple[int, ...]) -> None:
+def sweep(config: TrainConfig, connections: tuple[int, ...], random: bool) -> None:
     """Train for each number of connections and print FVU against C."""
     from sparseclt import runs
     from sparseclt.evaluation import report
 
-    print(report.sweep_table(runs.sweep(config, connections)))
+    print(report.sweep_table(runs.sweep(config, connections, random=random)))
     print(f"\nRun directories: {config.out}")
 
 

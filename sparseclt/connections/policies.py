@@ -13,8 +13,8 @@ from sparseclt.model.transcoders import Transcoders
 
 
 def check_connections(clt: Transcoders, C: int, least: int = 0) -> None:
-    """A ValueError for fewer connections than `least`, and where no module has C upstream latents, saying how many there
-    are."""
+    """A ValueError for fewer connections than `least`, and where no module has C upstream latents, saying how many
+    there are."""
     most = max(m.upstream for m in clt)
     if not least <= C <= most:
         raise ValueError(

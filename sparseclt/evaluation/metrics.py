@@ -16,7 +16,6 @@ from sparseclt.model.clt import SparseCLT, in_evaluation_mode
 from sparseclt.model.replacement import replacement
 from sparseclt.model.sites import MODES, Kind, Mode, Open, Site
 
-
 EXCESS = ("excess_fvu", "propagated_error", "cost_of_sparsity")
 
 
@@ -41,8 +40,8 @@ class Metrics:
     propagated_error: float | None = None
     """`fvu_all_open - fvu_vanilla`: what upstream modules fail to reconstruct and later ones read."""
     cost_of_sparsity: float | None = None
-    """`fvu_sparse - fvu_all_open`: what leaving connections out costs; below 0 where the weights, which were trained with
-    these connections, do worse with all of them."""
+    """`fvu_sparse - fvu_all_open`: what leaving connections out costs; below 0 where the weights, which were trained
+    with these connections, do worse with all of them."""
     fvu_all_open: float | None = None
     """FVU in sparsely-connected mode with every upstream latent connected; not trained on."""
     fvu_disconnected: float | None = None

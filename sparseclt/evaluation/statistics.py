@@ -11,6 +11,7 @@ from sparseclt.model.sites import Site
 from sparseclt.model.transcoders import Transcoders
 
 DENSITY_EDGES = tuple(quarter / 4 for quarter in range(-24, 1))  # log10 of a firing rate, from 1e-6 to 1
+TRAINING_TOKENS = 1_000_000  # a latent that fired on none of the last so many training tokens is dead in training
 TWIN_OVERLAP = 0.5  # Jaccard index of the tokens on which two latents fire
 
 
@@ -55,8 +56,8 @@ class Twins:
             self.both[m] += torch.bincount(indices[on & together], minlength=len(self.both[m])).cpu()
 
     def share(self, m: int, fired: Tensor) -> float:
-        """Share of module `m`'s latents that fire together with the nearest one on more than half of the tokens on which
-        either does. `fired` [F]: on how many tokens each does."""
+        """Share of module `m`'s latents that fire together with the nearest one on more than half of the tokens on
+        which either does. `fired` [F]: on how many tokens each does."""
         either = fired + fired[self.nearest[m].cpu()] - self.both[m]
         return (self.both[m] > TWIN_OVERLAP * either).double().mean().item()
 

@@ -30,7 +30,7 @@ def connection_structure(module: Transcoder, V: Tensor, live: Tensor) -> dict[st
 
 
 def nearest_decoders(decoders: Tensor, tile: int = 1024) -> tuple[Tensor, Tensor]:
-    """The nearest neighbour of each latent in its module, by its decoders [F, T D]: their cosine [F], and its index [F].
+    """The nearest neighbour of each latent in its module by decoders [F, T D]: their cosine [F], and its index [F].
 
     Equivalent to `(cosine - 2 * eye).max(1)` with the F x F cosines, which are computed by tiles of rows and columns.
     A module of one latent has no neighbour: cosine -1.

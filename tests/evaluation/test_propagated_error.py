@@ -1,5 +1,7 @@
 """The excess splits into propagated error and cost of sparsity; figures of latents against plain formulas."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from clts import F, connect_random, language_model, open_all, random_clt, tokens
@@ -68,9 +70,7 @@ def test_density_and_twins_equal_the_dense_formulas(activation):
             on = z.dense(F) > 0
             rates = on.double().sum(0) / result.tokens
             log = rates[rates > 0].log10()
-            histogram = [
-                int(((log >= low) & (log < high)).sum()) for low, high in zip(DENSITY_EDGES, DENSITY_EDGES[1:])
-            ]
+            histogram = [int(((log >= low) & (log < high)).sum()) for low, high in pairwise(DENSITY_EDGES)]
             histogram[-1] += int((log == 0).sum())
             assert row.density[mode] == histogram and sum(histogram) == (rates > 0).sum()
     for row, module, z in zip(result.modules, clt, clt(activations, "vanilla").latents, strict=True):
