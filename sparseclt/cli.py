@@ -53,15 +53,16 @@ def repeat(run: Run, out: Run) -> Work:
     return partial(commands.repeat, run, out)
 
 
-def evaluate(run: Run, device: str | None = None, checkpoint: Path | None = None) -> Work:
+def evaluate(run: Run, device: str | None = None, checkpoint: Path | None = None, faithfulness: bool = False) -> Work:
     """Evaluate a finished run on its held-out text and print the table.
 
     Args:
         run: The run directory.
         device: 'cpu', 'cuda', ... None: that of the run.
         checkpoint: One of its checkpoints, such as step_00000500, to evaluate instead.
+        faithfulness: Also measure whether connections matter: ablations, shuffled connections, KL, scores of graphs.
     """
-    return partial(commands.evaluate, run, device, checkpoint)
+    return partial(commands.evaluate, run, device, checkpoint, faithfulness)
 
 
 def sweep(

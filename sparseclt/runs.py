@@ -3,7 +3,7 @@
 import gc
 import json
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +16,13 @@ from sparseclt.data.text import load_rows
 from sparseclt.data.tokens import check_token_ids
 from sparseclt.evaluation import plots, report
 from sparseclt.evaluation.dead import with_dead_in_training
+from sparseclt.evaluation.faithfulness import faithfulness
 from sparseclt.evaluation.frontier import ROW, with_explained
 from sparseclt.evaluation.metrics import Evaluation, evaluate
 from sparseclt.evaluation.pruning import fvu_against_c
 from sparseclt.export.calibration import calibrate
 from sparseclt.export.circuit_tracer import export_circuit_tracer
+from sparseclt.graph.prompt_scores import prompt_scores
 from sparseclt.language_model.language_model import LanguageModel
 from sparseclt.model.clt import SparseCLT
 from sparseclt.storage.checkpoint import latest
@@ -107,6 +109,21 @@ def load_run(run: str | Path, *, device: str | None = None) -> tuple[SparseCLT, 
     if config.model.dtype != "fp32":  # whose weights have another digest, so that they cannot be checked
         model = LanguageModel.of(replace(config, model=replace(config.model, dtype="fp32")))
     return SparseCLT.from_pretrained(path, device=model.device, dtype=torch.float32), model
+
+
+def faithfulness_of_run(run: str | Path, *, device: str | None = None) -> dict[str, Any]:
+    """Measure whether the connections of the finished run in directory `run` matter; writes `faithfulness.json` and
+    `faithfulness.md` there and returns the figures. On some of its held-out text, and its first rows as prompts."""
+    config = read_config(run)
+    clt, model = load_run(run, device=device)
+    rows = held_out_rows(config, model)
+    few = rows[: max(1, PRUNING_TOKENS // rows.shape[1])]
+    at_a_time = max(1, _rows_at_a_time(config, model) // 4)  # three models' logits are alive
+    figures = faithfulness(clt, model, few, batch_rows=at_a_time, backend=config.compute.backend).to_dict()
+    figures["graphs"] = asdict(prompt_scores(clt, model, rows))
+    replace_file(Path(run) / "faithfulness.json", json.dumps(figures, indent=2) + "\n")
+    replace_file(Path(run) / "faithfulness.md", report.faithfulness_table(figures) + "\n")
+    return figures
 
 
 def export_run(run: str | Path, out: str | Path, *, device: str | None = None) -> str:

@@ -53,6 +53,20 @@ _SWEEP_LATENTS = {
     "splitting_near": ("decoder cosine > 0.7", ".1%"),
     "cofiring_twins": ("co-firing twins", ".1%"),
 }
+_AGREEMENT = {
+    "run": ("replaced model", ""),
+    "kl": ("KL, nats per token", ".4f"),
+    "top1": ("same top token", ".1%"),
+    "fvu": ("FVU sparse", ".4f"),
+}
+_ABLATIONS = {
+    "name": ("module, all connections open", ""),
+    "connected": ("effect of ablating the C connected", ".4f"),
+    "unconnected": ("all others", ".4f"),
+    "random": ("C random ones", ".4f"),
+    "carried": ("carried by the connected", ".1%"),
+    "carried_random": ("carried by the random", ".1%"),
+}
 _EXPORT = {
     "name": ("module", ""),
     "fvu_before": ("FVU as trained", ".4f"),
@@ -104,6 +118,21 @@ def export_table(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
         for a, b in zip(before["modules"], after["modules"], strict=True)
     ]  # fmt: skip
     return markdown_table(rows, _EXPORT)
+
+
+def faithfulness_table(result: Mapping[str, Any]) -> str:
+    """A `Faithfulness` as Markdown, with the "graphs" of `graph.prompt_scores` where they were measured."""
+    labels = {"vanilla": "vanilla mode", "sparse": "sparsely-connected mode", "shuffled": "shuffled connections"}
+    fvu = {"sparse": result["fvu_sparse"], "shuffled": result["fvu_shuffled"]}
+    rows = [{"run": label, **result["agreement"][k], "fvu": fvu.get(k)} for k, label in labels.items()]
+    parts = [markdown_table(rows, _AGREEMENT), markdown_table(result["ablations"], _ABLATIONS)]
+    if graphs := result.get("graphs"):
+        parts.append(
+            f"Graphs of {graphs['prompts']} prompts of {graphs['prompt_tokens']} tokens, mean and standard deviation: "
+            f"replacement {graphs['replacement']:.3f} ({graphs['replacement_std']:.3f}), "
+            f"completeness {graphs['completeness']:.3f} ({graphs['completeness_std']:.3f})."
+        )
+    return "\n\n".join(parts)
 
 
 def sweep_table(rows: Sequence[Mapping[str, Any]]) -> str:
