@@ -3,8 +3,8 @@
     python tools/randomise_model.py embedded runs/nonsense
     sparseclt train --model.path runs/nonsense --out runs/control
 
-Every tensor keeps its own numbers in a random order, so that sizes and distributions stay as they were. A figure that is
-as good for this model as for the real one says nothing about what the real one has learned.
+Every tensor keeps its own numbers in a random order, so that sizes and distributions stay as they were. A figure that
+is as good for this model as for the real one says nothing about what the real one has learned.
 """
 
 import argparse
