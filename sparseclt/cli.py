@@ -80,25 +80,31 @@ def import_clt(
     return partial(commands.import_clt, path, config, input_hook)
 
 
-def evaluate(run: Run, device: str | None = None, checkpoint: Path | None = None) -> Work:
+def evaluate(run: Run, device: str | None = None, checkpoint: Path | None = None, faithfulness: bool = False) -> Work:
     """Evaluate a finished run on its held-out text and print the table.
 
     Args:
         run: The run directory.
         device: 'cpu', 'cuda', ... None: that of the run.
         checkpoint: One of its checkpoints, such as step_00000500, to evaluate instead.
+        faithfulness: Also measure whether connections matter: ablations, shuffled connections, KL, scores of graphs.
     """
-    return partial(commands.evaluate, run, device, checkpoint)
+    return partial(commands.evaluate, run, device, checkpoint, faithfulness)
 
 
-def sweep(config: Config = TrainConfig(out="runs/sweep"), connections: tuple[int, ...] = (8, 16, 32, 64)) -> Work:  # noqa: B008
+def sweep(
+    config: Config = TrainConfig(out="runs/sweep"),  # noqa: B008
+    connections: tuple[int, ...] = (0, 1, 2, 4, 8, 16, 32, 64),
+    random: bool = True,
+) -> Work:
     """Train a vanilla baseline and one run for each number of connections: FVU against C.
 
     Args:
         config: The configuration of the runs.
-        connections: The numbers of connections (C).
+        connections: The numbers of connections (C). 0: a run without any, which the others are compared with.
+        random: Train another run for each C, with random connections.
     """
-    return partial(commands.sweep, config, connections)
+    return partial(commands.sweep, config, connections, random)
 
 
 def atlas(

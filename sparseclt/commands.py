@@ -48,21 +48,25 @@ def import_clt(path: Path, config: TrainConfig, input_hook: str | None) -> None:
     print(f"\nRun directory: {config.out}")
 
 
-def evaluate(run: Path, device: str | None, checkpoint: Path | None) -> None:
-    """Evaluate a run and print its table."""
+def evaluate(run: Path, device: str | None, checkpoint: Path | None, faithfulness: bool) -> None:
+    """Evaluate a run and print its table, and with `faithfulness` whether its connections matter."""
     from sparseclt import runs
     from sparseclt.evaluation import report
 
+    if faithfulness and checkpoint is not None:
+        raise ValueError(f"faithfulness: expected a finished run without --checkpoint, got {checkpoint}")
     result = runs.evaluate_run(run, device=device, checkpoint=checkpoint)
     print(report.evaluation_table(result.to_dict()))
+    if faithfulness:
+        print(f"\n{report.faithfulness_table(runs.faithfulness_of_run(run, device=device))}")
 
 
-def sweep(config: TrainConfig, connections: tuple[int, ...]) -> None:
+def sweep(config: TrainConfig, connections: tuple[int, ...], random: bool) -> None:
     """Train for each number of connections and print FVU against C."""
     from sparseclt import runs
     from sparseclt.evaluation import report
 
-    print(report.sweep_table(runs.sweep(config, connections)))
+    print(report.sweep_table(runs.sweep(config, connections, random=random)))
     print(f"\nRun directories: {config.out}")
 
 

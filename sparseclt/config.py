@@ -108,11 +108,11 @@ class CLTConfig:
 class ConnectionConfig:
     """The upstream latents that each latent may read in sparsely-connected mode; the first two fields matter most."""
 
-    policy: Literal["top", "learned", "dense-learned", "none"] = "top"
+    policy: Literal["top", "learned", "dense-learned", "random", "none"] = "top"
     """top: the C most important latents, chosen again and again. learned: a trained gate for each of C candidates.
-    dense-learned: a trained gate for every pair of latents (small models only). none: train vanilla mode only."""
-    per_latent: Positive = 32
-    """Connections per latent (C); with policy learned, candidates per latent."""
+    dense-learned: a gate for every pair of latents (small models only). random: any C. none: vanilla mode only."""
+    per_latent: Natural = 32
+    """Connections per latent (C), 0 for none at all; with policy learned, candidates per latent."""
     importance: Importance = "coactivation"
     """What makes an upstream latent important, besides the size of its virtual weight |V|.
     coactivation: its mean while the reading latent fires. mean: over all tokens. rms: its root mean square."""

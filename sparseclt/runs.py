@@ -3,7 +3,7 @@
 import gc
 import json
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +15,18 @@ from sparseclt.connections.policies import check_connections
 from sparseclt.data.text import load_rows
 from sparseclt.data.tokens import check_token_ids
 from sparseclt.evaluation import plots, report
+from sparseclt.evaluation.dead import with_dead_in_training
+from sparseclt.evaluation.faithfulness import faithfulness
+from sparseclt.evaluation.frontier import ROW, with_explained
 from sparseclt.evaluation.metrics import Evaluation, evaluate
 from sparseclt.evaluation.pruning import fvu_against_c
 from sparseclt.export import FormatName
 from sparseclt.export.stages import export
+from sparseclt.graph.prompt_scores import prompt_scores
 from sparseclt.imports import import_clt
 from sparseclt.language_model.language_model import LanguageModel
 from sparseclt.model.clt import SparseCLT
+from sparseclt.storage.checkpoint import latest
 from sparseclt.storage.json_files import replace_file
 from sparseclt.storage.run_config import (
     CLT,
@@ -116,7 +121,7 @@ def evaluate_run(
     else:
         check_identity(Path(run), Identity.of(language_model, rows=None))
     clt = SparseCLT.from_pretrained(path, device=language_model.device)
-    return _measure(config, clt, language_model, held_out_rows(config, language_model))
+    return _measure(config, clt, language_model, held_out_rows(config, language_model), path if checkpoint else None)
 
 
 def load_run(run: str | Path, *, device: str | None = None) -> tuple[SparseCLT, LanguageModel]:
@@ -136,6 +141,21 @@ def load_run(run: str | Path, *, device: str | None = None) -> tuple[SparseCLT, 
     return clt, model
 
 
+def faithfulness_of_run(run: str | Path, *, device: str | None = None) -> dict[str, Any]:
+    """Measure whether the connections of the finished run in directory `run` matter; writes `faithfulness.json` and
+    `faithfulness.md` there and returns the figures. On some of its held-out text, and its first rows as prompts."""
+    config = read_config(run)
+    clt, model = load_run(run, device=device)
+    rows = held_out_rows(config, model)
+    few = rows[: max(1, PRUNING_TOKENS // rows.shape[1])]
+    at_a_time = max(1, _rows_at_a_time(config, model) // 4)  # three models' logits are alive
+    figures = faithfulness(clt, model, few, batch_rows=at_a_time, backend=config.compute.backend).to_dict()
+    figures["graphs"] = asdict(prompt_scores(clt, model, rows))
+    replace_file(Path(run) / "faithfulness.json", json.dumps(figures, indent=2) + "\n")
+    replace_file(Path(run) / "faithfulness.md", report.faithfulness_table(figures) + "\n")
+    return figures
+
+
 def export_run(
     run: str | Path,
     out: str | Path,
@@ -152,17 +172,23 @@ def export_run(
     return export(clt, model, config, rows, Path(run).resolve().name, Path(out), format, finetune_steps)
 
 
-def _measure(config: TrainConfig, clt: SparseCLT, language_model: LanguageModel, rows: Tensor) -> Evaluation:
-    """Evaluate `clt` on `rows` [R, S], and write tables and plots into the run directory."""
+def _measure(
+    config: TrainConfig, clt: SparseCLT, language_model: LanguageModel, rows: Tensor, checkpoint: Path | None = None
+) -> Evaluation:
+    """Evaluate `clt`, that of `checkpoint` or of the last one, on `rows` [R, S]; write tables and plots into the run
+    directory."""
     run = Path(config.out)
     result = evaluate(
         clt, language_model, rows, batch_rows=_rows_at_a_time(config, language_model), backend=config.compute.backend
     )
+    if counters := checkpoint or latest(run):
+        result = with_dead_in_training(result, counters)
     if clt.connected and clt.reads_upstream and len(rows) > 1:
         points = _pruned(config, clt, language_model, rows, _ladder(clt))
         result = replace(result, fvu_against_C=points)
         title = "The trained CLT with its connections chosen anew for each C, not trained on"
         plots.fvu_against_c(points, run / "fvu_against_c.png", title=title)
+    plots.densities(result.to_dict(), run / "density.png")
     replace_file(run / "evaluation.json", json.dumps(result.to_dict(), indent=2) + "\n")
     replace_file(run / "table.md", report.evaluation_table(result.to_dict()) + "\n")
     if (run / METRICS).is_file():  # an imported CLT has none
@@ -196,27 +222,29 @@ def _ladder(clt: SparseCLT) -> list[int]:
     """C = 1, 2, 4, ... up to twice the connections that the CLT was trained with."""
     trained = max(module.connections.C for module in clt if module.connections)
     most = max(module.upstream for module in clt)
-    return sorted({C for C in (2**i for i in range(20)) if C <= min(2 * trained, most)} | {trained})
+    return sorted({C for C in (2**i for i in range(20)) if C <= min(max(2 * trained, 1), most)} | {trained})
 
 
-def sweep(config: TrainConfig, Cs: Sequence[int]) -> list[dict[str, Any]]:
-    """Train one vanilla baseline and one sparsely-connected run for each C below `config.out`.
+def sweep(config: TrainConfig, Cs: Sequence[int], *, random: bool = True) -> list[dict[str, Any]]:
+    """Train one vanilla baseline, one sparsely-connected run for each C (0: without any connection) and, with `random`,
+    one with as many random connections, below `config.out`.
 
-    Returns, and writes as `sweep.json`, `sweep.md` and `fvu_against_c.png`, one row a C: FVU of both modes, excess
-    over the baseline's vanilla FVU and within the run, and the sparse FVU of the baseline pruned to C without
-    further training.
+    Returns, and writes as `sweep.json`, `sweep.md` and `fvu_against_c.png`, one row per C: FVU of both modes, excess
+    over the baseline's vanilla FVU and within the run, split into propagated error and cost of sparsity, the share that
+    the connections explain (`evaluation.frontier`), and the sparse FVU of the baseline pruned to C without further
+    training and of the run with random connections.
 
     Goes on where it was stopped: finished runs are kept, one under way is resumed. Raises ValueError, before anything
     is trained, for a C that no module has room for, a run that does not fit, and a run of other options in its place.
     """
-    baseline, runs = _planned(config, Cs)
-    out = Path(config.out)
-    for run in (baseline, *runs.values()):
+    baseline, runs, controls = _planned(config, Cs, random)
+    out, planned = Path(config.out), (baseline, *runs.values(), *controls.values())
+    for run in planned:
         _check_begun(run)
     model = LanguageModel.of(config)
     rows = held_out_rows(config, model)
     shape, available = replace(model.shape, parameters=0), memory.available_bytes(model.device)
-    for run in (baseline, *runs.values()):
+    for run in planned:
         memory.check_fits(run, shape, available)
     trainer = Trainer(baseline, language_model=model)
     for C in Cs:
@@ -226,27 +254,39 @@ def sweep(config: TrainConfig, Cs: Sequence[int]) -> list[dict[str, Any]]:
     base = _measure(baseline, clt, model, rows).mean.fvu_vanilla
     pruned = {row["C"]: row["fvu_sparse"] for row in _pruned(config, clt, model, rows, Cs)}
     del trainer, clt
-    table = []
+    table: list[dict[str, Any]] = []
     for C, run in runs.items():
-        _release_memory(model.device)
         row = _sweep_row(run, model, train_rows, rows)
         excess = None if row["fvu_sparse"] is None else row["fvu_sparse"] - base
-        table.append({"C": C, **row, "excess_over_baseline": excess, "fvu_pruned": pruned[C]})
+        row |= {"C": C, "excess_over_baseline": excess, "fvu_pruned": pruned[C]}
+        if C in controls:
+            row["fvu_random"] = _sweep_row(controls[C], model, train_rows, rows)["fvu_sparse"]
+        table = with_explained([*table, row])
         replace_file(out / "sweep.json", json.dumps({"baseline_fvu": base, "rows": table}, indent=2) + "\n")
     replace_file(out / "sweep.md", report.sweep_table(table) + "\n")
     plots.fvu_against_c(table, out / "fvu_against_c.png", baseline=base)
     return table
 
 
-def _planned(config: TrainConfig, Cs: Sequence[int]) -> tuple[TrainConfig, dict[int, TrainConfig]]:
-    """The baseline of a sweep, and its run for each C."""
+Runs = dict[int, TrainConfig]  # by C
+
+
+def _planned(config: TrainConfig, Cs: Sequence[int], random: bool) -> tuple[TrainConfig, Runs, Runs]:
+    """The baseline of a sweep, its run for each C, smallest first, and that with random connections."""
     c, out = config.connections, Path(config.out)
     if c.policy not in ("top", "learned"):
         raise ValueError(f"connections.policy: expected 'top' or 'learned' in a sweep over C, got {c.policy!r}")
     if not Cs or len(set(Cs)) < len(Cs):
         raise ValueError(f"connections: expected numbers of connections, each once, got {list(Cs)}")
-    runs = {C: replace(config, out=str(out / f"C_{C}"), connections=replace(c, per_latent=C)) for C in Cs}
-    return replace(config, out=str(out / "baseline"), connections=replace(c, policy="none")), runs
+    # Without connections there is nothing to fall to or to learn.
+    none = replace(c, per_latent=0, policy="top", start_per_latent=None)
+    chosen = {C: replace(c, per_latent=C) if C else none for C in sorted(Cs)}
+    runs = {C: replace(config, out=str(out / f"C_{C}"), connections=chosen[C]) for C in chosen}
+    controls = {
+        C: replace(config, out=str(out / f"random_C_{C}"), connections=replace(c, policy="random", per_latent=C))
+        for C in chosen if C and random
+    }  # fmt: skip
+    return replace(config, out=str(out / "baseline"), connections=replace(c, policy="none")), runs, controls
 
 
 def _check_begun(config: TrainConfig) -> None:
@@ -267,9 +307,10 @@ def _fit_or_resume(trainer: Trainer) -> SparseCLT:
 
 def _sweep_row(config: TrainConfig, model: LanguageModel, train_rows: Tensor, rows: Tensor) -> dict[str, Any]:
     """What a sweep shows of one run."""
+    _release_memory(model.device)
     clt = _fit_or_resume(Trainer(config, language_model=model, rows=train_rows))
     mean = _measure(config, clt, model, rows).mean
-    return {name: getattr(mean, name) for name in ("fvu_vanilla", "fvu_sparse", "excess_fvu", "dead_sparse")}
+    return {name: getattr(mean, name) for name in ROW}
 
 
 def _release_memory(device: torch.device) -> None:

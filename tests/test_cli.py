@@ -48,7 +48,7 @@ def run(material, tmp_path_factory):
 
 def test_a_run_directory_holds_weights_metrics_tables_and_pictures(run):
     for name in (
-        "config.json", "metrics.jsonl", "evaluation.json", "table.md", "loss.png", "fvu_against_c.png",
+        "config.json", "metrics.jsonl", "evaluation.json", "table.md", "loss.png", "fvu_against_c.png", "density.png",
         "clt/W_enc_0.safetensors", "clt/config.yaml", "checkpoints/step_00000006/manifest.json",
     ):  # fmt: skip
         assert (run / name).stat().st_size > 0, name
@@ -75,9 +75,12 @@ def test_resume_of_a_finished_run_changes_nothing(run, capsys):
 
 def test_sweep_writes_the_table_and_the_plot(material, tmp_path, capsys):
     out = tmp_path / "sweep"
-    assert main(["sweep", *material, "--out", str(out), "--connections", "2", "8"]) == 0
+    assert main(["sweep", *material, "--out", str(out), "--connections", "8", "0"]) == 0
     rows = json.loads((out / "sweep.json").read_text())["rows"]
-    assert [row["C"] for row in rows] == [2, 8] and all(row["fvu_pruned"] > 0 for row in rows)
+    assert [row["C"] for row in rows] == [0, 8] and all(row["fvu_pruned"] > 0 for row in rows)
+    assert rows[1]["fvu_random"] > 0 and "fvu_random" not in rows[0] and rows[0]["explained_by_connections"] == 0
+    C_8 = json.loads((out / "C_8" / "evaluation.json").read_text())["mean"]
+    assert rows[1]["propagated_error"] == C_8["propagated_error"] and rows[1]["cofiring_twins"] is not None
     assert (out / "fvu_against_c.png").stat().st_size > 0 and (out / "C_8" / "clt" / "config.yaml").exists()
     assert "FVU pruned" in capsys.readouterr().out
 
@@ -90,7 +93,7 @@ def test_sweep_writes_the_table_and_the_plot(material, tmp_path, capsys):
         (["--optimizer.clip-norm", "-1"], "optimizer.clip_norm: expected more than 0 or None, got -1.0"),
         (["--optimizer.betas", "0.9", "1"], "optimizer.betas[1]: expected less than 1, got 1.0"),
         (["--loss.l0-weight", "nan"], "loss.l0_weight: expected a finite number, got nan"),
-        (["--connections.per-latent", "49"], "connections.per_latent: expected 1 to 48"),
+        (["--connections.per-latent", "49"], "connections.per_latent: expected 0 to 48"),
         (["--model.path", "./nowhere"], "model.path: expected"),
         (["--data.source", "./nowhere.txt"], "data.source: expected"),
         (["--data.row-tokens", "25"], "data.row_tokens: expected at most the model's context of 24, got 25"),

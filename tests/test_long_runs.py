@@ -213,12 +213,13 @@ def usual_handler():
 @pytest.fixture
 def no_pictures(monkeypatch):
     """They take most of the time of such short runs."""
-    for name in ("fvu_against_c", "loss_curves"):
+    for name in ("densities", "fvu_against_c", "loss_curves"):
         monkeypatch.setattr(runs.plots, name, lambda *a, **k: None)
 
 
 def test_a_sweep_goes_on_where_it_stopped(material, tmp_path, capsys, monkeypatch, no_pictures, usual_handler):  # noqa: F811
-    flags = ["sweep", *material, "--steps", "3", "--checkpoints.every-steps", "3", "--connections", "2", "8", "--out"]
+    flags = ["sweep", *material, "--steps", "3", "--checkpoints.every-steps", "3", "--connections", "2", "8"]
+    flags += ["--no-random", "--out"]
     assert main([*flags, str(tmp_path / "whole")]) == 0
     interrupt_at(monkeypatch, "C_8", 1)
     assert main([*flags, str(tmp_path / "cut")]) == 130
@@ -240,7 +241,7 @@ def test_a_sweep_goes_on_where_it_stopped(material, tmp_path, capsys, monkeypatc
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--connections", "2", "49"], "connections.per_latent: expected 1 to 48"),
+        (["--connections", "2", "49"], "connections.per_latent: expected 0 to 48"),
         (["--connections", "2", "2"], "connections: expected numbers of connections, each once, got [2, 2]"),
         (["--connections", "2", "--connections.policy", "none"], "connections.policy: expected 'top' or 'learned'"),
     ],
@@ -261,8 +262,8 @@ def test_a_sweep_frees_each_run_before_the_next_one(material, tmp_path, monkeypa
         alive.extend([weakref.ref(self), weakref.ref(self.clt), weakref.ref(self.optimizer)])
 
     monkeypatch.setattr(Trainer, "__init__", init)
-    assert main(["sweep", *material, "--steps", "2", "--connections", "2", "4", "--out", str(tmp_path / "s")]) == 0
-    assert counts == [0, 0, 0]
+    assert main(["sweep", *material, "--steps", "2", "--connections", "0", "4", "--out", str(tmp_path / "s")]) == 0
+    assert counts == [0, 0, 0, 0], "baseline, C = 0, C = 4, 4 random ones"
 
 
 def test_from_run_takes_changes(run):

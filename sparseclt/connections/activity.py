@@ -6,6 +6,7 @@ from torch import Tensor
 from sparseclt.model.modules import Latents
 from sparseclt.ops.rows import add_at_
 
+HORIZON = 50_000  # tokens after which a running mean has forgotten half
 RARE = 4  # a latent that fired on fewer of the recent tokens says too little of what fires with it
 
 
@@ -20,7 +21,7 @@ class Activity:
         self,
         modules: int,
         latents: int,
-        horizon: int = 50_000,
+        horizon: int = HORIZON,
         device: str | torch.device = "cpu",
         recent: "RecentLatents | None" = None,
     ):

@@ -8,16 +8,17 @@ from torch import Tensor, nn
 
 from sparseclt.config import ConnectionConfig, Importance
 from sparseclt.connections.activity import Activity
-from sparseclt.connections.selection import select_top_connections
+from sparseclt.connections.selection import random_connections, select_top_connections
 from sparseclt.model.transcoders import Transcoders
 
 
-def check_connections(clt: Transcoders, C: int) -> None:
-    """A ValueError where no module has C upstream latents, saying how many there are."""
+def check_connections(clt: Transcoders, C: int, least: int = 0) -> None:
+    """A ValueError for fewer connections than `least`, and where no module has C upstream latents, saying how many
+    there are."""
     most = max(m.upstream for m in clt)
-    if not 1 <= C <= most:
+    if not least <= C <= most:
         raise ValueError(
-            f"connections.per_latent: expected 1 to {most} (the upstream latents of the last module), got {C}"
+            f"connections.per_latent: expected {least} to {most} (the upstream latents of the last module), got {C}"
         )
 
 
@@ -29,7 +30,9 @@ def make_policy(
         return None
     if config.policy == "dense-learned":
         return LearnedConnections(None, pressure=config.pressure_weight, importance=config.importance, backend=backend)
-    check_connections(clt, config.per_latent)
+    check_connections(clt, config.per_latent, least=1 if config.policy == "learned" else 0)
+    if config.policy == "random":
+        return RandomConnections(config.per_latent)
     if config.policy == "learned":
         return LearnedConnections(
             config.per_latent, pressure=config.pressure_weight, start_step=config.candidates_after_steps,
@@ -81,12 +84,14 @@ class TopConnections(ConnectionPolicy):
         self.importance, self.backend = importance, backend
         if self.start < per_latent:
             raise ValueError(f"connections.start_per_latent: expected at least per_latent = {per_latent}, got {start}")
+        if not per_latent and self.start:
+            raise ValueError(f"connections.start_per_latent: expected None with per_latent = 0, got {start}")
         if refresh_every < 1:
             raise ValueError(f"connections.refresh_steps: expected at least 1, got {refresh_every}")
 
     def at(self, step: int) -> int:
         """C at `step`."""
-        if step >= self.anneal_steps:
+        if step >= self.anneal_steps or self.start == self.per_latent:
             return self.per_latent
         progress = step / self.anneal_steps
         return round(math.exp((1 - progress) * math.log(self.start) + progress * math.log(self.per_latent)))
@@ -98,6 +103,24 @@ class TopConnections(ConnectionPolicy):
         if not activity.weight:
             return False
         clt.connect(select_top_connections(clt, activity, self.at(step), self.importance, self.backend))
+        return True
+
+
+class RandomConnections(ConnectionPolicy):
+    """`per_latent` upstream latents of each latent, each as likely as any other, chosen once: the control of every
+    other policy."""
+
+    def __init__(self, per_latent: int):
+        self.per_latent, self._seed = per_latent, 0
+
+    def prepare(self, clt: Transcoders) -> None:
+        """Draws the seed of the choice from torch's own generator, so that a resumed run chooses the same."""
+        self._seed = int(torch.randint(2**31, ()))
+
+    def update(self, clt: Transcoders, activity: Activity, step: int) -> bool:
+        if clt.connected:
+            return False
+        clt.connect(random_connections(clt, self.per_latent, self._seed))
         return True
 
 

@@ -21,9 +21,11 @@ def select_top_connections(
     Importance of (i, j) is |V[i, j]| x s, over heads the root of the sum of squares for an attention reader. s is
     the running "mean" or "rms" of z_j, or with "coactivation" the mean of z_j over the tokens on which latent i
     fires; an attention reader, whose upstream latents lie on other tokens, then takes the plain mean.
-    A module with fewer than C upstream latents keeps all of them; None without any. Streams tiles: nothing of size
-    F x U is allocated.
+    A module with fewer than C upstream latents keeps all of them; None without any upstream. Streams tiles: nothing of
+    size F x U is allocated.
     """
+    if C == 0:
+        return no_connections(clt)
     chosen: list[Tensor | None] = [None] * len(clt.sites)
     decoders = [m.W_dec.detach() for m in clt]
     for reader, E in effective_decoders(clt.readers(), clt.sites, decoders):
@@ -40,4 +42,25 @@ def select_top_connections(
         magnitude = activity.magnitude("rms" if importance == "rms" else "mean")
         s = magnitude[: reader.upstream_modules].flatten().to(E.dtype)
         chosen[reader.index] = ops.select_connections(rows, E, s, keep, backend=backend)
+    return chosen
+
+
+def no_connections(clt: Transcoders) -> list[Tensor | None]:
+    """For every module with upstream modules an empty list [F, 0] of connections, as C = 0 leaves it."""
+    return [m.W_enc.new_empty(m.latents, 0, dtype=torch.int64) if m.upstream else None for m in clt]
+
+
+def random_connections(clt: Transcoders, C: int, seed: int) -> list[Tensor | None]:
+    """For every module C distinct upstream latents [F, C] of each latent (all, if there are fewer), all equally likely;
+    None without any upstream. The same for the same seed on every device."""
+    generator = torch.Generator().manual_seed(seed)
+    chosen = no_connections(clt)
+    for index, module in enumerate(clt):
+        if not module.upstream or not C:
+            continue
+        parts = []
+        for part in chunks(module.latents, 4 * module.upstream, SELECTION_BYTES):
+            draws = torch.rand(part.stop - part.start, module.upstream, generator=generator)
+            parts.append(draws.topk(min(C, module.upstream), dim=1).indices)
+        chosen[index] = torch.cat(parts).to(module.W_enc.device)
     return chosen

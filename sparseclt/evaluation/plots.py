@@ -16,8 +16,17 @@ _STYLE: dict[str, dict[str, Any]] = {
     "vanilla": {"color": "#0072B2", "linestyle": "-", "marker": "s"},
     "sparse": {"color": "#D55E00", "linestyle": "--", "marker": "o"},
     "pruned": {"color": "#009E73", "linestyle": "-.", "marker": "^"},
+    "random": {"color": "#CC79A7", "linestyle": (0, (3, 1, 1, 1, 1, 1)), "marker": "v"},
+    "all_open": {"color": "#56B4E9", "linestyle": ":", "marker": "d"},
 }
 _MODE = {"vanilla": "vanilla mode", "sparse": "sparsely-connected mode"}
+_AGAINST_C = {
+    "pruned": "baseline pruned to C without further training, sparsely-connected mode",
+    "random": "trained with C random connections, sparsely-connected mode",
+    "sparse": "sparsely-connected mode",
+    "all_open": "the same weights, all connections open",
+    "vanilla": "vanilla mode",
+}
 
 
 def loss_curves(metrics: Sequence[Mapping[str, Any]], path: str | Path) -> None:
@@ -74,28 +83,34 @@ def fvu_against_c(
 ) -> None:
     """Plot FVU against C, the number of connections kept per latent.
 
-    rows: {"C": int, "fvu_sparse", "fvu_vanilla", "fvu_pruned"} in any order; a missing or None FVU is left
-        out. "fvu_pruned" is the sparse FVU of the run without connections, pruned to C and not trained on.
-    baseline: vanilla FVU of that run, a horizontal line; excess FVU is the distance to it.
+    rows: {"C": int, "fvu_sparse", "fvu_vanilla", "fvu_all_open", "fvu_pruned", "fvu_random"} in any order; a missing or
+        None FVU is left out. "fvu_pruned" is the sparse FVU of the run without connections, pruned to C and not trained
+        on, "fvu_random" that of a run with random connections. The "fvu_sparse" at C = 0 is a horizontal line.
+    baseline: vanilla FVU of the run without connections, a horizontal line; excess FVU is the distance to it.
     path: where to save; its suffix chooses the format (.png, .pdf, .svg).
 
-    Raises ValueError if there is nothing to plot or a C is not positive.
+    Raises ValueError if there is nothing to plot or a C is negative.
     """
     from matplotlib.figure import Figure
     from matplotlib.ticker import NullLocator
 
     rows = sorted(rows, key=lambda row: row["C"])
-    if rows and rows[0]["C"] <= 0:
-        raise ValueError(f'rows must have a positive "C" for the log axis, got {rows[0]["C"]}')
-    series = {mode: _points(rows, "C", f"fvu_{mode}") for mode in ("pruned", "sparse", "vanilla")}
+    if rows and rows[0]["C"] < 0:
+        raise ValueError(f'rows must have a "C" of at least 0, got {rows[0]["C"]}')
+    without = next((row.get("fvu_sparse") for row in rows if row["C"] == 0), None)
+    rows = [row for row in rows if row["C"]]  # the axis is logarithmic
+    series = {name: _points(rows, "C", f"fvu_{name}") for name in _AGAINST_C}
     if not any(series.values()):
-        raise ValueError('rows must hold at least one "fvu_sparse", "fvu_vanilla" or "fvu_pruned", got none')
+        names = ", ".join(f'"fvu_{name}"' for name in _AGAINST_C)
+        raise ValueError(f"rows must hold at least one of {names} with a C above 0, got none")
 
     figure = Figure(figsize=(8, 5.5), layout="constrained")
     axes = figure.subplots()
-    labels = _MODE | {"pruned": "baseline pruned to C without further training, sparsely-connected mode"}
-    for mode, points in series.items():
-        _draw(axes, points, linewidth=2, markersize=7, label=labels[mode], **_STYLE[mode])
+    for name, points in series.items():
+        _draw(axes, points, linewidth=2, markersize=7, label=_AGAINST_C[name], **_STYLE[name])
+    if without is not None:
+        label = "C = 0: trained in the same way without any connection, sparsely-connected mode"
+        axes.axhline(without, color="0.4", linestyle=(0, (1, 1)), linewidth=1.6, label=label)
     if baseline is not None:
         label = "baseline: trained without connections, vanilla mode"
         axes.axhline(baseline, color="black", linestyle=(0, (6, 2)), linewidth=1.2, label=label)
@@ -107,6 +122,34 @@ def fvu_against_c(
     axes.set_xlabel("C, connections kept per latent (log scale)")
     _log_fvu_axis(axes)
     figure.legend(loc="outside lower center", frameon=False)
+    _save(figure, path)
+
+
+def densities(evaluation: Mapping[str, Any], path: str | Path) -> None:
+    """Plot how often latents fire: for each module and mode, how many latents have each firing rate.
+
+    evaluation: as from `Evaluation.to_dict`.
+    path: where to save; its suffix chooses the format (.png, .pdf, .svg).
+    """
+    from matplotlib.figure import Figure
+
+    modules, edges = evaluation["modules"], evaluation["density_edges"]
+    columns = min(4, len(modules))
+    lines = math.ceil(len(modules) / columns)
+    figure = Figure(figsize=(3 * columns, 2.2 * lines + 1), layout="constrained")
+    panels = figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False).flatten()
+    for panel, module in zip(panels, modules, strict=False):
+        for mode, counts in module["density"].items():
+            dead = f"{module[f'dead_{mode}']:.1%} dead"
+            style = {name: _STYLE[mode][name] for name in ("color", "linestyle")}
+            panel.stairs(counts, edges, linewidth=1.6, label=f"{_MODE[mode]}: {dead}", **style)
+        panel.set_title(module["name"], fontsize=9)
+        panel.legend(frameon=False, fontsize=6, loc="upper left")
+        panel.set_ylim(0, None)
+    for panel in panels[len(modules) :]:
+        panel.set_visible(False)
+    figure.supxlabel(f"log10 of the share of {evaluation['tokens']:,} held-out tokens on which a latent fires")
+    figure.supylabel("latents")
     _save(figure, path)
 
 

@@ -14,7 +14,6 @@ from sparseclt.evaluation.metrics import ModuleMetrics, captures, mean_over_modu
 from sparseclt.evaluation.statistics import ModeStatistics, Variance
 from sparseclt.language_model.language_model import LanguageModel
 from sparseclt.model.clt import SparseCLT, in_evaluation_mode
-from sparseclt.model.sites import Mode
 from sparseclt.ops import Connections
 
 Chosen = list[Connections | None]  # one entry per module; None without upstream modules
@@ -58,7 +57,7 @@ def fvu_against_c(
                 sparse[C].add(clt(activations, "sparse", backend=backend), real)
     points = []
     for C in Cs:
-        statistics: dict[Mode, ModeStatistics] = {"vanilla": vanilla, "sparse": sparse[C]}
+        statistics = {"vanilla": vanilla, "sparse": sparse[C]}
         modules = [ModuleMetrics(**module_row(clt, m, statistics, variance)) for m in range(len(clt.sites))]
         mean = mean_over_modules(modules)
         points.append(

@@ -6,7 +6,7 @@ from torch import Tensor
 from sparseclt.model.modules import Transcoder
 
 VIRTUAL_WEIGHT_IN_EFFECT = 1e-4
-SPLIT_COSINE = 0.9
+TWIN, NEAR = 0.9, 0.7  # cosine of two decoders
 
 
 def connection_structure(module: Transcoder, V: Tensor, live: Tensor) -> dict[str, float]:
@@ -29,19 +29,27 @@ def connection_structure(module: Transcoder, V: Tensor, live: Tensor) -> dict[st
     }
 
 
-def splitting(decoders: Tensor, tile: int = 1024) -> float:
-    """Share of latents whose nearest neighbour in the module has a decoder cosine above 0.9; `decoders` [F, T D].
+def nearest_decoders(decoders: Tensor, tile: int = 1024) -> tuple[Tensor, Tensor]:
+    """The nearest neighbour of each latent in its module by decoders [F, T D]: their cosine [F], and its index [F].
 
-    By tiles of rows and columns: F x F is never allocated.
+    Equivalent to `(cosine - 2 * eye).max(1)` with the F x F cosines, which are computed by tiles of rows and columns.
+    A module of one latent has no neighbour: cosine -1.
     """
     unit = torch.nn.functional.normalize(decoders.detach(), dim=1)
-    nearest = []
-    for i, rows in enumerate(unit.split(tile)):
-        best = rows.new_full((len(rows),), -1.0)
-        for j, columns in enumerate(unit.split(tile)):
-            cosine = rows @ columns.T
-            if i == j:
-                cosine.fill_diagonal_(-1.0)
-            best = torch.maximum(best, cosine.amax(1))
-        nearest.append(best)
-    return (torch.cat(nearest) > SPLIT_COSINE).double().mean().item()
+    nearest = [_nearest(rows, unit, i * tile, tile) for i, rows in enumerate(unit.split(tile))]
+    cosine, index = (torch.cat(parts) for parts in zip(*nearest, strict=True))
+    return cosine, index
+
+
+def _nearest(rows: Tensor, unit: Tensor, first: int, tile: int) -> tuple[Tensor, Tensor]:
+    """Of `rows` of `unit` [F, T D], the first of which is number `first`."""
+    best = rows.new_full((len(rows),), -1.0)
+    index = torch.zeros(len(rows), dtype=torch.int64, device=rows.device)
+    for j, columns in enumerate(unit.split(tile)):
+        cosine = rows @ columns.T
+        if j * tile == first:
+            cosine.fill_diagonal_(-1.0)
+        highest, place = cosine.max(1)
+        nearer = highest > best
+        best, index = torch.where(nearer, highest, best), torch.where(nearer, place + j * tile, index)
+    return best, index

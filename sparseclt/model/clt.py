@@ -12,7 +12,7 @@ from sparseclt.model.activations import Activations
 from sparseclt.model.decoder_gradients import DecoderGradients
 from sparseclt.model.forward import ForwardPass
 from sparseclt.model.hub import HubModel
-from sparseclt.model.sites import Mode
+from sparseclt.model.sites import Mode, Open
 from sparseclt.storage.hub import Download, local_directory
 
 P = ParamSpec("P")
@@ -57,6 +57,7 @@ class SparseCLT(HubModel):
         backend: str | None = None,
         error_nodes: bool = False,
         gradients: DecoderGradients | None = None,
+        open_connections: Open = "own",
     ) -> ForwardPass:
         """All modules on one batch of captured activations, in `mode` "vanilla" or "sparse".
 
@@ -64,8 +65,10 @@ class SparseCLT(HubModel):
         `error_nodes` (sparsely-connected mode): what each module failed to reconstruct is added to the stream
         that later modules read, as in circuit tracing. With all connections open, both modes then agree.
         `gradients`: collects the decoders' gradient in the backward pass, instead of their `.grad`.
+        `open_connections` (sparsely-connected mode): "all" or "none" of the upstream latents are read, instead of the
+        CLT's "own" connections. With "all" nothing of size F x U exists, and the CLT needs no connections.
         """
-        forward = ForwardPass(self, mode, backend, error_nodes, gradients)
+        forward = ForwardPass(self, mode, backend, error_nodes, gradients, open_connections)
         for site in self.sites:
             forward.advance(site, activations)
         return forward

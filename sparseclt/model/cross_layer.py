@@ -144,14 +144,15 @@ def cross_layer_virtual_weights(
     decoders: Sequence[Tensor],
     backend: str | None = None,
 ) -> list[Tensor | None]:
-    """Virtual weights of every reader: V [F, C] (MLP) or [H, F, C] (attention); None without upstream modules.
+    """Virtual weights of every reader: V [F, C] (MLP) or [H, F, C] (attention); None without upstream modules, and
+    for C = 0.
 
     Equivalent, for an MLP reader at layer l, to `(W_enc @ E.T).gather(1, connections)` with
     `E = cat([W_dec_u[:, : l - u].sum(1) for u in upstream])`, and 0 at empty slots.
 
     `encoders`: per reader [F, D], centred where the model's norm centres; `decoders`: per module [F, T, D].
     """
-    active = [reader for reader in readers if reader.upstream_modules]
+    active = [r for r in readers if r.upstream_modules and (r.connections is None or r.connections.C)]
     result: list[Tensor | None] = [None] * len(readers)
     if active:
         rows = [encoders[reader.index] for reader in active]

@@ -11,7 +11,7 @@ from sparseclt.model.activations import Activations
 from sparseclt.model.attention import attention_write
 from sparseclt.model.decoder_gradients import DecoderGradients
 from sparseclt.model.modules import Latents
-from sparseclt.model.sites import MODES, Mode, Site
+from sparseclt.model.sites import MODES, Mode, Open, Site
 from sparseclt.model.stream import UnmaskedStream
 from sparseclt.model.transcoders import Transcoders
 from sparseclt.model.upstream import UpstreamLatents
@@ -31,16 +31,22 @@ class ForwardPass:
         backend: str | None = None,
         error_nodes: bool = False,
         gradients: DecoderGradients | None = None,
+        open_connections: Open = "own",
     ):
         if mode not in MODES:
             raise ValueError(f"mode: expected one of {MODES}, got {mode!r}")
+        if mode == "vanilla" and open_connections != "own":
+            raise ValueError(f"open_connections: expected 'own' in vanilla mode, got {open_connections!r}")
         self.clt, self.mode, self.backend, self.gradients = clt, mode, backend, gradients
         self.latents: list[Latents] = []
         self.l0: list[Tensor] = []  # [N] per module, with JumpReLU's gradient; empty with other activations
         self.virtual_weights: list[Tensor | None] = []
-        if mode == "sparse":
+        if mode == "sparse" and open_connections != "own":
+            # All open: latents read the stream itself, with what upstream latents wrote, instead of F x U weights.
+            self.virtual_weights = [None] * len(clt.sites)
+        elif mode == "sparse":
             self.virtual_weights = clt.virtual_weights(backend) if gradients is None else gradients.virtual_weights()
-        self._stream = UnmaskedStream(clt, error_nodes)
+        self._stream = UnmaskedStream(clt, error_nodes, all_open=open_connections == "all")
         self._upstream = UpstreamLatents(len(clt.sites), clt.architecture.latents)
         self._outputs: dict[Site, Tensor] = {}
         self._readings: list[Tensor] = []  # [N, D] per module

@@ -11,13 +11,14 @@ from sparseclt.model.transcoders import Transcoders
 
 class UnmaskedStream:
     """In sparsely-connected mode: the embedding, biases already written, frozen attention outputs, error nodes; at
-    tokens that do not count, which have no latents, the model's own residual stream.
+    tokens that do not count, which have no latents, the model's own residual stream. With `all_open`, also all that
+    upstream latents have written.
 
     Sites ask in model order; the sum grows from one to the next and is never built anew.
     """
 
-    def __init__(self, clt: Transcoders, error_nodes: bool):
-        self.clt, self.error_nodes = clt, error_nodes
+    def __init__(self, clt: Transcoders, error_nodes: bool, all_open: bool = False):
+        self.clt, self.error_nodes, self.all_open = clt, error_nodes, all_open
         self._order = model_sites(clt.architecture.model.layers, attention=True)
         self._passed = 0  # sites of `_order` whose writes are already in `_stream`
         self._stream: Tensor | None = None  # [N, D]
@@ -32,8 +33,12 @@ class UnmaskedStream:
             if writer not in outputs:
                 self._stream = self._stream + real
                 continue
-            b_dec = self.clt.transcoder(self.clt.sites.index(writer)).b_dec
-            self._stream = self._stream + activations.where_counted(b_dec, real)
+            if self.all_open:
+                written = outputs[writer]
+            else:
+                b_dec = self.clt.transcoder(self.clt.sites.index(writer)).b_dec
+                written = activations.where_counted(b_dec, real)
+            self._stream = self._stream + written
             if self.error_nodes:
                 self._stream = self._stream + (real - outputs[writer]).detach()
         self._passed = max(self._passed, earlier)

@@ -95,7 +95,8 @@ class Transcoders(nn.Module):
         return AttentionWeights(W_V, W_O, bias, self.architecture.model.centred)
 
     def unmasked_virtual_weights(self, backend: str | None = None) -> list[Tensor | None]:
-        """V of every module ([F, C]; attention [H, F, C]), learned connections taken as open; None without upstream.
+        """V of every module ([F, C]; attention [H, F, C]), learned connections taken as open; None without upstream
+        or with C = 0.
 
         Raises ValueError if connections have not been chosen.
         """
@@ -113,7 +114,7 @@ class Transcoders(nn.Module):
         ]
 
     def virtual_weights(self, backend: str | None = None) -> list[Tensor | None]:
-        """V of every module ([F, C]; attention [H, F, C]), learned masks applied; None without upstream.
+        """V of every module ([F, C]; attention [H, F, C]), learned masks applied; None without upstream or with C = 0.
 
         Raises ValueError if connections have not been chosen.
         """

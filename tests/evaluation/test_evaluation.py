@@ -6,7 +6,7 @@ from clts import connect_random, language_model, open_all, random_clt, tokens
 
 from sparseclt.evaluation.metrics import evaluate
 from sparseclt.evaluation.pruning import fvu_against_c
-from sparseclt.evaluation.structure import splitting
+from sparseclt.evaluation.structure import nearest_decoders
 from sparseclt.model.replacement import replacement
 from sparseclt.training.losses import fvu
 
@@ -104,11 +104,15 @@ def test_a_perfect_replacement_costs_nothing(model):
     torch.testing.assert_close(own, kept)
 
 
-def test_splitting_finds_twins_across_tiles():
-    decoders = torch.eye(10)
-    assert splitting(decoders, tile=3) == 0
+def test_nearest_decoders_are_found_across_tiles():
+    torch.manual_seed(0)
+    decoders = torch.randn(10, 4)
     decoders[7] = decoders[1] * 2 + 0.1
-    assert splitting(decoders, tile=3) == pytest.approx(0.2)
+    unit = decoders / decoders.norm(dim=1, keepdim=True)
+    expected = (unit @ unit.T - 2 * torch.eye(10)).max(1)
+    cosine, index = nearest_decoders(decoders, tile=3)
+    torch.testing.assert_close(cosine, expected.values)
+    assert torch.equal(index, expected.indices) and index[7] == 1 and index[1] == 7
 
 
 def test_more_of_the_same_connections_bring_the_modes_together(model):

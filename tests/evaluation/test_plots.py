@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from sparseclt.evaluation import plots
-from sparseclt.evaluation.plots import fvu_against_c, loss_curves
+from sparseclt.evaluation.plots import densities, fvu_against_c, loss_curves
 
 METRICS = [
     {"step": 10 * i, "tokens": 1000 * i, "fvu_vanilla": 0.9 / i, "fvu_sparse": 1.5 / i}
@@ -20,7 +20,7 @@ METRICS = [
 SWEEP: list[dict[str, Any]] = [
     {"C": 128, "fvu_sparse": 0.3, "fvu_vanilla": 0.2, "fvu_pruned": 0.9},
     {"C": 8, "fvu_sparse": 0.5, "fvu_vanilla": 0.25, "fvu_pruned": None},
-    {"C": 32, "fvu_sparse": 0.4, "fvu_vanilla": 0.22, "fvu_pruned": 2.3},
+    {"C": 32, "fvu_sparse": 0.4, "fvu_vanilla": 0.22, "fvu_pruned": 2.3, "fvu_random": 0.6, "fvu_all_open": 0.35},
 ]
 
 
@@ -90,7 +90,29 @@ def test_fvu_is_drawn_over_sorted_c_with_the_cs_as_ticks(tmp_path: Path, figures
     (baseline,) = [line for label, line in drawn.items() if label.startswith("baseline:")]
     assert set(baseline.get_ydata()) == {0.15}
     assert [tick.get_text() for tick in axes.get_xticklabels()] == ["8", "32", "128"]
-    assert axes.get_xscale() == "log" and len(legend(figures[0])) == 4
+    assert axes.get_xscale() == "log" and len(legend(figures[0])) == 6
+
+
+def test_c_0_is_a_line_and_not_a_point(tmp_path: Path, figures: list[Figure]) -> None:
+    fvu_against_c([*SWEEP, {"C": 0, "fvu_sparse": 0.7, "fvu_vanilla": 0.4}], tmp_path / "c.png")
+    drawn = lines(figures[0].axes[0])
+    (line,) = [line for label, line in drawn.items() if label.startswith("C = 0")]
+    assert set(line.get_ydata()) == {0.7}
+    assert data(drawn["sparsely-connected mode"]) == [(8, 0.5), (32, 0.4), (128, 0.3)]
+    (random,) = [line for label, line in drawn.items() if "random" in label]
+    assert data(random) == [(32, 0.6)]
+
+
+def test_densities_show_each_module_and_mode_with_its_dead_share(tmp_path: Path, figures: list[Figure]) -> None:
+    module = {"density": {"vanilla": [1, 4], "sparse": [2, 1]}, "dead_vanilla": 0.1, "dead_sparse": 0.25}
+    modules = [{"name": f"mlp_{i}", **module} for i in range(5)]
+    densities({"modules": modules, "density_edges": (-2, -1, 0), "tokens": 1234}, tmp_path / "density.png")
+    shown = [panel for panel in figures[0].axes if panel.get_visible()]
+    assert [panel.get_title() for panel in shown] == [f"mlp_{i}" for i in range(5)]
+    counts = [patch.get_data().values.tolist() for patch in shown[4].patches]
+    assert counts == [[1, 4], [2, 1]]
+    assert "25.0% dead" in shown[0].get_legend().get_texts()[1].get_text()
+    assert "1,234" in figures[0].get_supxlabel()
 
 
 def test_only_what_was_given_is_in_the_legend(tmp_path: Path, figures: list[Figure]) -> None:
@@ -112,7 +134,7 @@ def test_every_axis_has_a_label_and_the_legend_covers_no_data(tmp_path: Path, fi
 
 def test_modes_differ_in_more_than_colour() -> None:
     for key in ("color", "linestyle", "marker"):
-        assert len({style[key] for style in plots._STYLE.values()}) == 3
+        assert len({style[key] for style in plots._STYLE.values()}) == len(plots._STYLE)
 
 
 def test_nothing_to_plot_is_an_error(tmp_path: Path) -> None:
@@ -120,7 +142,9 @@ def test_nothing_to_plot_is_an_error(tmp_path: Path) -> None:
         loss_curves([{"step": 1, "loss": 2.0}], tmp_path / "loss.png")
     with pytest.raises(ValueError, match="at least one"):
         fvu_against_c([{"C": 4, "fvu_sparse": None}], tmp_path / "c.png")
-    with pytest.raises(ValueError, match='positive "C"'):
+    with pytest.raises(ValueError, match='"C" of at least 0'):
+        fvu_against_c([{"C": -1, "fvu_sparse": 0.5}], tmp_path / "c.png")
+    with pytest.raises(ValueError, match="with a C above 0"):
         fvu_against_c([{"C": 0, "fvu_sparse": 0.5}], tmp_path / "c.png")
     assert list(tmp_path.iterdir()) == []
 

@@ -2,6 +2,7 @@
 
 import pytest
 
+from sparseclt.evaluation.frontier import with_explained
 from sparseclt.evaluation.report import evaluation_table, sweep_table
 
 EVALUATION = {
@@ -24,6 +25,11 @@ EVALUATION = {
         "fvu_sparse": 0.20618,
         "excess_fvu": 0.11236,
         "connections_in_effect": 28.5,
+        "propagated_error": 0.08236,
+        "cost_of_sparsity": 0.03,
+        "splitting": 0.1,
+        "dead_in_training_sparse": 0.02,
+        "dead_in_training_vanilla": 0.01,
     },
     "cross_entropy": {"model": 3.0, "vanilla": 3.5, "sparse": 5.0, "zero_ablated": 8.0},
 }
@@ -34,7 +40,7 @@ def cells(table: str) -> list[list[str]]:
 
 
 def test_every_number_stands_in_its_column() -> None:
-    modules, entropies = evaluation_table(EVALUATION).split("\n\n")
+    modules, entropies, excess, latents, meaning = evaluation_table(EVALUATION).split("\n\n")
     header, _, *rows = cells(modules)
     assert header == (
         "module | FVU vanilla | FVU sparse | excess FVU | connections in effect | L0 vanilla | L0 sparse | "
@@ -51,12 +57,20 @@ def test_every_number_stands_in_its_column() -> None:
         ["replaced, sparsely-connected mode", "5.0000", "60.0%"],
         ["zero-ablated", "8.0000", "0.0%"],
     ]
+    assert cells(excess)[-1] == ["mean", "+0.1124", "+0.0824", "+0.0300", "-", "-"]
+    assert cells(latents)[
+        0
+    ] == "module | dead in training, vanilla | dead in training, sparse | decoder cosine > 0.9".split(" | ")
+    assert cells(latents)[-1] == ["mean", "1.0%", "2.0%", "10.0%"]
+    assert meaning == (
+        "Dead: fired on none of 4,096 held-out tokens; dead in training: on none of the last 1,000,000 training tokens."
+    )
 
 
 def test_tables_are_aligned_in_a_terminal_and_valid_markdown() -> None:
     for table in [
-        *evaluation_table(EVALUATION).split("\n\n"),
-        sweep_table([{"C": 8}, {"C": 128, "fvu_sparse": 0.3}]),
+        *evaluation_table(EVALUATION).split("\n\n")[:-1],
+        *sweep_table([{"C": 8}, {"C": 128, "fvu_sparse": 0.3}]).split("\n\n"),
     ]:
         lines = table.splitlines()
         bars = [[i for i, character in enumerate(line) if character == "|"] for line in lines]
@@ -81,15 +95,29 @@ def test_a_sweep_is_sorted_by_c() -> None:
     table = sweep_table(
         [
             {"C": 100, "fvu_vanilla": 0.2, "fvu_sparse": 0.3, "excess_fvu": 0.1, "excess_over_baseline": 0.15}
-            | {"fvu_pruned": 2.3, "dead_sparse": 0.25},
+            | {"propagated_error": 0.08, "cost_of_sparsity": 0.02, "explained_by_connections": 0.75}
+            | {"fvu_pruned": 2.3, "fvu_random": 0.6, "dead_sparse": 0.25, "splitting": 0.5},
             {"C": 8, "fvu_sparse": 0.5, "fvu_pruned": None},
         ]
     )
-    header, _, *rows = cells(table)
-    assert header[0] == "C" and len(header) == 7
+    figures, latents = table.split("\n\n")
+    header, _, *rows = cells(figures)
+    assert header[0] == "C" and len(header) == 10
     assert rows == [
-        ["8", "-", "0.5000", "-", "-", "-", "-"],
-        ["100", "0.2000", "0.3000", "+0.1000", "+0.1500", "2.3000", "25.0%"],
+        ["8", "-", "0.5000", *["-"] * 7],
+        ["100", "0.2000", "0.3000", "+0.1000", "+0.1500", "+0.0800", "+0.0200", "75.0%", "2.3000", "0.6000"],
     ]
+    assert cells(latents)[2:] == [["8", *["-"] * 5], ["100", "-", "25.0%", "50.0%", "-", "-"]]
     with pytest.raises(ValueError, match='must each have an int "C"'):
         sweep_table([{"fvu_sparse": 0.5}])
+
+
+def test_connections_explain_what_lies_between_none_and_all() -> None:
+    rows = [
+        {"C": 0, "fvu_sparse": 0.4, "fvu_all_open": 0.9},
+        {"C": 8, "fvu_sparse": 0.2, "fvu_all_open": 0.1},
+        {"C": 64, "fvu_sparse": 0.05, "fvu_all_open": 0.1},
+    ]
+    explained = [row["explained_by_connections"] for row in with_explained(rows)]
+    assert explained == [0, pytest.approx(2 / 3), pytest.approx(7 / 6)]
+    assert [row["explained_by_connections"] for row in with_explained(rows[1:])] == [None, None], "no run at C = 0"

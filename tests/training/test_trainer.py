@@ -214,7 +214,7 @@ def test_a_run_directory_is_not_overwritten(tmp_path, model):
 
 
 def test_more_connections_than_upstream_latents_says_how_many_there_are(tmp_path, model):
-    with pytest.raises(ValueError, match=r"connections.per_latent: expected 1 to 48 .* got 49"):
+    with pytest.raises(ValueError, match=r"connections.per_latent: expected 0 to 48 .* got 49"):
         trainer(tmp_path, model, connections=ConnectionConfig(per_latent=49))
 
 
