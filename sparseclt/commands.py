@@ -63,10 +63,10 @@ def evaluate(run: Path, device: str | None, checkpoint: Path | None, faithfulnes
 
 def sweep(config: TrainConfig, connections: tuple[int, ...], random: bool) -> None:
     """Train for each number of connections and print FVU against C."""
-    from sparseclt import runs
+    from sparseclt import sweeps
     from sparseclt.evaluation import report
 
-    print(report.sweep_table(runs.sweep(config, connections, random=random)))
+    print(report.sweep_table(sweeps.sweep(config, connections, random=random)))
     print(f"\nRun directories: {config.out}")
 
 

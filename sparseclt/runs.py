@@ -1,36 +1,26 @@
-"""Whole runs: train and evaluate, go on with a run, evaluate what a run directory holds, sweep over C."""
+"""Whole runs: train and evaluate, go on with a run, evaluate, load or export what a run directory holds."""
 
-import gc
 import json
-from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from sparseclt.config import TrainConfig
-from sparseclt.connections.policies import check_connections
-from sparseclt.data.text import load_rows
-from sparseclt.data.tokens import check_token_ids
-from sparseclt.evaluation import plots, report
-from sparseclt.evaluation.dead import with_dead_in_training
+from sparseclt.evaluation import report
 from sparseclt.evaluation.faithfulness import faithfulness
-from sparseclt.evaluation.frontier import ROW, with_explained
-from sparseclt.evaluation.metrics import Evaluation, evaluate
-from sparseclt.evaluation.pruning import fvu_against_c
+from sparseclt.evaluation.metrics import Evaluation
 from sparseclt.export import FormatName
 from sparseclt.export.stages import export
 from sparseclt.graph.prompt_scores import prompt_scores
 from sparseclt.imports import import_clt
 from sparseclt.language_model.language_model import LanguageModel
+from sparseclt.measurement import PRUNING_TOKENS, held_out_rows, measure, rows_at_a_time
 from sparseclt.model.clt import SparseCLT
-from sparseclt.storage.checkpoint import latest
 from sparseclt.storage.json_files import replace_file
 from sparseclt.storage.run_config import (
     CLT,
-    CONFIG,
     IMPORTED,
     check_changes,
     check_trained,
@@ -39,10 +29,7 @@ from sparseclt.storage.run_config import (
     read_config,
     write_config,
 )
-from sparseclt.training import memory
-from sparseclt.training.loggers import read_metrics
 from sparseclt.training.run_directory import (
-    METRICS,
     Identity,
     check_identity,
     choose_checkpoint,
@@ -52,8 +39,6 @@ from sparseclt.training.run_directory import (
     write_identity,
 )
 from sparseclt.training.trainer import Trainer
-
-PRUNING_TOKENS = 32_768  # held-out tokens for the curve of FVU against C
 
 
 def train(config: TrainConfig) -> Evaluation:
@@ -82,7 +67,7 @@ def finish(trainer: Trainer) -> Evaluation:
     model = trainer.language_model
     rows = held_out_rows(trainer.config, model)  # before the training: text that is missing is found at once
     clt = trainer.fit()
-    return _measure(trainer.config, clt, model, rows)
+    return measure(trainer.config, clt, model, rows)
 
 
 def import_run(path: str | Path, config: TrainConfig, input_hook: str | None = None) -> Evaluation:
@@ -96,7 +81,7 @@ def import_run(path: str | Path, config: TrainConfig, input_hook: str | None = N
         write_config(run, config)
         note_import(run, path)
         clt.save_pretrained(run / CLT)
-    return _measure(config, clt, model, held_out_rows(config, model))
+    return measure(config, clt, model, held_out_rows(config, model))
 
 
 def evaluate_run(
@@ -121,7 +106,7 @@ def evaluate_run(
     else:
         check_identity(Path(run), Identity.of(language_model, rows=None))
     clt = SparseCLT.from_pretrained(path, device=language_model.device)
-    return _measure(config, clt, language_model, held_out_rows(config, language_model), path if checkpoint else None)
+    return measure(config, clt, language_model, held_out_rows(config, language_model), path if checkpoint else None)
 
 
 def load_run(run: str | Path, *, device: str | None = None) -> tuple[SparseCLT, LanguageModel]:
@@ -148,7 +133,7 @@ def faithfulness_of_run(run: str | Path, *, device: str | None = None) -> dict[s
     clt, model = load_run(run, device=device)
     rows = held_out_rows(config, model)
     few = rows[: max(1, PRUNING_TOKENS // rows.shape[1])]
-    at_a_time = max(1, _rows_at_a_time(config, model) // 4)  # three models' logits are alive
+    at_a_time = max(1, rows_at_a_time(config, model) // 4)  # three models' logits are alive
     figures = faithfulness(clt, model, few, batch_rows=at_a_time, backend=config.compute.backend).to_dict()
     figures["graphs"] = asdict(prompt_scores(clt, model, rows))
     replace_file(Path(run) / "faithfulness.json", json.dumps(figures, indent=2) + "\n")
@@ -170,151 +155,3 @@ def export_run(
     config = replace(read_config(run), device=str(model.device))
     rows = held_out_rows(config, model)
     return export(clt, model, config, rows, Path(run).resolve().name, Path(out), format, finetune_steps)
-
-
-def _measure(
-    config: TrainConfig, clt: SparseCLT, language_model: LanguageModel, rows: Tensor, checkpoint: Path | None = None
-) -> Evaluation:
-    """Evaluate `clt`, that of `checkpoint` or of the last one, on `rows` [R, S]; write tables and plots into the run
-    directory."""
-    run = Path(config.out)
-    result = evaluate(
-        clt, language_model, rows, batch_rows=_rows_at_a_time(config, language_model), backend=config.compute.backend
-    )
-    if counters := checkpoint or latest(run):
-        result = with_dead_in_training(result, counters)
-    if clt.connected and clt.reads_upstream and len(rows) > 1:
-        points = _pruned(config, clt, language_model, rows, _ladder(clt))
-        result = replace(result, fvu_against_C=points)
-        title = "The trained CLT with its connections chosen anew for each C, not trained on"
-        plots.fvu_against_c(points, run / "fvu_against_c.png", title=title)
-    plots.densities(result.to_dict(), run / "density.png")
-    replace_file(run / "evaluation.json", json.dumps(result.to_dict(), indent=2) + "\n")
-    replace_file(run / "table.md", report.evaluation_table(result.to_dict()) + "\n")
-    if (run / METRICS).is_file():  # an imported CLT has none
-        plots.loss_curves(read_metrics(run / METRICS), run / "loss.png")
-    return result
-
-
-def _pruned(config: TrainConfig, clt: SparseCLT, language_model: LanguageModel, rows: Tensor, Cs: Sequence[int]):
-    """FVU of `clt` with the best C connections for each of `Cs`, on some of `rows` [R, S]."""
-    few = rows[: max(2, PRUNING_TOKENS // rows.shape[1])]
-    importance = config.connections.importance
-    return fvu_against_c(
-        clt, language_model, few, Cs, importance=importance, batch_rows=_rows_at_a_time(config, language_model),
-        backend=config.compute.backend,
-    )  # fmt: skip
-
-
-def _rows_at_a_time(config: TrainConfig, language_model: LanguageModel) -> int:
-    """How many rows an evaluation takes at a time, so that it fits into the memory that is left."""
-    return memory.evaluation_rows(config, language_model.shape, memory.available_bytes(language_model.device))
-
-
-def held_out_rows(config: TrainConfig, language_model: LanguageModel) -> Tensor:
-    """Rows [R, S] for evaluation."""
-    rows = load_rows(config, language_model.tokenizer, "held_out")
-    check_token_ids(rows, language_model.shape.vocab, language_model.tokenizer)
-    return rows[: max(1, config.data.held_out_tokens // rows.shape[1])]
-
-
-def _ladder(clt: SparseCLT) -> list[int]:
-    """C = 1, 2, 4, ... up to twice the connections that the CLT was trained with."""
-    trained = max(module.connections.C for module in clt if module.connections)
-    most = max(module.upstream for module in clt)
-    return sorted({C for C in (2**i for i in range(20)) if C <= min(max(2 * trained, 1), most)} | {trained})
-
-
-def sweep(config: TrainConfig, Cs: Sequence[int], *, random: bool = True) -> list[dict[str, Any]]:
-    """Train one vanilla baseline, one sparsely-connected run for each C (0: without any connection) and, with `random`,
-    one with as many random connections, below `config.out`.
-
-    Returns, and writes as `sweep.json`, `sweep.md` and `fvu_against_c.png`, one row per C: FVU of both modes, excess
-    over the baseline's vanilla FVU and within the run, split into propagated error and cost of sparsity, the share that
-    the connections explain (`evaluation.frontier`), and the sparse FVU of the baseline pruned to C without further
-    training and of the run with random connections.
-
-    Goes on where it was stopped: finished runs are kept, one under way is resumed. Raises ValueError, before anything
-    is trained, for a C that no module has room for, a run that does not fit, and a run of other options in its place.
-    """
-    baseline, runs, controls = _planned(config, Cs, random)
-    out, planned = Path(config.out), (baseline, *runs.values(), *controls.values())
-    for run in planned:
-        _check_begun(run)
-    model = LanguageModel.of(config)
-    rows = held_out_rows(config, model)
-    shape, available = replace(model.shape, parameters=0), memory.available_bytes(model.device)
-    for run in planned:
-        memory.check_fits(run, shape, available)
-    trainer = Trainer(baseline, language_model=model)
-    for C in Cs:
-        check_connections(trainer.clt, C)
-    train_rows = trainer.batches.rows
-    clt = _fit_or_resume(trainer)
-    base = _measure(baseline, clt, model, rows).mean.fvu_vanilla
-    pruned = {row["C"]: row["fvu_sparse"] for row in _pruned(config, clt, model, rows, Cs)}
-    del trainer, clt
-    table: list[dict[str, Any]] = []
-    for C, run in runs.items():
-        row = _sweep_row(run, model, train_rows, rows)
-        excess = None if row["fvu_sparse"] is None else row["fvu_sparse"] - base
-        row |= {"C": C, "excess_over_baseline": excess, "fvu_pruned": pruned[C]}
-        if C in controls:
-            row["fvu_random"] = _sweep_row(controls[C], model, train_rows, rows)["fvu_sparse"]
-        table = with_explained([*table, row])
-        replace_file(out / "sweep.json", json.dumps({"baseline_fvu": base, "rows": table}, indent=2) + "\n")
-    replace_file(out / "sweep.md", report.sweep_table(table) + "\n")
-    plots.fvu_against_c(table, out / "fvu_against_c.png", baseline=base)
-    return table
-
-
-Runs = dict[int, TrainConfig]  # by C
-
-
-def _planned(config: TrainConfig, Cs: Sequence[int], random: bool) -> tuple[TrainConfig, Runs, Runs]:
-    """The baseline of a sweep, its run for each C, smallest first, and that with random connections."""
-    c, out = config.connections, Path(config.out)
-    if c.policy not in ("top", "learned"):
-        raise ValueError(f"connections.policy: expected 'top' or 'learned' in a sweep over C, got {c.policy!r}")
-    if not Cs or len(set(Cs)) < len(Cs):
-        raise ValueError(f"connections: expected numbers of connections, each once, got {list(Cs)}")
-    # Without connections there is nothing to fall to or to learn.
-    none = replace(c, per_latent=0, policy="top", start_per_latent=None)
-    chosen = {C: replace(c, per_latent=C) if C else none for C in sorted(Cs)}
-    runs = {C: replace(config, out=str(out / f"C_{C}"), connections=chosen[C]) for C in chosen}
-    controls = {
-        C: replace(config, out=str(out / f"random_C_{C}"), connections=replace(c, policy="random", per_latent=C))
-        for C in chosen if C and random
-    }  # fmt: skip
-    return replace(config, out=str(out / "baseline"), connections=replace(c, policy="none")), runs, controls
-
-
-def _check_begun(config: TrainConfig) -> None:
-    """A ValueError if `config.out` holds a run with other options, or something else that is no directory."""
-    if not (Path(config.out) / CONFIG).exists():
-        check_unused(config.out)
-        return
-    stored = read_config(config.out)
-    check_changes(stored, config, config.out)
-    if stored.steps != config.steps:
-        raise ValueError(f"steps: expected the {stored.steps} that {config.out} was begun with, got {config.steps}")
-
-
-def _fit_or_resume(trainer: Trainer) -> SparseCLT:
-    begun = (trainer.out / CONFIG).exists()
-    return trainer.fit(resume=trainer.out if begun else None)
-
-
-def _sweep_row(config: TrainConfig, model: LanguageModel, train_rows: Tensor, rows: Tensor) -> dict[str, Any]:
-    """What a sweep shows of one run."""
-    _release_memory(model.device)
-    clt = _fit_or_resume(Trainer(config, language_model=model, rows=train_rows))
-    mean = _measure(config, clt, model, rows).mean
-    return {name: getattr(mean, name) for name in ROW}
-
-
-def _release_memory(device: torch.device) -> None:
-    """Give back what the last run held, which the check of the next one would count as taken."""
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()

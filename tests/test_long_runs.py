@@ -16,7 +16,7 @@ import pytest
 import torch
 from test_cli import material  # noqa: F401  the fixture
 
-from sparseclt import runs
+from sparseclt import measurement, runs
 from sparseclt.cli import main
 from sparseclt.config import TrainConfig
 from sparseclt.language_model import language_model
@@ -128,8 +128,8 @@ def test_a_start_that_fails_leaves_no_directory(material, tmp_path, capsys, what
 
 def test_a_run_is_evaluated_where_and_as_it_was_trained(run, monkeypatch, capsys):
     seen, asked = [], []
-    evaluate, usable = runs.evaluate, language_model.usable
-    monkeypatch.setattr(runs, "evaluate", lambda clt, *a, **k: seen.append(clt) or evaluate(clt, *a, **k))
+    evaluate, usable = measurement.evaluate, language_model.usable
+    monkeypatch.setattr(measurement, "evaluate", lambda clt, *a, **k: seen.append(clt) or evaluate(clt, *a, **k))
     monkeypatch.setattr(language_model, "usable", lambda name: asked.append(name) or usable("cpu"))
     config = json.loads((run / "config.json").read_text())
     (run / "config.json").write_text(json.dumps({**config, "device": "cuda:3"}))

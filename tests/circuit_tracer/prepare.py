@@ -15,7 +15,7 @@ from linearised import linearised_graph
 from safetensors.torch import save_file
 from torch import Tensor
 
-from sparseclt import runs
+from sparseclt import measurement, runs
 from sparseclt.config import CheckpointConfig, CLTConfig, DataConfig, LoggingConfig, TrainConfig
 from sparseclt.evaluation.metrics import evaluate
 from sparseclt.export import circuit_tracer
@@ -56,7 +56,7 @@ def main(out: Path, run: Path | None, steps: int) -> None:
     out.mkdir(parents=True)
     run = run or short_run(out / "run")
     config, (clt, model) = read_config(run), runs.load_run(run)
-    rows = runs.held_out_rows(config, model)
+    rows = measurement.held_out_rows(config, model)
     calibrated = with_thresholds(clt, model, rows[::2])
     tuned = fine_tune(calibrated, model, config, steps)
     circuit_tracer.write(tuned, model, rows[1::2], "test", out / "export")

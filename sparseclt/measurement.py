@@ -1,0 +1,80 @@
+"""The evaluation of a run, on its held-out text, with the tables and plots that are left in its directory."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from torch import Tensor
+
+from sparseclt.config import TrainConfig
+from sparseclt.data.text import load_rows
+from sparseclt.data.tokens import check_token_ids
+from sparseclt.evaluation import plots, report
+from sparseclt.evaluation.dead import with_dead_in_training
+from sparseclt.evaluation.metrics import Evaluation, evaluate
+from sparseclt.evaluation.pruning import fvu_against_c
+from sparseclt.language_model.language_model import LanguageModel
+from sparseclt.model.clt import SparseCLT
+from sparseclt.storage.checkpoint import latest
+from sparseclt.storage.json_files import replace_file
+from sparseclt.training import memory
+from sparseclt.training.loggers import read_metrics
+from sparseclt.training.run_directory import (
+    METRICS,
+)
+
+PRUNING_TOKENS = 32_768  # held-out tokens for the curve of FVU against C
+
+
+def measure(
+    config: TrainConfig, clt: SparseCLT, language_model: LanguageModel, rows: Tensor, checkpoint: Path | None = None
+) -> Evaluation:
+    """Evaluate `clt`, that of `checkpoint` or of the last one, on `rows` [R, S]; write tables and plots into the run
+    directory."""
+    run = Path(config.out)
+    result = evaluate(
+        clt, language_model, rows, batch_rows=rows_at_a_time(config, language_model), backend=config.compute.backend
+    )
+    if counters := checkpoint or latest(run):
+        result = with_dead_in_training(result, counters)
+    if clt.connected and clt.reads_upstream and len(rows) > 1:
+        points = pruned(config, clt, language_model, rows, _ladder(clt))
+        result = replace(result, fvu_against_C=points)
+        title = "The trained CLT with its connections chosen anew for each C, not trained on"
+        plots.fvu_against_c(points, run / "fvu_against_c.png", title=title)
+    plots.densities(result.to_dict(), run / "density.png")
+    replace_file(run / "evaluation.json", json.dumps(result.to_dict(), indent=2) + "\n")
+    replace_file(run / "table.md", report.evaluation_table(result.to_dict()) + "\n")
+    if (run / METRICS).is_file():  # an imported CLT has none
+        plots.loss_curves(read_metrics(run / METRICS), run / "loss.png")
+    return result
+
+
+def pruned(config: TrainConfig, clt: SparseCLT, language_model: LanguageModel, rows: Tensor, Cs: Sequence[int]):
+    """FVU of `clt` with the best C connections for each of `Cs`, on some of `rows` [R, S]."""
+    few = rows[: max(2, PRUNING_TOKENS // rows.shape[1])]
+    importance = config.connections.importance
+    return fvu_against_c(
+        clt, language_model, few, Cs, importance=importance, batch_rows=rows_at_a_time(config, language_model),
+        backend=config.compute.backend,
+    )  # fmt: skip
+
+
+def rows_at_a_time(config: TrainConfig, language_model: LanguageModel) -> int:
+    """How many rows an evaluation takes at a time, so that it fits into the memory that is left."""
+    return memory.evaluation_rows(config, language_model.shape, memory.available_bytes(language_model.device))
+
+
+def held_out_rows(config: TrainConfig, language_model: LanguageModel) -> Tensor:
+    """Rows [R, S] for evaluation."""
+    rows = load_rows(config, language_model.tokenizer, "held_out")
+    check_token_ids(rows, language_model.shape.vocab, language_model.tokenizer)
+    return rows[: max(1, config.data.held_out_tokens // rows.shape[1])]
+
+
+def _ladder(clt: SparseCLT) -> list[int]:
+    """C = 1, 2, 4, ... up to twice the connections that the CLT was trained with."""
+    trained = max(module.connections.C for module in clt if module.connections)
+    most = max(module.upstream for module in clt)
+    return sorted({C for C in (2**i for i in range(20)) if C <= min(max(2 * trained, 1), most)} | {trained})
