@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from sparseclt.formats.mlp_input import folded_encoder
+from sparseclt.formats.mlp_input import folded_encoder, written_hook
 from sparseclt.language_model.language_model import LanguageModel
 from sparseclt.model.clt import SparseCLT
 from sparseclt.storage.directories import atomic_directory
@@ -34,7 +34,7 @@ def export_circuit_tracer(clt: SparseCLT, language_model: LanguageModel, path: P
             directory / "config.yaml",
             f"model_kind: {'cross_layer_transcoder' if a.targets == 'all' else 'transcoder_set'}\n"
             f"model_name: {json.dumps(a.model.name)}\n"
-            'feature_input_hook: "mlp.hook_in"\n'
+            f"feature_input_hook: {json.dumps(written_hook(clt, language_model))}\n"
             'feature_output_hook: "hook_mlp_out"\n',
         )
         for layer, module in enumerate(clt):
