@@ -62,6 +62,7 @@ def import_clt(path: str | Path, config: TrainConfig, input_hook: str | None = N
     clt = SparseCLT.from_pretrained(
         path, model.device, language_model=model, active=None if topk else foreign.active or 1, input_hook=input_hook
     )
+    model = model.reading(clt.architecture.model.mlp_input)
     half = clt.transcoder(0).W_enc.dtype == torch.bfloat16
     clt = clt if half else clt.float()  # fp16 and fp64 are no data types of runs
     _give_room(clt, model, (some, held_out), "vanilla", config)

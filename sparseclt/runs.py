@@ -21,10 +21,10 @@ from sparseclt.model.clt import SparseCLT
 from sparseclt.storage.json_files import replace_file
 from sparseclt.storage.run_config import (
     CLT,
-    IMPORTED,
     check_changes,
     check_trained,
     check_unused,
+    imported_input,
     note_import,
     read_config,
     write_config,
@@ -79,7 +79,7 @@ def import_run(path: str | Path, config: TrainConfig, input_hook: str | None = N
     with run_directory(run, begun=lambda: (run / CLT).is_dir()):
         write_identity(run, Identity.of(model, rows))
         write_config(run, config)
-        note_import(run, path)
+        note_import(run, path, model.shape.mlp_input)
         clt.save_pretrained(run / CLT)
     return measure(config, clt, model, held_out_rows(config, model))
 
@@ -120,9 +120,10 @@ def load_run(run: str | Path, *, device: str | None = None) -> tuple[SparseCLT, 
     path = finished_clt(Path(run), config.steps)
     model = language_model_of(Path(run), config)
     if config.model.dtype != "fp32":  # whose weights have another digest, so that they cannot be checked
-        model = LanguageModel.of(replace(config, model=replace(config.model, dtype="fp32")))
+        wide = LanguageModel.of(replace(config, model=replace(config.model, dtype="fp32")))
+        model = wide.reading(model.shape.mlp_input)
     clt = SparseCLT.from_pretrained(path, device=model.device, dtype=torch.float32)
-    clt.warns_when_full = (Path(run) / IMPORTED).exists()
+    clt.warns_when_full = imported_input(run) is not None
     return clt, model
 
 

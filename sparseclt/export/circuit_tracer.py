@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sparseclt.export.latent_files import write_latents
 from sparseclt.export.model_files import save_language_model
-from sparseclt.formats.mlp_input import folded_encoder
+from sparseclt.formats.mlp_input import folded_encoder, written_hook
 from sparseclt.language_model.language_model import LanguageModel
 from sparseclt.model.clt import SparseCLT
 from sparseclt.storage.directories import atomic_directory
@@ -59,7 +59,7 @@ def write_clt(clt: SparseCLT, language_model: LanguageModel, directory: Path) ->
         directory / "config.yaml",
         f"model_kind: {'transcoder_set' if own else 'cross_layer_transcoder'}\n"
         f"model_name: {json.dumps(clt.architecture.model.name)}\n"
-        'feature_input_hook: "mlp.hook_in"\n'
+        f"feature_input_hook: {json.dumps(written_hook(clt, language_model))}\n"
         'feature_output_hook: "hook_mlp_out"\n',
     )
     for layer, module in enumerate(clt):

@@ -10,7 +10,7 @@ import torch
 
 from sparseclt.formats.lazy import ConvertedTensors, LazyTensor
 from sparseclt.formats.mlp_input import has_norm_behind_mlp, unfolded_bias, unfolded_weights
-from sparseclt.language_model.language_model import LanguageModel
+from sparseclt.language_model.language_model import RESIDUAL, LanguageModel
 from sparseclt.model.shape import Architecture
 from sparseclt.storage.directories import CheckpointError
 
@@ -59,6 +59,8 @@ class ForeignCLT:
                 f"give language_model=LanguageModel.load({name!r})"
             )
         self._check_fits(language_model)
+        if self.input_hook == RESIDUAL:
+            language_model = language_model.reading(RESIDUAL)
         after = self._reads_after_the_norm(language_model, input_hook)
         activation: Literal["topk", "jumprelu"] = "topk" if self.activation == "topk" else "jumprelu"
         if self.activation == "topk" and active is not None and active != self.active:
@@ -117,10 +119,12 @@ class ForeignCLT:
         # TransformerLens up to 2.18 put the hook of a LayerNorm behind its gain and bias, 3.0 puts it before them; that
         # of an RMSNorm always stood before its gain.
         unclear = stated is None or normalized and language_model.shape.centred
+        if stated == RESIDUAL and input_hook is None:
+            return False
         if not unclear and not normalized and stated != AFTER:
             raise CheckpointError(
-                f"{self.hooks_at} has the input {stated!r}, expected {AFTER!r} or {BEFORE!r}: the encoders of a "
-                "SparseCLT read what the MLP reads, behind the norm"
+                f"{self.hooks_at} has the input {stated!r}, expected {AFTER!r}, {BEFORE!r} or {RESIDUAL!r}: "
+                "the encoders of a SparseCLT read what the MLP reads, or the residual stream in front of its norm"
             )
         if unclear and input_hook is None:
             what = "does not say what the encoders read" if stated is None else f"has the input {stated!r}"

@@ -4,7 +4,7 @@
 import torch
 from torch import Tensor
 
-from sparseclt.language_model.language_model import LanguageModel
+from sparseclt.language_model.language_model import RESIDUAL, LanguageModel
 from sparseclt.model.clt import SparseCLT
 
 SMALLEST_GAIN = 1e-6
@@ -52,6 +52,16 @@ def check_vanilla(clt: SparseCLT, name: str, activations: tuple[str, ...]) -> No
         raise ValueError(f"format: {name} holds activation {' or '.join(activations)}, got one with {a.activation}")
     if a.attention != "frozen":
         raise ValueError(f"format: {name} has no place for attention latents")
+
+
+def written_hook(clt: SparseCLT, language_model: LanguageModel) -> str:
+    """The hook that the encoders of `clt` read once `folded_encoder` has made them ready for other tools. Raises
+    ValueError if `language_model` gives another input than `clt` reads."""
+    reads = clt.architecture.model.mlp_input
+    if language_model.shape.mlp_input != reads:
+        got = language_model.shape.mlp_input
+        raise ValueError(f"language_model: expected language_model.reading({reads!r}), got one that reads {got!r}")
+    return RESIDUAL if reads == RESIDUAL else "mlp.hook_in"
 
 
 def has_norm_behind_mlp(language_model: LanguageModel) -> bool:

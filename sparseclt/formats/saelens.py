@@ -13,7 +13,7 @@ import torch
 from sparseclt.formats.foreign import ForeignCLT, nonnegative
 from sparseclt.formats.layers import by_layer, expect, folders_with, json_of, the_same
 from sparseclt.formats.lazy import ForeignFiles, LazyTensor, stacked
-from sparseclt.formats.mlp_input import check_vanilla, folded_encoder
+from sparseclt.formats.mlp_input import check_vanilla, folded_encoder, written_hook
 from sparseclt.language_model.language_model import LanguageModel
 from sparseclt.model.clt import SparseCLT
 from sparseclt.storage.directories import CheckpointError, atomic_directory
@@ -110,6 +110,7 @@ def write(clt: SparseCLT, language_model: LanguageModel, path: Path) -> Path:
     if a.targets == "all":
         raise ValueError("format: saelens holds transcoders of one layer each, got decoders to later layers")
     check_vanilla(clt, NAME, ("jumprelu", "batchtopk"))
+    hook = written_hook(clt, language_model)
     with atomic_directory(path) as directory:
         for layer, module in enumerate(clt):
             folder = directory / f"layer_{layer}"
@@ -118,7 +119,7 @@ def write(clt: SparseCLT, language_model: LanguageModel, path: Path) -> Path:
             tensors = {"W_enc": W_enc.T, "b_enc": b_enc, "W_dec": module.W_dec[:, 0], "b_dec": module.b_dec}
             save_file(tensors | {"threshold": module.threshold_of("vanilla")}, folder / WEIGHTS)
             metadata = {
-                "sae_lens_version": "6.0.0", "model_name": a.model.name, "hook_name": f"blocks.{layer}.mlp.hook_in",
+                "sae_lens_version": "6.0.0", "model_name": a.model.name, "hook_name": f"blocks.{layer}.{hook}",
                 "hook_name_out": f"blocks.{layer}.hook_mlp_out", "model_from_pretrained_kwargs": {"fold_ln": False},
             }  # fmt: skip
             config = {

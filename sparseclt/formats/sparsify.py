@@ -18,7 +18,7 @@ from torch import Tensor
 from sparseclt.formats.foreign import ForeignCLT
 from sparseclt.formats.layers import by_layer, expect, folders_with, json_of, the_same, whole
 from sparseclt.formats.lazy import ForeignFiles, LazyTensor, stacked, summed
-from sparseclt.formats.mlp_input import check_vanilla, folded_encoder, has_norm_behind_mlp
+from sparseclt.formats.mlp_input import check_vanilla, folded_encoder, has_norm_behind_mlp, written_hook
 from sparseclt.language_model.language_model import LanguageModel
 from sparseclt.model.clt import SparseCLT
 from sparseclt.model.modules import Transcoder
@@ -151,6 +151,8 @@ def write(clt: SparseCLT, language_model: LanguageModel, path: Path) -> Path:
     Raises ValueError for another activation, attention latents, and a model with a norm behind its MLPs.
     """
     check_vanilla(clt, NAME, ("topk",))
+    if (hook := written_hook(clt, language_model)) != "mlp.hook_in":
+        raise ValueError(f"format: {NAME} reads the input of the MLP itself, this CLT reads {hook}")
     if has_norm_behind_mlp(language_model):
         raise ValueError(f"format: {NAME} reconstructs the MLP itself, but this model has a norm behind it")
     names = _hookpoints(language_model)

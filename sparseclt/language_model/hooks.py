@@ -26,6 +26,7 @@ class BlockNorms:
     before_attention: str | None = "ln1"
     behind_attention: str | None = None
     before_mlp: str | None = "ln2"
+    reads: str | None = None  # what a CLT reads in place of the MLP's input: see `LanguageModel.reading`
 
     @classmethod
     def of(cls, bridge: Any, parallel: bool) -> "BlockNorms":
@@ -41,6 +42,8 @@ class BlockNorms:
     @property
     def mlp_input(self) -> str:
         """The hook of what the MLP reads, before the gain and bias of a norm."""
+        if self.reads is not None:
+            return self.reads
         return "mlp.hook_in" if self.before_mlp is None else f"{self.before_mlp}.hook_normalized"
 
 

@@ -3,6 +3,8 @@
 Weights are those of the Hugging Face model, unprocessed: nothing is folded or centred.
 """
 
+from copy import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from sparseclt.model.attention import AttentionWeights, attention_write, centre
 from sparseclt.model.shape import ModelShape
 
 PROBE_TOKENS = 8
+RESIDUAL = "hook_resid_mid"
 
 
 class LanguageModel:
@@ -112,6 +115,19 @@ class LanguageModel:
         bridge = build_bridge_from_module(hf_model, type(hf_model).__name__, hf_config=hf_model.config)
         return cls(bridge, tokenizer, layers=layers, name=name)
 
+    def reading(self, hook: str) -> "LanguageModel":
+        """The same model for a CLT that reads `hook`: `shape.mlp_input`, or "hook_resid_mid", the residual stream in
+        front of the norm. Raises ValueError for another hook, or if the model has no such hook."""
+        if hook == self.shape.mlp_input:
+            return self
+        if hook != RESIDUAL or f"blocks.0.{hook}" not in self.bridge.hook_dict:
+            raise ValueError(f"hook: expected {self.shape.mlp_input!r} on {self._class_name}, got {hook!r}")
+        other = copy(self)
+        other._norms = replace(self._norms, before_mlp=None, reads=hook)
+        other.shape = replace(self.shape, centred=False, mlp_input=hook)
+        other._check_residual()
+        return other
+
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
@@ -133,7 +149,7 @@ class LanguageModel:
             raise StopRun
 
         tokens = self._checked(tokens)
-        live = Activations(tokens, torch.empty(0), counted=all_but_first(tokens))
+        live = self._live(tokens)
         hooks = self._hooks(live, attention)
         try:
             self._run(tokens, [*hooks, (f"blocks.{self.shape.layers - 1}.hook_resid_post", stop)])
@@ -153,7 +169,7 @@ class LanguageModel:
         functions return.
         """
         tokens = self._checked(tokens)
-        live = Activations(tokens, torch.empty(0), counted=all_but_first(tokens))
+        live = self._live(tokens)
         return self._run(tokens, self._hooks(live, on_attn is not None, on_mlp, on_attn))
 
     def cross_entropy(self, tokens: Tensor, *, on_mlp: Replace | None = None, on_attn: Replace | None = None) -> Tensor:
@@ -207,6 +223,9 @@ class LanguageModel:
         """Gain and bias [D] of the norm before a layer's MLP; None if there is no norm."""
         name = self._norms.before_mlp
         return None if name is None else _gain_and_bias(self.bridge.blocks[layer].get_submodule(name))
+
+    def _live(self, tokens: Tensor) -> Activations:
+        return Activations(tokens, torch.empty(0), counted=all_but_first(tokens), mlp_input=self.shape.mlp_input)
 
     def _run(self, tokens: Tensor, hooks: list[Hook]) -> Tensor:
         with patterns_in_time(self.bridge, hooks) as hooks:

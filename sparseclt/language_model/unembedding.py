@@ -57,4 +57,4 @@ def logit_directions(
     if (weight := getattr(norm.original_component, "weight", None)) is not None:
         chosen = (weight.detach().to(dtype) + int(norm.uses_weight_offset))[:, None] * chosen
     directions = chosen.T
-    return (centre(directions) if model.shape.centred else directions), offsets
+    return (directions if model.bridge.cfg.uses_rms_norm else centre(directions)), offsets

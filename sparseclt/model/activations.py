@@ -37,6 +37,7 @@ class Activations:
     attn_scale: list[Tensor] = field(default_factory=list)  # [B, S] what the norm before attention divides by
     attn_post_scale: list[Tensor] = field(default_factory=list)  # [B, S] what a norm behind attention divides by
     counted: Tensor | None = None  # [B, S] bool
+    mlp_input: str | None = None  # the hook of x (`ModelShape.mlp_input`); None: not noted
 
     @property
     def counted_tokens(self) -> int:

@@ -61,6 +61,12 @@ class ForwardPass:
         index = len(self.latents)
         if site != self.clt.sites[index]:
             raise ValueError(f"site: expected {self.clt.sites[index].name} next, got {site.name}")
+        expected = self.clt.architecture.model.mlp_input
+        if activations.mlp_input not in (None, expected):
+            raise ValueError(
+                f"activations: expected those of {expected}, which this CLT reads, got {activations.mlp_input}; take "
+                f"language_model.reading({expected!r})"
+            )
         self.activations = activations
         self._readings.append(self._read(site))
         latents = self.encode(index)

@@ -29,15 +29,23 @@ def write_config(run: Path, config: TrainConfig) -> None:
     replace_file(run / CONFIG, json.dumps(to_dict(config), indent=2) + "\n")
 
 
-def note_import(run: Path, source: str | Path) -> None:
-    """Write down that the CLT of the run in directory `run` was trained by another tool and came from `source`."""
-    replace_file(run / IMPORTED, json.dumps({"source": str(Path(source).resolve())}, indent=2) + "\n")
+def note_import(run: Path, source: str | Path, mlp_input: str) -> None:
+    """Write down that the CLT of the run in directory `run` was trained by another tool, came from `source`, and reads
+    the hook `mlp_input`."""
+    noted = {"source": str(Path(source).resolve()), "mlp_input": mlp_input}
+    replace_file(run / IMPORTED, json.dumps(noted, indent=2) + "\n")
+
+
+def imported_input(run: str | Path) -> str | None:
+    """The hook that the imported CLT of the run in directory `run` reads; None: it was trained here."""
+    path = Path(run) / IMPORTED
+    return str(read_json(path).get("mlp_input")) if path.exists() else None
 
 
 def check_trained(run: str | Path) -> None:
     """A ValueError if the CLT of the run in directory `run` was imported: there is no training to go on with, or to
     repeat."""
-    if (Path(run) / IMPORTED).exists():
+    if imported_input(run) is not None:
         raise ValueError(f"run: expected one that was trained here, but the CLT in {run} was imported")
 
 

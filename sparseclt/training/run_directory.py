@@ -22,7 +22,7 @@ from sparseclt.model.sites import Mode
 from sparseclt.storage import checkpoint, clt_files
 from sparseclt.storage.directories import CheckpointError, atomic_directory, verify
 from sparseclt.storage.json_files import read_json, replace_file
-from sparseclt.storage.run_config import CHECKPOINTS, CLT, has_checkpoints
+from sparseclt.storage.run_config import CHECKPOINTS, CLT, has_checkpoints, imported_input
 from sparseclt.training.optimizer import RowAdam
 
 METRICS, IDENTITY = "metrics.jsonl", "identity.json"
@@ -74,7 +74,7 @@ def language_model_of(run: Path, config: TrainConfig) -> LanguageModel:
     tokenizer than the run was trained on."""
     model = LanguageModel.of(config)
     check_identity(run, Identity.of(model, rows=None))
-    return model
+    return model.reading(imported_input(run) or model.shape.mlp_input)
 
 
 @contextmanager

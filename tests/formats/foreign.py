@@ -113,14 +113,16 @@ def gemma_scope(folder: Path, layers: list[dict[str, Tensor]], l0: float = 5.0, 
     return folder
 
 
-def outputs(model: Any, rows: Tensor, layers: list[dict[str, Tensor]], activation: str) -> list[Tensor]:
-    """What the tools compute: reconstructions [N, D] of all layers, from the MLPs' own inputs."""
+def outputs(
+    model: Any, rows: Tensor, layers: list[dict[str, Tensor]], activation: str, hook: str = "mlp.hook_in"
+) -> list[Tensor]:
+    """What the tools compute: reconstructions [N, D] of all layers, from the MLPs' own inputs or at another hook."""
     inputs: dict[int, Tensor] = {}
 
     def keep(layer: int) -> Any:
         return lambda x, hook: inputs.__setitem__(layer, x.flatten(0, 1))
 
-    hooks = [(f"blocks.{i}.mlp.hook_in", keep(i)) for i in range(len(layers))]
+    hooks = [(f"blocks.{i}.{hook}", keep(i)) for i in range(len(layers))]
     model.bridge.run_with_hooks(rows, fwd_hooks=hooks, use_cache=False)
     found = [layer["b_dec"].expand(rows.numel(), -1) for layer in layers]
     for i, layer in enumerate(layers):

@@ -7,6 +7,7 @@ import pytest
 import torch
 from tiny_models import hf_model, tokenizer
 
+from sparseclt import SparseCLT
 from sparseclt.cli import main
 from sparseclt.runs import load_run
 
@@ -50,11 +51,17 @@ def test_every_command_works_on_an_imported_clt(write, targets, material, tmp_pa
         assert "was imported" in capsys.readouterr().err
 
 
-def test_no_token_has_more_active_latents_than_it_has_room_for(material, tmp_path):
-    layers = foreign.weights("all", dtype=torch.float32)
-    theirs = foreign.circuit_tracer_clt(tmp_path / "theirs", layers, thresholds=False)
+def test_every_token_has_room_for_its_latents_and_runs_and_exports_keep_to_the_hook_that_is_read(material, tmp_path):
+    layers, hook = foreign.weights("all", dtype=torch.float32), "hook_resid_mid"
+    theirs = foreign.circuit_tracer_clt(tmp_path / "theirs", layers, thresholds=False, feature_input_hook=hook)
     assert main(["import", str(theirs), "--out", str(tmp_path / "run"), *material]) == 0
-    clt, _ = load_run(tmp_path / "run")
+    clt, model = load_run(tmp_path / "run")
+    assert model.shape.mlp_input == clt.architecture.model.mlp_input == hook
+    assert main(["export", str(tmp_path / "run"), str(tmp_path / "export")]) == 0
+    again = SparseCLT.from_pretrained(
+        tmp_path / "export", language_model=model.reading(hook), active=clt.architecture.active
+    )
+    assert again.architecture == clt.architecture and torch.equal(again.transcoder(1).W_enc, layers[1]["W_enc"])
     evaluation = json.loads((tmp_path / "run" / "evaluation.json").read_text())
     most = max(module["l0_vanilla"] for module in evaluation["modules"])
     assert clt.architecture.activation == "jumprelu" and most < clt.architecture.slots <= foreign.F

@@ -3,7 +3,7 @@
 import foreign
 import pytest
 import torch
-from clts import language_model, tokens
+from clts import language_model, open_all, tokens
 from tiny_models import further_config, hf_model, tokenizer
 
 from sparseclt import SparseCLT
@@ -113,3 +113,25 @@ def test_a_token_that_fills_its_room_is_a_warning(tmp_path):
     with pytest.warns(UserWarning) as caught:
         clt(model.capture(tokens()), "vanilla")
     assert "tokens have 4 active latents, as many as they have room for" in str(caught[0].message)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_encoders_may_read_the_residual_stream_itself(family, tmp_path):
+    plain, layers = language_model(family), foreign.weights("all")
+    path = foreign.circuit_tracer_clt(tmp_path / "theirs", layers, feature_input_hook="hook_resid_mid")
+    clt = SparseCLT.from_pretrained(path, language_model=plain, active=foreign.F)
+    rows = tokens(seed=5)
+    with pytest.raises(ValueError, match=r"activations: expected those of hook_resid_mid.*reading\('hook_resid_mid'\)"):
+        clt(plain.capture(rows), "vanilla")
+    model = plain.reading("hook_resid_mid")
+    activations = model.capture(rows)
+    here, counted = clt(activations, "vanilla"), activations.counted_flat
+    theirs = foreign.outputs(plain, rows, layers, "jumprelu", "hook_resid_mid")
+    for site, output in zip(clt.sites, theirs, strict=True):
+        torch.testing.assert_close(here.output(site)[counted], output[counted], rtol=0, atol=1e-11)
+    open_all(clt)
+    sparse = clt(activations, "sparse", error_nodes=True)
+    for site in clt.sites:
+        torch.testing.assert_close(sparse.output(site), here.output(site), rtol=0, atol=1e-9)
+    with pytest.raises(ValueError, match="hook: expected 'ln2.hook_normalized'"):
+        plain.reading("hook_resid_pre")

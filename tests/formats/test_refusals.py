@@ -29,7 +29,7 @@ def skip(D=foreign.D):
 
 
 FIELDS = [
-    (foreign.circuit_tracer_clt, {"feature_input_hook": "hook_resid_mid"}, r"config.yaml.*input 'hook_resid_mid'"),
+    (foreign.circuit_tracer_clt, {"feature_input_hook": "hook_resid_pre"}, r"config.yaml.*input 'hook_resid_pre'"),
     (foreign.circuit_tracer_clt, {"feature_output_hook": "hook_attn_out"}, r"config.yaml.*output 'hook_attn_out'"),
     (foreign.circuit_tracer_clt, {"model_kind": "crosscoder"}, r"config.yaml: expected model_kind .* got 'crosscoder'"),
     (foreign.circuit_tracer_clt, {"model_kind": "[1"}, r"config.yaml is damaged"),
