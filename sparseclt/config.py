@@ -149,12 +149,6 @@ class LossConfig:
     """Share of the steps, from then on, over which the terms of sparsely-connected mode grow to full weight."""
     latent_agreement_weight: Weight = 0.2
     """Weight of the FVU of the sparsely-connected latents against the vanilla ones."""
-    aux_weight: Weight = 1 / 32
-    """Weight of AuxK, which revives latents that are dead in either mode. 0: no AuxK."""
-    aux_latents: Positive = 64
-    """The most dead latents per token that AuxK activates."""
-    dead_after_tokens: Positive = 3_000
-    """A latent counts as dead after so many tokens on which it did not fire."""
     l0_weight: Weight = 1.0
     """With activation jumprelu, weight of (active latents per token / clt.active - 1)^2 of each module and mode."""
     cross_entropy_weight: Weight = 0.0
@@ -171,8 +165,13 @@ class OptimizerConfig:
     """Share of the steps, at the start, over which the learning rate rises."""
     decay_share: Share = 0.5
     """Share of the steps, at the end, over which it falls to zero."""
-    betas: tuple[Beta, Beta] = (0.9, 0.999)
+    betas: tuple[Beta, Beta] = (0.9, 0.95)
     """Decay rates of Adam's two running means."""
+    revival_rate: Weight = 10.0
+    """The bias of a dead latent rises by so many learning rates per step, until it fires. 0: never."""
+    dead_after_tokens: Positive | None = None
+    """A latent is dead after so many tokens on which it did not fire, in either mode. None: 150 times those on which an
+    average latent fires once, clt.latents / clt.active."""
     clip_norm: Annotated[float, Field(gt=0)] | None = 1.0
     """Scale gradients down to this norm at most, in units in which every site's inputs and outputs have size 1. None:
     never."""

@@ -89,7 +89,7 @@ def test_sweep_writes_the_table_and_the_plot(material, tmp_path, capsys):
         (["--clt.active", "0"], "clt.active: expected at least 1, got 0"),
         (["--optimizer.clip-norm", "-1"], "optimizer.clip_norm: expected more than 0 or None, got -1.0"),
         (["--optimizer.betas", "0.9", "1"], "optimizer.betas[1]: expected less than 1, got 1.0"),
-        (["--loss.aux-weight", "nan"], "loss.aux_weight: expected a finite number, got nan"),
+        (["--loss.l0-weight", "nan"], "loss.l0_weight: expected a finite number, got nan"),
         (["--connections.per-latent", "49"], "connections.per_latent: expected 0 to 48"),
         (["--model.path", "./nowhere"], "model.path: expected"),
         (["--data.source", "./nowhere.txt"], "data.source: expected"),
@@ -187,11 +187,11 @@ FLAGS = """
     --connections.pressure-weight --connections.recent-tokens --connections.refresh-steps
     --connections.start-per-latent --data.bos --data.cache --data.held-out-share --data.held-out-tokens
     --data.max-tokens --data.row-tokens --data.source --data.text-field --device --help --logging.every-steps
-    --logging.loggers --logging.no-progress --logging.progress --loss.aux-latents --loss.aux-weight
-    --loss.cross-entropy-weight --loss.dead-after-tokens --loss.l0-weight
-    --loss.latent-agreement-weight --loss.sparse-ramp-share
+    --logging.loggers --logging.no-progress --logging.progress
+    --loss.cross-entropy-weight --loss.l0-weight --loss.latent-agreement-weight --loss.sparse-ramp-share
     --loss.sparse-start-share --model.dtype --model.layers --model.path --optimizer.betas --optimizer.clip-norm
-    --optimizer.decay-share --optimizer.learning-rate --optimizer.rows --optimizer.state --optimizer.warmup-share
+    --optimizer.dead-after-tokens --optimizer.decay-share --optimizer.learning-rate --optimizer.revival-rate
+    --optimizer.rows --optimizer.state --optimizer.warmup-share
     --out --seed --steps
 """.split()
 

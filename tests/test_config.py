@@ -93,15 +93,14 @@ BAD = {
     "loss.sparse_start_share": [-0.1, 1.1],
     "loss.sparse_ramp_share": [-0.1, 1.1],
     "loss.latent_agreement_weight": [-0.2],
-    "loss.aux_weight": [-1 / 32],
-    "loss.aux_latents": [0, -64],
-    "loss.dead_after_tokens": [0, -1],
     "loss.l0_weight": [-0.1],
     "loss.cross_entropy_weight": [-1.0],
     "optimizer.learning_rate": [-2e-3],
     "optimizer.warmup_share": [-0.1, 1.1],
     "optimizer.decay_share": [-0.1, 1.1],
     "optimizer.betas": [(0.9, 1.0), (1.0, 0.9), (-0.1, 0.9), (0.9,), (0.9, 0.99, 0.999), (0.9, math.nan)],
+    "optimizer.revival_rate": [-1.0],
+    "optimizer.dead_after_tokens": [0, -1],
     "optimizer.clip_norm": [-1.0, 0.0],
     "optimizer.state": ["8-bit", "8 bit", "int8"],
     "optimizer.rows": ["some", ""],
@@ -177,7 +176,7 @@ def test_a_wrong_type_is_refused_in_every_field(made, path):
     [
         ("optimizer.betas", (0.0, 0.0)), ("optimizer.clip_norm", None), ("optimizer.learning_rate", 1),
         ("optimizer.learning_rate", 0.0), ("connections.start_per_latent", 32), ("data.max_tokens", 128),
-        ("seed", 2**63 - 1), ("compute.micro_batch_rows", 64), ("loss.aux_weight", 0), ("device", "cuda:1"),
+        ("seed", 2**63 - 1), ("compute.micro_batch_rows", 64), ("loss.l0_weight", 0), ("device", "cuda:1"),
         ("connections.freeze_after_share", 0), ("logging.loggers", ("tensorboard", "wandb")),
     ],
 )  # fmt: skip
@@ -256,7 +255,7 @@ def test_groups_must_be_groups():
 EVERYTHING = TrainConfig(
     out="runs/x", steps=10, seed=3, clt=CLTConfig(latents=64, active=4),
     connections=ConnectionConfig("learned", 8, candidates_after_steps=2),
-    loss=LossConfig(aux_weight=0.1), optimizer=OptimizerConfig(betas=(0.8, 0.95), clip_norm=None, learning_rate=1 / 3),
+    loss=LossConfig(l0_weight=0.1), optimizer=OptimizerConfig(betas=(0.8, 0.95), clip_norm=None, learning_rate=1 / 3),
     activations=ActivationConfig(0, "cache", "int8"), compute=ComputeConfig(2, "numba"),
     logging=LoggingConfig(1, ("wandb",), False),
 )  # fmt: skip

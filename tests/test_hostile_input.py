@@ -239,8 +239,8 @@ CONFIGS = {
     "a key twice": (b'{"steps": 5, "steps": 6}', "the key 'steps' comes twice"),
     "deep nesting": (b'{"clt":' * 100_000, "recursion"),
     "5000 digits": (b'{"steps": ' + b"9" * 5000 + b"}", "config.json is damaged (Exceeds the limit"),
-    "NaN": (b'{"loss": {"aux_weight": NaN}}', "config.json is damaged (NaN is not JSON)"),
-    "1e999": (b'{"loss": {"aux_weight": 1e999}}', "config.json: loss.aux_weight: expected a finite number, got inf"),
+    "NaN": (b'{"loss": {"l0_weight": NaN}}', "config.json is damaged (NaN is not JSON)"),
+    "1e999": (b'{"loss": {"l0_weight": 1e999}}', "config.json: loss.l0_weight: expected a finite number, got inf"),
     "a wrong type": (b'{"clt": {"active": "16"}}', "config.json: clt.active: expected a whole number, got '16'"),
     "an unknown field": (b'{"a\\nb": 1}', "config.json: config: unknown field 'a\\nb'; expected one of out, steps"),
 }

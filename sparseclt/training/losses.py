@@ -1,15 +1,12 @@
 """The terms of the training loss."""
 
-from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import mse_loss
 
-from sparseclt.model.forward import ForwardPass
 from sparseclt.model.modules import Latents
-from sparseclt.model.sites import Site
 from sparseclt.ops.rows import add_at_
 
 
@@ -94,29 +91,3 @@ def latent_fvu(latents: Latents, target: Latents, F: int) -> Tensor:
     """FVU of sparse latents against sparse target latents, a scalar: equivalent to
     `fvu(target.dense(F), latents.dense(F))`."""
     return latent_fvu_sums(latents, target, F).value(len(target.values))
-
-
-def dead_reconstruction(forward: ForwardPass, dead: Tensor, k: int) -> dict[Site, Tensor]:
-    """What the k strongest dead latents of each module would write to each site, [N, D], 0 at tokens that do not count;
-    empty if no latent is dead. `dead` is boolean [M, F].
-
-    Dead latents are encoded as the mode encodes them: from the module's input in vanilla mode, through their
-    virtual weights in sparsely-connected mode.
-    """
-    written: dict[Site, Tensor] = {}
-    for index in range(len(forward.clt.sites)):
-        rows = dead[index].nonzero().flatten()
-        if not len(rows):
-            continue
-        latents = forward.encode(index, rows, min(k, len(rows)))
-        for to, part in forward.decode(index, Latents(latents.values, rows[latents.indices])):
-            written[to] = written[to] + part if to in written else part
-    for site, part in written.items():
-        written[site] = forward.activations.where_counted(part, 0.0)
-    return written
-
-
-def aux_k(written: Mapping[Site, Tensor], outputs: Mapping[Site, Tensor], real: Mapping[Site, Tensor]) -> list[FVUSums]:
-    """AuxK: for each site, how badly the dead latents' `dead_reconstruction` explains the error that the live latents
-    left, which is detached."""
-    return [fvu_sums((real[site] - outputs[site]).detach(), part) for site, part in written.items()]

@@ -111,9 +111,7 @@ def _activity_bytes(x: RunSizes) -> int:
 def _pass_terms(x: RunSizes) -> list[MemoryTerm]:
     """The forward and backward passes, and what they leave behind for the update."""
     encoders = x.w * (x.size.encoder_vectors * x.D + x.size.biases)
-    noted_aux = x.modes * (FLOAT + ID) * x.N * x.aux * x.M
     kept = x.micro_outputs + 33 * x.n * x.K * x.M
-    aux = x.modes * (3 * x.micro_outputs + 20 * x.n * x.aux * x.M) if x.aux else 0
     candidates = (x.config.clt.activation != "topk") * x.modes * 14 * x.n * x.K * x.M
     emptied = (x.config.clt.activation != "batchtopk") * x.modes * FLOAT * x.n * x.K * x.M
     one_module = FLOAT * x.n * x.D * x.widest
@@ -129,15 +127,12 @@ def _pass_terms(x: RunSizes) -> list[MemoryTerm]:
                    "modes x 4 n K M; BatchTopK: among the candidates"),
         MemoryTerm("latents of all micro-batches", x.in_parts * x.active_latents, NOTED, "modes x 12 N K M"),
         MemoryTerm("kept for backward", x.sparse * kept, FORWARD, "4 n D L + 33 n K M"),
-        MemoryTerm("AuxK, when latents are dead", aux, FORWARD, "modes x (12 n D L + 20 n M aux_latents)"),
-        MemoryTerm("latents of AuxK, for the update", noted_aux, ("backward",) * x.in_parts + NOTED,
-                   "modes x 12 N M aux_latents"),
-        MemoryTerm("gradients of reconstructions, earlier micro-batches", x.passes * (x.outputs - x.micro_outputs),
-                   FORWARD, "modes x 4 (N - n) D L; AuxK: twice"),
+        MemoryTerm("gradients of reconstructions, earlier micro-batches", x.modes * (x.outputs - x.micro_outputs),
+                   FORWARD, "modes x 4 (N - n) D L"),
         MemoryTerm("gradients of reconstructions, in backward", x.modes * x.micro_outputs, ("backward",),
                    "modes x 4 n D L"),
-        MemoryTerm("gradients of reconstructions, for the update", x.passes * x.outputs, NOTED,
-                   "modes x 4 N D L; AuxK: twice"),
+        MemoryTerm("gradients of reconstructions, for the update", x.modes * x.outputs, NOTED,
+                   "modes x 4 N D L"),
         MemoryTerm("reconstructions by one module", one_module, FORWARD, "4 n D L"),
         MemoryTerm("scratch of an op", min(default_scratch("topk_encode", "torch"), FLOAT * x.n * x.F), ("forward",),
                    "at most 4 MiB on a CPU"),
@@ -155,10 +150,10 @@ def _update_terms(x: RunSizes) -> list[MemoryTerm]:
         kept = summed = min(CHUNK_BYTES.on(device), largest)
     widened = x.config.clt.dtype == "bf16" or x.config.optimizer.state == "8bit"
     pieces = (5 if widened else 1) * min(PIECE_BYTES.on(device), largest)
-    side_by_side = x.passes * FLOAT * x.N * x.D * x.widest
+    side_by_side = x.modes * FLOAT * x.N * x.D * x.widest
     return [
         MemoryTerm("gradients of reconstructions, side by side", side_by_side, ("update",),
-                   "modes x 4 N D L; AuxK: twice"),
+                   "modes x 4 N D L"),
         MemoryTerm("decoder gradients", kept + max(summed, pieces), ("update",),
                    "4 P_dec, or 64 MiB (CPU: 8), plus partial sums or 1 piece of weights, 5 if widened"),
     ]  # fmt: skip

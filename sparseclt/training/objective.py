@@ -1,8 +1,8 @@
 """The training loss of a batch, and its gradient: all rows at once, or a micro-batch of rows at a time."""
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import reduce
 from itertools import compress
 from typing import NamedTuple
@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from sparseclt.config import TrainConfig
-from sparseclt.connections.activity import Activity
 from sparseclt.connections.policies import ConnectionPolicy
 from sparseclt.language_model.language_model import LanguageModel
 from sparseclt.model.activations import Activations
@@ -35,7 +34,6 @@ class ModePass:
     outputs: dict[Site, Tensor]  # [N, D] reconstructions
     latents: list[Latents]  # one entry per module
     l0: list[Tensor]  # [N] per module, with a gradient; empty except with JumpReLU
-    dead_reconstruction: dict[Site, Tensor] = field(default_factory=dict)  # [N, D], for AuxK
     cross_entropy: Tensor | None = None  # of the replaced model, a mean over tokens
 
     def detached_latents(self) -> list[Latents]:
@@ -72,18 +70,16 @@ class BackwardResult(NamedTuple):
 
 
 class Objective:
-    """The loss of both modes, as a function of weights, connections and the latents that are dead."""
+    """The loss of both modes, as a function of weights and connections."""
 
     def __init__(
         self,
         config: TrainConfig,
         clt: SparseCLT,
         policy: ConnectionPolicy | None,
-        activity: Mapping[Mode, Activity],
         language_model: LanguageModel,
     ):
-        self.config, self.clt, self.policy = config, clt, policy
-        self.activity, self.language_model = activity, language_model
+        self.config, self.clt, self.policy, self.language_model = config, clt, policy, language_model
         self.micro_rows = self._configured_rows = config.compute.micro_batch_rows or config.batch_rows
 
     def modes(self) -> list[Mode]:
@@ -99,9 +95,6 @@ class Objective:
         c, backend = self.config.loss, self.config.compute.backend
         forward = self.clt(activations, mode, backend=backend, gradients=gradients)
         result = ModePass({site: forward.output(site) for site in self.clt.sites}, forward.latents, forward.l0)
-        dead = self.activity[mode].dead(c.dead_after_tokens)
-        if c.aux_weight and dead.any():
-            result.dead_reconstruction = losses.dead_reconstruction(forward, dead, c.aux_latents)
         if c.cross_entropy_weight:
             hooks = replacement(self.clt, mode, backend, gradients=gradients)
             result.cross_entropy = self.language_model.cross_entropy(activations.tokens, **hooks)
@@ -123,13 +116,11 @@ class Objective:
     def _terms_of_mode(
         self, mode: Mode, result: ModePass, activations: Activations, real: dict[Site, Tensor], means: Means
     ) -> Iterator[tuple[str, LossTerm]]:
-        """FVU of every site, AuxK, cross-entropy."""
+        """FVU of every site, L0, cross-entropy."""
         c, outputs, counted = self.config.loss, result.outputs, activations.counted_flat
         for site in self.clt.sites:
             sums = losses.fvu_sums(real[site], outputs[site], means[site], counted)
             yield f"fvu_{mode}/{site.name}", LossTerm(mode, 1, [sums])
-        if result.dead_reconstruction:
-            yield f"aux_{mode}", LossTerm(mode, c.aux_weight, losses.aux_k(result.dead_reconstruction, outputs, real))
         if result.l0 and c.l0_weight:
             L0s = [losses.L0Sum(l0.sum() / self.clt.architecture.active) for l0 in result.l0]
             yield f"l0_penalty_{mode}", LossTerm(mode, c.l0_weight, L0s)

@@ -61,9 +61,6 @@ class RunSizes:
         self.readers = [u for u in self.size.upstream if u]
         self.sparse = config.connections.policy != "none" and bool(self.readers)
         self.modes = 2 if self.sparse else 1
-        self.aux = config.loss.aux_latents if config.loss.aux_weight else 0
-        # Passes that note gradients of reconstructions: one per mode, and as many again for AuxK.
-        self.passes = self.modes * (2 if self.aux else 1)
         self.outputs = FLOAT * self.N * self.D * self.M  # reconstructions of one mode
         self.micro_outputs = FLOAT * self.n * self.D * self.M  # of a micro-batch
         self.active_latents = self.modes * (FLOAT + ID) * self.N * self.K * self.M

@@ -1,7 +1,7 @@
 """Training: both modes from one activation capture, checkpoints that continue bit-exactly."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import replace
 from functools import cached_property
@@ -24,7 +24,7 @@ from sparseclt.model.decoder_gradients import DecoderGradients
 from sparseclt.model.shape import Architecture
 from sparseclt.model.sites import MODES, Mode
 from sparseclt.storage.run_config import CLT, check_changes, check_unused, read_config, write_config
-from sparseclt.training import finite, memory, schedule, thresholds
+from sparseclt.training import finite, memory, revival, schedule, thresholds
 from sparseclt.training.batches import Batches
 from sparseclt.training.interruption import Interrupted, StopRequest, stop_requests
 from sparseclt.training.loggers import RunLog, truncate_after
@@ -95,7 +95,7 @@ class Trainer:
                 self.policy.prepare(self.clt)
         self.activity = self._make_activity()
         self.optimizer = RowAdam(self.clt, config.optimizer, config.seed)
-        self.objective = Objective(config, self.clt, self.policy, self.activity, self.language_model)
+        self.objective = Objective(config, self.clt, self.policy, self.language_model)
         self.state = TrainingState(self.clt, self.optimizer, self.activity)
         self.step = 0
         self._resumed = False  # or `load` took up a run
@@ -147,6 +147,7 @@ class Trainer:
         for mode, latents in backward.latents.items():
             self.activity[mode].update(latents, activations.counted_flat)
         thresholds.follow(self.clt, backward.latents)
+        revival.raise_biases(self.clt, self._dead(backward.latents), config.optimizer.revival_rate * rate)
         self.step += 1
         counts = {}
         if config.clt.activation != "topk":
@@ -173,9 +174,13 @@ class Trainer:
             values = [v for name, v in metrics.items() if name.startswith(f"fvu_{mode}/")]
             if values:
                 metrics[f"fvu_{mode}"] = sum(values) / len(values)
-                dead = self.activity[mode].dead(self.config.loss.dead_after_tokens)
-                metrics[f"dead_{mode}"] = dead.float().mean().item()
+                metrics[f"dead_{mode}"] = self._dead([mode]).float().mean().item()
         return metrics
+
+    def _dead(self, modes: Iterable[Mode]) -> Tensor:
+        """Boolean [M, F]: latents that are dead in any of `modes`."""
+        after = revival.dead_after_tokens(self.config)
+        return torch.stack([self.activity[mode].dead(after) for mode in modes]).any(0)
 
     @cached_property
     def identity(self) -> Identity:

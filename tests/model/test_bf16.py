@@ -69,7 +69,7 @@ def learned(tmp_path, dtype: str) -> Trainer:
         out=str(tmp_path), batch_rows=3, steps=60, data=DataConfig(row_tokens=12), device="cpu",
         clt=CLTConfig(latents=24, active=4, dtype=dtype), logging=LoggingConfig(progress=False),
         connections=ConnectionConfig(policy="learned", per_latent=9, candidates_after_steps=2),
-        loss=LossConfig(sparse_start_share=0.0, sparse_ramp_share=0.0, aux_weight=0.0),
+        loss=LossConfig(sparse_start_share=0.0, sparse_ramp_share=0.0),
     )  # fmt: skip
     return Trainer(config, language_model=language_model("gpt2", torch.float32), rows=tokens(30, 12))
 

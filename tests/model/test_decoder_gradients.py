@@ -23,7 +23,7 @@ def trainer(tmp_path, kind="gpt2", attention="frozen", policy="top", **more) -> 
         clt=CLTConfig(latents=37, active=4, attention=attention),
         connections=ConnectionConfig(policy=policy, per_latent=5, refresh_steps=2, candidates_after_steps=2),
         logging=LoggingConfig(progress=False),
-        loss=LossConfig(sparse_start_share=0.0, sparse_ramp_share=0.0, dead_after_tokens=30, aux_latents=3), **more,
+        loss=LossConfig(sparse_start_share=0.0, sparse_ramp_share=0.0), **more,
     )  # fmt: skip
     model = language_model(kind, torch.float64)
     t = Trainer(config, language_model=model, rows=tokens(ROWS, LENGTH))

@@ -105,7 +105,6 @@ def test_a_massive_activation_there_leaves_loss_and_gradients_as_they_are(tmp_pa
     t = small_trainer(tmp_path, model, batch_rows=6)
     t.clt.double()
     connect_random(t.clt, 5)
-    t.activity["vanilla"].tokens_since_fired[:, :8] = 1000
     t.objective.micro_rows = micro_rows
 
     def gradients(activations: Activations) -> dict[str, torch.Tensor]:
@@ -119,7 +118,7 @@ def test_a_massive_activation_there_leaves_loss_and_gradients_as_they_are(tmp_pa
 
     activations = model.capture(ROWS)
     plain, massive = gradients(activations), gradients(with_massive_first(activations))
-    assert plain["aux_vanilla"] > 0 and plain["fvu_sparse/mlp_2"] > 0
+    assert plain["fvu_sparse/mlp_2"] > 0
     for name, value in plain.items():
         torch.testing.assert_close(massive[name], value, rtol=1e-9, atol=1e-12, msg=lambda m, n=name: f"{n}: {m}")
 

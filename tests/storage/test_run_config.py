@@ -46,7 +46,7 @@ def test_what_does_not_change_the_weights_may_change(changes):
     [
         ({"seed": 1}, r"seed \(0 there, now 1\)"),
         ({"batch_rows": 2}, r"batch_rows \(4 there, now 2\)"),
-        ({"loss": LossConfig(aux_weight=0.5)}, r"loss.aux_weight \(0.03125 there, now 0.5\)"),
+        ({"loss": LossConfig(l0_weight=0.5)}, r"loss.l0_weight \(1.0 there, now 0.5\)"),
         ({"activations": ActivationConfig(cache="here")}, r"activations.cache \(None there, now 'here'\)"),
         ({"data": DataConfig(row_tokens=64)}, r"data.row_tokens \(128 there, now 64\)"),
         ({"seed": 1, "batch_rows": 2}, r"batch_rows .*, seed "),

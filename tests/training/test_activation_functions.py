@@ -21,7 +21,7 @@ from sparseclt.training.trainer import Trainer
 
 ACTIVATIONS = ("batchtopk", "jumprelu")
 F, K = 40, 3
-LOSS = LossConfig(sparse_start_share=0.0, dead_after_tokens=60, aux_latents=4, l0_weight=10.0)  # for very few tokens
+LOSS = LossConfig(sparse_start_share=0.0, l0_weight=10.0)  # for very few tokens
 
 
 def clt_config(activation: str, **changes) -> CLTConfig:
@@ -53,7 +53,7 @@ def test_training_lowers_the_fvu_of_both_modes(trained):
 
 
 def test_the_l0_penalty_moves_thresholds_until_k_latents_are_active(tmp_path, model):
-    t = trainer(tmp_path, model, clt=clt_config("jumprelu", bandwidth=0.5), loss=replace(LOSS, aux_weight=0.0))
+    t = trainer(tmp_path, model, clt=clt_config("jumprelu", bandwidth=0.5), loss=LOSS)
     activations = model.capture(ROWS)
     calibrate(t.clt, activations)
     thresholds = [module.threshold for module in t.clt]

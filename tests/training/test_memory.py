@@ -43,7 +43,7 @@ def trainer(tmp_path, backend=None, rows: int = 40) -> Trainer:
         logging=LoggingConfig(progress=False),
         clt=CLTConfig(latents=F, active=8), data=DataConfig(row_tokens=ROW),
         connections=ConnectionConfig(per_latent=4, refresh_steps=REFRESH),
-        loss=LossConfig(sparse_start_share=0.0, dead_after_tokens=1, aux_latents=4),
+        loss=LossConfig(sparse_start_share=0.0),
     )  # fmt: skip
     return Trainer(config, language_model=language_model("gpt2", torch.float32), rows=tokens(rows, ROW))
 

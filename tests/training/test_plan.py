@@ -60,8 +60,6 @@ def configured(
     rows=4,
     policy="top",
     dtype="fp32",
-    aux=0.0,
-    dead_after=10**9,
     micro=None,
     shuffle_bytes=0,
     activation="topk",
@@ -72,7 +70,7 @@ def configured(
         out="unused", batch_rows=rows, compute=ComputeConfig(micro_batch_rows=micro), device="cpu",
         logging=LoggingConfig(progress=False),
         clt=CLTConfig(latents=F, active=K, dtype=dtype, activation=activation), data=DataConfig(row_tokens=S),
-        loss=LossConfig(sparse_start_share=0.0, aux_weight=aux, dead_after_tokens=dead_after),
+        loss=LossConfig(sparse_start_share=0.0),
         connections=ConnectionConfig(policy=policy, per_latent=16, refresh_steps=1000, recent_tokens=1024),
         optimizer=OptimizerConfig(**optimizer),
     )  # fmt: skip
@@ -92,9 +90,6 @@ def planned_and_measured(config: TrainConfig, L: int = 4, D: int = 64) -> tuple[
     following = activations(L, D, config.batch_rows)
     for _ in range(2):
         trainer.train_step(batch)
-    if config.loss.aux_weight:
-        for activity in trainer.activity.values():
-            activity.tokens_since_fired[:, : config.clt.latents // 5] = config.loss.dead_after_tokens
     start = held() - before
     with peak_allocation() as peak:
         trainer.train_step(batch)
@@ -112,8 +107,6 @@ CASES = {
     "many tokens, vanilla mode": configured(F=1024, rows=64, policy="none"),
     "many tokens, batchtopk": configured(F=1024, rows=64, activation="batchtopk"),
     "many tokens, jumprelu": configured(F=1024, rows=64, activation="jumprelu"),
-    "latents are dead": configured(F=1024, rows=64, aux=1 / 32),
-    "latents are dead, micro-batches": configured(F=1024, rows=64, aux=1 / 32, micro=16),
     "micro-batches, both modes": configured(F=1024, rows=64, micro=16),
     "micro-batches, vanilla mode": configured(F=1024, rows=96, policy="none", micro=16),
 }

@@ -20,6 +20,7 @@ from sparseclt.config import (
     DataConfig,
     LoggingConfig,
     LossConfig,
+    OptimizerConfig,
     TrainConfig,
 )
 from sparseclt.model.clt import SparseCLT
@@ -39,7 +40,7 @@ def config(out: Path, **changes) -> TrainConfig:
         logging=LoggingConfig(every_steps=1, progress=False),
         clt=CLTConfig(latents=24, active=3), data=DataConfig(row_tokens=12),
         connections=ConnectionConfig(per_latent=5, start_per_latent=9, refresh_steps=3),
-        loss=LossConfig(sparse_start_share=0.0, dead_after_tokens=60, aux_latents=4),
+        loss=LossConfig(sparse_start_share=0.0), optimizer=OptimizerConfig(dead_after_tokens=60),
     )  # fmt: skip
     return replace(base, **changes)
 

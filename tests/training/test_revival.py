@@ -1,0 +1,65 @@
+"""Latents that are dead in either mode get a higher bias until they fire."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from clts import language_model, tokens
+
+from sparseclt.config import (
+    CLTConfig,
+    ConnectionConfig,
+    DataConfig,
+    LoggingConfig,
+    LossConfig,
+    OptimizerConfig,
+    TrainConfig,
+)
+from sparseclt.training import schedule
+from sparseclt.training.revival import dead_after_tokens
+from sparseclt.training.trainer import Trainer
+
+ROWS, LENGTH = 4, 12
+
+
+def trainer(tmp_path, steps=40, **optimizer) -> Trainer:
+    config = TrainConfig(
+        out=str(tmp_path), batch_rows=ROWS, steps=steps, data=DataConfig(row_tokens=LENGTH),
+        clt=CLTConfig(latents=48, active=3), connections=ConnectionConfig(per_latent=5, refresh_steps=5),
+        loss=LossConfig(sparse_start_share=0.0), logging=LoggingConfig(progress=False),
+        optimizer=OptimizerConfig(**optimizer),
+    )  # fmt: skip
+    return Trainer(config, language_model=language_model("gpt2", torch.float32), rows=tokens(40 * ROWS, LENGTH))
+
+
+@pytest.mark.parametrize("mode", ["vanilla", "sparse"])
+def test_the_bias_of_a_dead_latent_rises_by_learning_rates_and_no_other(tmp_path, mode):
+    still, rising = (trainer(tmp_path, revival_rate=rate, dead_after_tokens=500) for rate in (0.0, 7.0))
+    batch = next(still.batches.from_step(0))
+    for t in (still, rising):
+        t.train_step(batch)
+        t.activity[mode].tokens_since_fired[2, [3, 5]] = 10**6
+        t.train_step(batch)
+    fired = (rising.activity[mode].tokens_since_fired[2] == 0) | (rising.activity[mode].tokens_since_fired[2] < 500)
+    moved = rising.clt.transcoder(2).b_enc - still.clt.transcoder(2).b_enc
+    expected = torch.where(fired, 0.0, 7.0 * schedule.learning_rate(rising.config, 1))
+    assert (expected > 0).any()
+    torch.testing.assert_close(moved.detach(), expected)
+    assert torch.equal(rising.clt.transcoder(1).b_enc, still.clt.transcoder(1).b_enc)
+
+
+def test_fewer_latents_stay_silent(tmp_path):
+    def silent(rate: float) -> float:
+        t = trainer(tmp_path, steps=120, revival_rate=rate, dead_after_tokens=300)
+        for activations in t.batches.from_step(0):
+            metrics = t.train_step(activations)
+        return metrics["dead_vanilla"]
+
+    with_it, without = silent(10.0), silent(0.0)
+    assert without > 0.2 and with_it < without / 2, (with_it, without)
+
+
+def test_by_default_a_latent_is_dead_after_150_times_the_tokens_between_two_firings(tmp_path):
+    config = trainer(tmp_path).config
+    assert dead_after_tokens(config) == 150 * 48 // 3
+    assert dead_after_tokens(replace(config, optimizer=OptimizerConfig(dead_after_tokens=7))) == 7
