@@ -62,6 +62,16 @@ def test_eval_prints_the_table_again(run, capsys):
     assert json.loads((run / "evaluation.json").read_text()) == before
 
 
+def test_eval_with_faithfulness_says_whether_connections_matter(run, capsys):
+    assert main(["eval", str(run), "--faithfulness"]) == 0
+    out = capsys.readouterr().out
+    assert "shuffled connections" in out and "C random ones" in out and "completeness" in out
+    assert (run / "faithfulness.md").read_text() in out
+    assert json.loads((run / "faithfulness.json").read_text())["agreement"]["sparse"]["kl"] > 0
+    assert main(["eval", str(run), "--faithfulness", "--checkpoint", "step_00000006"]) == 2
+    assert "faithfulness: expected a finished run without --checkpoint" in capsys.readouterr().err
+
+
 def test_a_run_directory_reproduces_its_own_run(run, tmp_path):
     assert main(["repeat", str(run), str(tmp_path / "again")]) == 0
     assert read_metrics(tmp_path / "again" / "metrics.jsonl") == read_metrics(run / "metrics.jsonl")

@@ -81,7 +81,7 @@ BAD = {
     "clt.attention": ["latent", "Frozen", ""],
     "clt.dtype": ["fp16", "float32", "bfloat16"],
     "connections.policy": ["tpo", "Top", "dense_learned", ""],
-    "connections.per_latent": [0, -1],
+    "connections.per_latent": [-1],
     "connections.importance": ["max", ""],
     "connections.recent_tokens": [0, -1],
     "connections.start_per_latent": [0, -1, 31],
