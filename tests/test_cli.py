@@ -181,6 +181,15 @@ def test_export_for_neuronpedia_keeps_top_k(run, tmp_path, capsys):
     assert (tmp_path / "out" / "model" / "0-first" / "features" / "batch-0.jsonl.gz").is_file()
 
 
+def test_export_of_weights_for_other_trainers(run, tmp_path, capsys):
+    assert main(["export", str(run), str(tmp_path / "out"), "--format", "sparsify"]) == 0
+    config = json.loads((tmp_path / "out" / "h.0.mlp" / "cfg.json").read_text())
+    assert config["k"] == json.loads((run / "config.json").read_text())["clt"]["active"]
+    capsys.readouterr()
+    assert main(["export", str(run), str(tmp_path / "sae"), "--format", "saelens"]) == 2
+    assert "decoders to later layers" in capsys.readouterr().err and not (tmp_path / "sae").exists()
+
+
 def test_special_tokens_in_a_prompt_are_text_or_tokens_and_stay_text_in_the_atlas(run, tmp_path):
     shutil.copytree(run, tmp_path / "run")
     for name, flags in {"text": [], "tokens": ["--special-tokens"]}.items():

@@ -2,4 +2,4 @@
 
 from typing import Literal
 
-FormatName = Literal["circuit-tracer", "neuronpedia"]
+FormatName = Literal["circuit-tracer", "neuronpedia", "saelens", "sparsify"]

@@ -7,6 +7,7 @@ from pathlib import Path
 from torch import Tensor
 
 from sparseclt.export import FormatName, circuit_tracer, neuronpedia
+from sparseclt.formats import saelens, sparsify
 from sparseclt.language_model.language_model import LanguageModel
 from sparseclt.model.clt import SparseCLT
 
@@ -24,7 +25,18 @@ class Format:
     """Whether the tool knows no TopK, so that a TopK CLT needs one threshold per latent there."""
 
 
+def _weights_only(write: Callable[[SparseCLT, LanguageModel, Path], Path]) -> Writer:
+    """`write` as a `Writer`: it needs neither text nor a name."""
+
+    def writer(clt: SparseCLT, language_model: LanguageModel, rows: Tensor, name: str, path: Path) -> None:
+        write(clt, language_model, path)
+
+    return writer
+
+
 FORMATS: dict[FormatName, Format] = {
     "circuit-tracer": Format(circuit_tracer.write, thresholds=True),
     "neuronpedia": Format(neuronpedia.write, thresholds=False),
+    "saelens": Format(_weights_only(saelens.write), thresholds=True),
+    "sparsify": Format(_weights_only(sparsify.write), thresholds=False),
 }

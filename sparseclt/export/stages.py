@@ -52,7 +52,7 @@ def export(
         stages["fine-tuned"] = clt = fine_tune(clt, language_model, config, finetune_steps)
     to.write(clt, language_model, rows[1::2], name, path)
     if not to.thresholds:
-        return f"{format}: the latents of vanilla mode on {rows[1::2].numel()} tokens, as trained"
+        return f"{format}: vanilla mode, as trained"
     measured = {
         stage: evaluate(own, language_model, rows[1::2], cross_entropy=False).to_dict() for stage, own in stages.items()
     }

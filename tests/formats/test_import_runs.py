@@ -70,7 +70,7 @@ def test_every_token_has_room_for_its_latents_and_runs_and_exports_keep_to_the_h
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--connections.per-latent", "41"], "connections.per_latent: expected 1 to 40"),
+        (["--connections.per-latent", "41"], "connections.per_latent: expected 0 to 40"),
         (["--connections.policy", "learned"], "connections.policy: expected 'top' or 'none'"),
         (["--input-hook", "ln2.hook_normalized"], "input_hook: expected None or 'mlp.hook_in'"),
     ],

@@ -10,7 +10,8 @@ from clts import language_model, random_clt
 from safetensors.torch import load_file, save_file
 
 from sparseclt import SparseCLT
-from sparseclt.storage.directories import CheckpointError
+from sparseclt.export.circuit_tracer import write_clt
+from sparseclt.storage.directories import CheckpointError, atomic_directory
 
 
 @pytest.fixture(scope="module")
@@ -106,9 +107,9 @@ def test_links_are_refused(file, model, tmp_path):
 
 
 def test_an_exported_directory_with_a_flipped_byte_is_refused(model, tmp_path):
-    from sparseclt.export.circuit_tracer import export_circuit_tracer
-
-    path = export_circuit_tracer(random_clt(model, activation="jumprelu"), model, tmp_path / "export")
+    path = tmp_path / "export"
+    with atomic_directory(path) as directory:
+        write_clt(random_clt(model, activation="jumprelu"), model, directory)
     file = path / "W_dec_1.safetensors"
     content = bytearray(file.read_bytes())
     content[-1] ^= 1

@@ -8,13 +8,20 @@ from clts import F, language_model, random_clt, tokens
 from tiny_models import further_config, hf_model, tokenizer
 
 from sparseclt import SparseCLT
-from sparseclt.export.circuit_tracer import export_circuit_tracer
+from sparseclt.export.circuit_tracer import write_clt
 from sparseclt.formats import saelens, sparsify
 from sparseclt.language_model.language_model import LanguageModel
 
+
+def circuit_tracer_clt(clt, model, path):
+    path.mkdir()
+    write_clt(clt, model, path)
+    return path
+
+
 WRITERS = [
-    (export_circuit_tracer, "all", "jumprelu"),
-    (export_circuit_tracer, "own", "jumprelu"),
+    (circuit_tracer_clt, "all", "jumprelu"),
+    (circuit_tracer_clt, "own", "jumprelu"),
     (sparsify.write, "all", "topk"),
     (sparsify.write, "own", "topk"),
     (saelens.write, "own", "jumprelu"),
