@@ -8,6 +8,8 @@ import torch
 from clts import language_model, random_clt
 from local_hub import commit_of
 
+import sparseclt
+from sparseclt.formats import sparsify
 from sparseclt.model.clt import SparseCLT
 from sparseclt.storage.hub import local_directory
 
@@ -139,3 +141,12 @@ def test_a_path_never_leads_to_the_hub(hub, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="revision: expected only with a name on the hub, .* got path me/tiny"):
         local_directory("me/tiny", {"revision": "main"})
     assert hub.requests == []
+
+
+def test_a_repository_of_another_trainer_is_read_from_the_cache_of_links(hub, tmp_path):
+    model = language_model("gpt2", torch.float32)
+    theirs = sparsify.write(random_clt(model), model, tmp_path / "theirs")
+    files = {str(file.relative_to(theirs)): file.read_bytes() for file in theirs.rglob("*") if file.is_file()}
+    hub.files["other/clt", "main"] = files
+    read = sparseclt.SparseCLT.from_pretrained("other/clt", language_model=model)
+    assert same(read, sparseclt.SparseCLT.from_pretrained(theirs, language_model=model))
