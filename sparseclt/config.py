@@ -83,9 +83,9 @@ class DataConfig:
 class CLTConfig:
     """The shape of the transcoder."""
 
-    latents: Positive = 512
+    latents: Positive = 1024
     """Latents per module (F)."""
-    active: Positive = 16
+    active: Positive = 32
     """Active latents per token and module (K); except with activation topk, their mean over tokens."""
     activation: Literal["topk", "batchtopk", "jumprelu"] = "topk"
     """topk: the K strongest latents of each token. batchtopk: the N K strongest of a batch of N tokens. jumprelu: those
@@ -111,7 +111,7 @@ class ConnectionConfig:
     policy: Literal["top", "learned", "dense-learned", "random", "none"] = "top"
     """top: the C most important latents, chosen again and again. learned: a trained gate for each of C candidates.
     dense-learned: a gate for every pair of latents (small models only). random: any C. none: vanilla mode only."""
-    per_latent: Natural = 32
+    per_latent: Natural = 8
     """Connections per latent (C), 0 for none at all; with policy learned, candidates per latent."""
     importance: Importance = "coactivation"
     """What makes an upstream latent important, besides the size of its virtual weight |V|.
@@ -159,7 +159,7 @@ class LossConfig:
 class OptimizerConfig:
     """For experts: Adam, with a linear warm-up and a linear decay to zero."""
 
-    learning_rate: Weight = 2e-3
+    learning_rate: Weight = 4e-3
     """Peak learning rate."""
     warmup_share: Share = 0.02
     """Share of the steps, at the start, over which the learning rate rises."""
@@ -168,7 +168,7 @@ class OptimizerConfig:
     betas: tuple[Beta, Beta] = (0.9, 0.95)
     """Decay rates of Adam's two running means."""
     revival_rate: Weight = 10.0
-    """The bias of a dead latent rises by so many learning rates per step, until it fires. 0: never."""
+    """The bias of a dead latent rises by so many peak learning rates per step, until it fires. 0: never."""
     dead_after_tokens: Positive | None = None
     """A latent is dead after so many tokens on which it did not fire, in either mode. None: 150 times those on which an
     average latent fires once, clt.latents / clt.active."""

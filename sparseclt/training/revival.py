@@ -8,7 +8,7 @@ in each step, brings it back on the tokens that suit it best, and from there its
 import torch
 from torch import Tensor
 
-from sparseclt.config import TrainConfig
+from sparseclt.config import OptimizerConfig, TrainConfig
 from sparseclt.model.transcoders import Transcoders
 
 PATIENCE = 150  # times a latent that fires as often as others should have fired before it counts as dead
@@ -17,6 +17,12 @@ PATIENCE = 150  # times a latent that fires as often as others should have fired
 def dead_after_tokens(config: TrainConfig) -> int:
     """Tokens without firing after which a latent is dead."""
     return config.optimizer.dead_after_tokens or round(PATIENCE * config.clt.latents / config.clt.active)
+
+
+def amount(config: OptimizerConfig) -> float:
+    """By how much a dead latent's bias rises in a step. It stays the same while the learning rate falls: latents die
+    until the end."""
+    return config.revival_rate * config.learning_rate
 
 
 @torch.no_grad()

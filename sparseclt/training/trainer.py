@@ -157,7 +157,7 @@ class Trainer:
         for mode, latents in backward.latents.items():
             self.activity[mode].update(latents, activations.counted_flat)
         thresholds.follow(self.clt, backward.latents)
-        revival.raise_biases(self.clt, self._dead(backward.latents), config.optimizer.revival_rate * rate)
+        revival.raise_biases(self.clt, self._dead(backward.latents), revival.amount(config.optimizer))
         self.step += 1
         counts = {}
         if config.clt.activation != "topk":
