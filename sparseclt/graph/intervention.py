@@ -154,9 +154,9 @@ class _IntervenedPass(ForwardPass):
         self.changes = changes
         self.spare = max(len(at_site) for at_site in changes.values())
 
-    def encode(self, index: int, rows: Tensor | None = None, k: int | None = None) -> Latents:
+    def encode(self, index: int) -> Latents:
         """As without interventions, with a spare slot for each latent that may not be active."""
-        plain = super().encode(index, rows, k)
+        plain = super().encode(index)
         values = torch.nn.functional.pad(plain.values, (0, self.spare))
         indices = torch.nn.functional.pad(plain.indices, (0, self.spare), value=-1)  # an empty slot
         for spare, (position, latent, wanted) in enumerate(self.changes.get(self.clt.sites[index], [])):

@@ -101,20 +101,13 @@ class ForwardPass:
             return self._stream.before(site, self.activations, self._outputs)
         return self.activations.input(site)
 
-    def encode(self, index: int, rows: Tensor | None = None, k: int | None = None) -> Latents:
-        """The active latents of module `index`; or the k strongest of only its latents `rows` [R] (ids then in 0..R-1),
-        whatever the activation function.
-
-        Its reading must have been taken by `advance`.
-        """
-        if rows is None:
-            a = self.clt.architecture
-            latents = self._active(index, self._candidates(index))
-            if self.clt.warns_when_full and a.activation != "topk" and a.slots < a.latents:
-                nonlinearity.warn_if_full(latents, a.active, self.clt.sites[index])
-            return latents
-        assert k is not None
-        return self._strongest(index, k, rows)
+    def encode(self, index: int) -> Latents:
+        """The active latents of module `index`, whose reading must have been taken by `advance`."""
+        a = self.clt.architecture
+        latents = self._active(index, self._candidates(index))
+        if self.clt.warns_when_full and a.activation != "topk" and a.slots < a.latents:
+            nonlinearity.warn_if_full(latents, a.active, self.clt.sites[index])
+        return latents
 
     def _candidates(self, index: int) -> Latents:
         """Those latents of module `index` that the activation function chooses from."""
@@ -143,9 +136,8 @@ class ForwardPass:
         self.l0.append(self.activations.where_counted(l0[:, None], 0.0)[:, 0])
         return latents
 
-    def _strongest(self, index: int, k: int, rows: Tensor | None = None, b_enc: Tensor | None = None) -> Latents:
-        """The k strongest latents of module `index`, or of only its latents `rows` [R]; with other biases `b_enc` [F]
-        than its own, if they are given."""
+    def _strongest(self, index: int, k: int, b_enc: Tensor | None = None) -> Latents:
+        """The k strongest latents of module `index`; with other biases `b_enc` [F] than its own, if they are given."""
         module, reading = self.clt.transcoder(index), self._readings[index]
         W_enc: Tensor = module.W_enc if self.mode == "vanilla" else self.clt.reading_rows(index)
         b_enc = module.b_enc if b_enc is None else b_enc
@@ -154,11 +146,6 @@ class ForwardPass:
             V = self.virtual_weights[index]
             reading = self._connected_reading(module.site, reading, connected=V is not None)
         reading = reading.to(W_enc.dtype)
-        if rows is not None:
-            W_enc, b_enc = W_enc[rows], b_enc[rows]
-            if V is not None:
-                assert connections is not None
-                V, connections = V[..., rows, :], ops.Connections(connections.indices[rows], module.upstream)
         if V is None:
             return Latents(*ops.topk_encode(reading, W_enc, b_enc, k, backend=self.backend))
         assert connections is not None
