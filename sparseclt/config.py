@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field
 
-from sparseclt.strict import from_json_values, strict
+from sparseclt.strict import device_name, from_json_values, no_repeats, strict
 
 Importance = Literal["coactivation", "mean", "rms"]
 
@@ -22,19 +22,6 @@ Share = Annotated[float, Field(ge=0, le=1)]
 Weight = Annotated[float, Field(ge=0)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 Text = Annotated[str, Field(min_length=1)]
-
-
-def _device(name: str) -> str:
-    kind, colon, index = name.partition(":")
-    if not kind.isalpha() or colon and not (index.isascii() and index.isdigit()):
-        raise ValueError("'auto', or a device such as 'cpu', 'cuda' or 'cuda:1'")
-    return name
-
-
-def _no_repeats(names: tuple[str, ...]) -> tuple[str, ...]:
-    if len(set(names)) < len(names):
-        raise ValueError("each logger at most once")
-    return names
 
 
 @strict("model")
@@ -92,6 +79,9 @@ class CLTConfig:
     above a trained threshold per latent. With the latter two, K on average and at most 4 K per token."""
     bandwidth: Annotated[float, Field(gt=0)] = 0.1
     """With activation jumprelu, width of the pre-activations around a threshold from which it learns."""
+    targets: Literal["all", "own"] = "all"
+    """The MLP outputs that a latent writes to. all: those of its own and all later layers. own: that of its own layer,
+    as in per-layer transcoders."""
     attention: Literal["frozen", "latents"] = "frozen"
     """frozen: the model's own attention outputs are taken as given. latents: attention gets latents of its own."""
     dtype: Literal["fp32", "bf16"] = "fp32"
@@ -212,7 +202,7 @@ class LoggingConfig:
 
     every_steps: Positive = 10
     """Steps from one line of metrics.jsonl to the next."""
-    loggers: Annotated[tuple[Literal["wandb", "trackio", "tensorboard"], ...], AfterValidator(_no_repeats)] = ()
+    loggers: Annotated[tuple[Literal["wandb", "trackio", "tensorboard"], ...], AfterValidator(no_repeats)] = ()
     """Loggers to use besides metrics.jsonl."""
     progress: bool = True
     """Show a progress bar."""
@@ -240,7 +230,7 @@ class TrainConfig:
     """Training steps."""
     batch_rows: Positive = 4
     """Rows of text per step."""
-    device: Annotated[str, AfterValidator(_device)] = "auto"
+    device: Annotated[str, AfterValidator(device_name)] = "auto"
     """'cpu', 'cuda', 'cuda:1', ... auto: CUDA if there is one, else the CPU."""
     seed: Natural = 0
     """Seed of the initial weights and of the order of the data."""

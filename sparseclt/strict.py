@@ -121,3 +121,18 @@ def _shown(value: object) -> str:
         return reprlib.repr(value)
     except ValueError:  # more digits than Python writes out
         return f"a value of type {type(value).__name__} too long to show"
+
+
+def device_name(name: str) -> str:
+    """`name`, if it can be that of a device."""
+    kind, colon, index = name.partition(":")
+    if not kind.isalpha() or colon and not (index.isascii() and index.isdigit()):
+        raise ValueError("'auto', or a device such as 'cpu', 'cuda' or 'cuda:1'")
+    return name
+
+
+def no_repeats(names: tuple[str, ...]) -> tuple[str, ...]:
+    """`names`, if each occurs once."""
+    if len(set(names)) < len(names):
+        raise ValueError("each logger at most once")
+    return names

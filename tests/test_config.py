@@ -78,6 +78,7 @@ BAD = {
     "clt.active": [0, -1, 513],
     "clt.activation": ["relu", "TopK", ""],
     "clt.bandwidth": [0.0, -0.1],
+    "clt.targets": ["later", ""],
     "clt.attention": ["latent", "Frozen", ""],
     "clt.dtype": ["fp16", "float32", "bfloat16"],
     "connections.policy": ["tpo", "Top", "dense_learned", ""],

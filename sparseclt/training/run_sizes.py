@@ -29,7 +29,8 @@ class MemoryTerm:
 def clt_size(config: TrainConfig, shape: ModelShape) -> CLTSize:
     """The vectors and parameters of the CLT that `config` trains."""
     sites = model_sites(shape.layers, config.clt.attention == "latents")
-    targets = tuple(shape.layers - site.layer if site.kind == "mlp" else 1 for site in sites)
+    across = config.clt.targets == "all"
+    targets = tuple(shape.layers - site.layer if site.kind == "mlp" and across else 1 for site in sites)
     upstream = tuple(upstream_modules(sites, i, shape.parallel) for i in range(len(sites)))
     return CLTSize(shape.d_model, config.clt.latents, targets, upstream)
 

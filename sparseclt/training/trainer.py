@@ -50,7 +50,7 @@ def build_clt(config: TrainConfig, language_model: LanguageModel) -> SparseCLT:
     """The untrained CLT of `config` for `language_model`; the same for the same seed."""
     shape = language_model.shape
     c = config.clt
-    architecture = Architecture(shape, c.latents, c.active, c.attention, c.activation, c.bandwidth)
+    architecture = Architecture(shape, c.latents, c.active, c.attention, c.activation, c.bandwidth, targets=c.targets)
     attention = None
     if config.clt.attention == "latents":
         attention = [language_model.attention_weights(layer) for layer in range(shape.layers)]

@@ -6,9 +6,12 @@ import pytest
 import torch
 from clts import F, connect_random, language_model, random_clt, tokens
 
+from sparseclt.config import CLTConfig, ConnectionConfig, DataConfig, LoggingConfig, TrainConfig
 from sparseclt.model.clt import SparseCLT
 from sparseclt.model.decoder_gradients import DecoderGradients
 from sparseclt.model.sites import MODES
+from sparseclt.training.loggers import read_metrics
+from sparseclt.training.trainer import Trainer
 
 
 @pytest.fixture(scope="module", params=["gpt2", "pythia"])
@@ -65,3 +68,18 @@ def test_they_are_saved_and_read_back_without_the_zeros(pair, tmp_path):
     assert loaded.architecture == own.architecture and loaded.transcoder(0).W_dec.shape == (F, 1, 32)
     assert all(torch.equal(loaded.state_dict()[name], value) for name, value in own.state_dict().items())
     assert not (tmp_path / "clt" / "config.yaml").exists()
+
+
+def test_they_are_trained_and_written_like_any_other(tmp_path):
+    config = TrainConfig(
+        out=str(tmp_path / "run"), steps=30, batch_rows=4, clt=CLTConfig(latents=32, active=4, targets="own"),
+        connections=ConnectionConfig(per_latent=3), data=DataConfig(row_tokens=12), device="cpu",
+        logging=LoggingConfig(every_steps=1, progress=False),
+    )  # fmt: skip
+    clt = Trainer(config, language_model=language_model("gpt2", torch.float32), rows=tokens(40, 12)).fit()
+    assert {module.W_dec.shape[1] for module in clt} == {1} and clt.connected
+    read = SparseCLT.from_pretrained(tmp_path / "run" / "clt")
+    assert read.architecture.targets == "own" and torch.equal(read.transcoder(0).W_dec, clt.transcoder(0).W_dec)
+    metrics = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert metrics[-1]["fvu_vanilla"] < 0.9 * metrics[0]["fvu_vanilla"]
+    assert "fvu_sparse" in metrics[-1]

@@ -63,13 +63,15 @@ def configured(
     micro=None,
     shuffle_bytes=0,
     activation="topk",
+    targets="all",
     **optimizer,
 ) -> TrainConfig:
     return TrainConfig(
         activations=ActivationConfig(shuffle_bytes),
         out="unused", batch_rows=rows, compute=ComputeConfig(micro_batch_rows=micro), device="cpu",
         logging=LoggingConfig(progress=False),
-        clt=CLTConfig(latents=F, active=K, dtype=dtype, activation=activation), data=DataConfig(row_tokens=S),
+        clt=CLTConfig(latents=F, active=K, dtype=dtype, activation=activation, targets=targets),
+        data=DataConfig(row_tokens=S),
         loss=LossConfig(sparse_start_share=0.0),
         connections=ConnectionConfig(policy=policy, per_latent=16, refresh_steps=1000, recent_tokens=1024),
         optimizer=OptimizerConfig(**optimizer),
@@ -107,6 +109,7 @@ CASES = {
     "many tokens, vanilla mode": configured(F=1024, rows=64, policy="none"),
     "many tokens, batchtopk": configured(F=1024, rows=64, activation="batchtopk"),
     "many tokens, jumprelu": configured(F=1024, rows=64, activation="jumprelu"),
+    "per-layer transcoders": configured(F=8192, rows=16, targets="own"),
     "micro-batches, both modes": configured(F=1024, rows=64, micro=16),
     "micro-batches, vanilla mode": configured(F=1024, rows=96, policy="none", micro=16),
 }
