@@ -36,7 +36,7 @@ GRAPHS = 3
 def short_run(out: Path) -> Path:
     """A run of a minute."""
     config = TrainConfig(
-        out=str(out), steps=200, clt=CLTConfig(latents=256), data=DataConfig(held_out_tokens=16_384),
+        out=str(out), steps=200, clt=CLTConfig(latents=256, active=16), data=DataConfig(held_out_tokens=16_384),
         checkpoints=CheckpointConfig(keep=1), logging=LoggingConfig(progress=False),
     )  # fmt: skip
     runs.train(config)
