@@ -74,8 +74,8 @@ BAD = {
     "data.held_out_tokens": [0, -1],
     "data.held_out_share": [0.0, 1.0, -0.1, 1.1],
     "data.cache": [""],
-    "clt.latents": [0, -512, 15],
-    "clt.active": [0, -1, 513],
+    "clt.latents": [0, -512, 31],
+    "clt.active": [0, -1, 1025],
     "clt.activation": ["relu", "TopK", ""],
     "clt.bandwidth": [0.0, -0.1],
     "clt.targets": ["later", ""],
@@ -85,7 +85,7 @@ BAD = {
     "connections.per_latent": [-1],
     "connections.importance": ["max", ""],
     "connections.recent_tokens": [0, -1],
-    "connections.start_per_latent": [0, -1, 31],
+    "connections.start_per_latent": [0, -1, 7],
     "connections.anneal_share": [-0.1, 1.1],
     "connections.refresh_steps": [0, -50],
     "connections.freeze_after_share": [-0.1, 1.1],
@@ -222,7 +222,7 @@ def test_every_problem_has_its_line():
         from_dict({"steps": 0, "clt": {"width": 3}, "optimizer": {"state": "8-bit", "betas": [0.9, 1]}, "loss": None})
     assert str(error.value).splitlines() == [
         "steps: expected at least 1, got 0",
-        "config: unknown field clt.width; expected one of latents, active, activation, bandwidth, attention, dtype",
+        "config: unknown field clt.width; expected one of latents, active, activation, bandwidth, targets, attention, dtype",
         "loss: expected the fields of a LossConfig, got None",
         "optimizer.betas[1]: expected less than 1, got 1",
         "optimizer.state: expected 'fp32' or '8bit', got '8-bit'",
@@ -273,8 +273,8 @@ def test_the_configuration_survives_json_copies_and_pickles(config):
 def test_replace_checks_again():
     config = TrainConfig()
     assert replace(config, clt=replace(config.clt, latents=99)).clt.latents == 99
-    with pytest.raises(ValueError, match=r"clt.active: expected at most clt.latents = 15, got 16"):
-        replace(config.clt, latents=15)
+    with pytest.raises(ValueError, match=r"clt.active: expected at most clt.latents = 31, got 32"):
+        replace(config.clt, latents=31)
     with pytest.raises(ValueError, match=r"steps: expected at least 1, got 0"):
         replace(config, steps=0)
     with pytest.raises(FrozenInstanceError):
