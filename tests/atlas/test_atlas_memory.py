@@ -7,7 +7,7 @@ import torch
 from clts import connect_random, language_model, random_clt
 from tiny_models import VOCAB
 
-from sparseclt.atlas import gather as gathering
+from sparseclt.observations import gather as gathering
 from sparseclt.observations.gather import gather
 
 ROWS, LENGTH, BATCH = 160, 24, 8
