@@ -19,6 +19,7 @@ from test_cli import material  # noqa: F401  the fixture
 from sparseclt import measurement, runs
 from sparseclt.cli import main
 from sparseclt.config import TrainConfig
+from sparseclt.evaluation import plots
 from sparseclt.language_model import language_model
 from sparseclt.language_model.language_model import LanguageModel
 from sparseclt.storage.run_config import read_config
@@ -214,7 +215,7 @@ def usual_handler():
 def no_pictures(monkeypatch):
     """They take most of the time of such short runs."""
     for name in ("densities", "fvu_against_c", "loss_curves"):
-        monkeypatch.setattr(runs.plots, name, lambda *a, **k: None)
+        monkeypatch.setattr(plots, name, lambda *a, **k: None)
 
 
 def test_a_sweep_goes_on_where_it_stopped(material, tmp_path, capsys, monkeypatch, no_pictures, usual_handler):  # noqa: F811

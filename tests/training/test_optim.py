@@ -107,7 +107,7 @@ def test_eight_bit_moments_take_two_bytes_a_weight_and_follow_adam():
 
 def test_eight_bit_moments_move_by_less_than_a_code():
     """The second entry's square shrinks by a thousandth a step, a sixteenth of a code; the first keeps the scale."""
-    optimizer, _, name = clt_with(1, state="8bit")
+    optimizer, _, name = clt_with(1, state="8bit", betas=(0.9, 0.999))
     gradient = torch.ones(1, 2, 3)
     for step in range(1, 1101):
         optimizer.step = step

@@ -139,7 +139,7 @@ def test_what_is_held_all_the_time_is_planned_to_the_byte():
         "optimiser state": bytes_of(*trainer.optimizer.tensors().values()),
         "activity of latents": bytes_of(*(t for a in trainer.activity.values() for t in a.state().values())),
         "connections": bytes_of(*(c.indices for c in connections), *orders),
-        "activations captured": 2 * bytes_of(*(t for t in captured if t.is_floating_point())),
+        "activations captured": 2 * bytes_of(*(t for t in captured if torch.is_tensor(t) and t.is_floating_point())),
     }
     planned = {term.name: term.bytes for term in memory.make_plan(config, ModelShape(5, 48)).terms}
     for name, measured in held.items():
