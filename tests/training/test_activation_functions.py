@@ -8,7 +8,15 @@ from clts import language_model
 from safetensors.torch import load_file
 from test_trainer import ROWS, config, trainer, whole_state
 
-from sparseclt.config import CheckpointConfig, CLTConfig, ComputeConfig, ConnectionConfig, LossConfig, TrainConfig
+from sparseclt.config import (
+    CheckpointConfig,
+    CLTConfig,
+    ComputeConfig,
+    ConnectionConfig,
+    LossConfig,
+    OptimizerConfig,
+    TrainConfig,
+)
 from sparseclt.evaluation.metrics import evaluate
 from sparseclt.evaluation.pruning import fvu_against_c
 from sparseclt.model.clt import SparseCLT
@@ -38,6 +46,7 @@ def trained(request, tmp_path_factory, model) -> Trainer:
     t = trainer(
         tmp_path_factory.mktemp(request.param), model, clt=clt_config(request.param, bandwidth=0.5), steps=60,
         batch_rows=6, loss=LOSS, checkpoints=CheckpointConfig(every_steps=60),
+        optimizer=OptimizerConfig(learning_rate=2e-3),  # slow enough for a mean over ten of so few steps
     )  # fmt: skip
     t.fit()
     return t
