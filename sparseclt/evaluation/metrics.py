@@ -153,6 +153,7 @@ def evaluate(
             statistics[name].add(forward, real)
             if name == "vanilla":
                 twins.add(forward.latents)
+            del forward  # before the next one is made
         if cross_entropy:
             for name, value in _cross_entropies(clt, language_model, batch, modes, backend).items():
                 entropies[name] = entropies.get(name, 0.0) + value * len(batch) / len(rows)
