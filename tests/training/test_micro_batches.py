@@ -156,6 +156,7 @@ def test_a_step_that_really_runs_out_of_memory_goes_on_in_micro_batches():
         from types import SimpleNamespace
         import test_plan
         from sparseclt.model.shape import ModelShape
+        from sparseclt.training import memory
         from sparseclt.training.trainer import Trainer
         L, D, rows = 8, 16, 96
         shape = ModelShape(layers=L, d_model=D, heads=1, vocab=1)
@@ -173,7 +174,7 @@ def test_a_step_that_really_runs_out_of_memory_goes_on_in_micro_batches():
         (whole, _), (halves, expected) = peak(None), peak(rows // 2)
         def step_under(limit):
             # The warnings of a step in so many bytes of address space, and how far its parameters are from those
-            # expected: in a process of its own, so that each limit meets the same free memory.
+            # expected; None, if it fails. In a process of its own, so that each limit meets the same free memory.
             read, write = os.pipe()
             if not (child := os.fork()):
                 t = trainer(None)
@@ -182,7 +183,10 @@ def test_a_step_that_really_runs_out_of_memory_goes_on_in_micro_batches():
                 resource.setrlimit(resource.RLIMIT_AS, (used + limit, resource.RLIM_INFINITY))
                 with warnings.catch_warnings(record=True) as caught:
                     warnings.simplefilter("always")
-                    t.train_step(batch)
+                    try:
+                        t.train_step(batch)
+                    except memory.OutOfMemory:
+                        os._exit(1)
                 resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
                 pairs = zip(t.clt.parameters(), expected.clt.parameters())
                 difference = max(float((a - b).abs().max()) for a, b in pairs)
@@ -190,14 +194,14 @@ def test_a_step_that_really_runs_out_of_memory_goes_on_in_micro_batches():
                 os._exit(0)
             os.close(write)
             with os.fdopen(read) as result:
-                found = json.loads(result.read())
+                found = result.read()
             os.waitpid(child, 0)
-            return found
+            return json.loads(found) if found else None
         # Allocations that find room in what the process has already are not counted: the limit lies below `whole`.
         low, high = 0, whole
         while high - low > (whole - halves) // 4:
             middle = (low + high) // 2
-            if (found := step_under(middle))[0]:
+            if not (found := step_under(middle)) or found[0]:
                 low, at_low = middle, found
             else:
                 high = middle
