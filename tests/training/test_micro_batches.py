@@ -199,21 +199,24 @@ def test_a_step_that_really_runs_out_of_memory_goes_on_in_micro_batches():
             return json.loads(found) if found else None
         # Allocations that find room in what the process has already are not counted: the limit lies below `whole`, and
         # below 0 if there is much room.
-        low, high, at_low = -3 * whole, whole, None
+        low, high, at_low = -3 * whole, whole, "never failed"
         while high - low > (whole - halves) // 4:
             middle = (low + high) // 2
             if not (found := step_under(middle)) or found[0]:
                 low, at_low = middle, found
             else:
                 high = middle
-        assert at_low, f"no step failed, or none but in a way of its own: {{low}} to {{high}} bytes"
-        print(json.dumps([whole, halves, *at_low]))
+        print(json.dumps([whole, halves, at_low]))
     """)
     # Every tensor in pages of its own: what is freed is given back.
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
-    whole, halves, messages, difference = json.loads(done.stdout.strip().splitlines()[-1])
+    whole, halves, at_limit = json.loads(done.stdout.strip().splitlines()[-1])
     assert whole > 1.1 * halves, "the test must be able to tell"
+    if at_limit == "never failed":
+        pytest.skip(f"the process held more than {4 * whole >> 20} MiB of free memory, so that no limit reached a step")
+    assert at_limit, "where the whole batch has no room, its halves have none either"
+    messages, difference = at_limit
     assert ["out of memory; going on in micro-batches of 48 rows" in m for m in messages] == [True]
     assert difference < 1e-5
