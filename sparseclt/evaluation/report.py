@@ -161,7 +161,7 @@ def markdown_table(rows: Sequence[Mapping[str, Any]], columns: Mapping[str, tupl
     """
     titles = [title for title, _ in columns.values()]
     body = [[_cell(row.get(key), spec) for key, (_, spec) in columns.items()] for row in rows]
-    widths = [max(len(cell) for cell in column) for column in zip(titles, *body, strict=True)]
+    widths = [max(2, *map(len, column)) for column in zip(titles, *body, strict=True)]  # a rule needs two characters
     left = [not spec for _, spec in columns.values()]
 
     def line(cells: Sequence[str]) -> str:

@@ -3,7 +3,7 @@
 import pytest
 
 from sparseclt.evaluation.frontier import with_explained
-from sparseclt.evaluation.report import evaluation_table, sweep_table
+from sparseclt.evaluation.report import evaluation_table, markdown_table, sweep_table
 
 EVALUATION = {
     "tokens": 4096,
@@ -121,3 +121,7 @@ def test_connections_explain_what_lies_between_none_and_all() -> None:
     explained = [row["explained_by_connections"] for row in with_explained(rows)]
     assert explained == [0, pytest.approx(2 / 3), pytest.approx(7 / 6)]
     assert [row["explained_by_connections"] for row in with_explained(rows[1:])] == [None, None], "no run at C = 0"
+
+
+def test_a_narrow_column_has_a_rule_that_markdown_knows():
+    assert markdown_table([{"C": 0}, {"C": 8}], {"C": ("C", "d")}).splitlines()[:2] == ["|  C |", "| -: |"]
