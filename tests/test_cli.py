@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from tiny_models import hf_model, tokenizer
+from tiny_models import save_model_and_text
 
 from sparseclt.cli import main
 from sparseclt.training.loggers import read_metrics
@@ -23,14 +23,8 @@ COMMANDS = (
 @pytest.fixture(scope="module")
 def material(tmp_path_factory):
     """A model directory and a text, and the flags of a quick run on them."""
-    import torch
-
     folder = tmp_path_factory.mktemp("material")
-    hf_model("gpt2", dtype=torch.float32).save_pretrained(folder / "model")
-    tokenizer().save_pretrained(folder / "model")
-    generator = torch.Generator().manual_seed(0)
-    words = torch.randint(1, 50, (900,), generator=generator).tolist()
-    (folder / "text.txt").write_text(" ".join(f"w{i}" for i in words))
+    save_model_and_text(folder)
     flags = {
         "--model.path": folder / "model", "--data.source": folder / "text.txt", "--data.row-tokens": 12,
         "--data.held-out-share": 0.3, "--clt.latents": 24, "--clt.active": 3, "--connections.per-latent": 4,

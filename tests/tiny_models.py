@@ -1,5 +1,6 @@
 """Tiny models with random weights, one of each family, and a tokenizer for them."""
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -90,3 +91,12 @@ def tokenizer() -> Any:
 def tokens(rows: int = 2, length: int = 12, seed: int = 1) -> torch.Tensor:
     """Random token ids [rows, length]."""
     return torch.randint(0, VOCAB, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+def save_model_and_text(folder: Path) -> None:
+    """Write a model with its tokenizer to `folder / "model"`, and a text of 900 words to `folder / "text.txt"`."""
+    hf_model("gpt2", dtype=torch.float32).save_pretrained(folder / "model")
+    tokenizer().save_pretrained(folder / "model")
+    generator = torch.Generator().manual_seed(0)
+    words = torch.randint(1, 50, (900,), generator=generator).tolist()
+    (folder / "text.txt").write_text(" ".join(f"w{i}" for i in words))

@@ -5,7 +5,7 @@ import json
 import foreign
 import pytest
 import torch
-from tiny_models import hf_model, tokenizer
+from tiny_models import save_model_and_text
 
 from sparseclt import SparseCLT
 from sparseclt.cli import main
@@ -16,11 +16,7 @@ from sparseclt.runs import load_run
 def material(tmp_path_factory):
     """A model directory and a text, as flags."""
     folder = tmp_path_factory.mktemp("material")
-    hf_model("gpt2", dtype=torch.float32).save_pretrained(folder / "model")
-    tokenizer().save_pretrained(folder / "model")
-    generator = torch.Generator().manual_seed(0)
-    words = torch.randint(1, 50, (900,), generator=generator).tolist()
-    (folder / "text.txt").write_text(" ".join(f"w{i}" for i in words))
+    save_model_and_text(folder)
     flags = {"--model.path": folder / "model", "--data.source": folder / "text.txt", "--data.row-tokens": 12,
              "--data.held-out-share": 0.3, "--data.held-out-tokens": 240, "--connections.per-latent": 6}  # fmt: skip
     return [str(part) for pair in flags.items() for part in pair]
