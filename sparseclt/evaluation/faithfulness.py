@@ -95,6 +95,11 @@ def faithfulness(
     shuffled, variance = random_connections(clt, C, seed), Variance(clt)
     statistics = {name: ModeStatistics(clt) for name in ("sparse", "shuffled")}
     sums, upstream = _AgreementSums(), _UpstreamParts(clt)
+    chosen = {"connected": None, "random": shuffled}
+    weights = {}  # the same for every batch
+    for name, connections in chosen.items():
+        with _connected(clt, connections):
+            weights[name] = clt.virtual_weights(backend)
     for batch, activations in captures(clt, language_model, rows, batch_rows):
         real = activations.outputs(clt.sites)
         variance.add(real, activations.counted_flat)
@@ -107,9 +112,9 @@ def faithfulness(
                 if mode == "sparse":
                     statistics[name].add(clt(activations, mode, backend=backend), real)
         all_open = clt(activations, "sparse", backend=backend, open_connections="all")
-        for name in ("connected", "random"):
-            with _connected(clt, shuffled if name == "random" else None):
-                upstream.add(name, all_open, activations, clt.virtual_weights(backend), backend)
+        for name, connections in chosen.items():
+            with _connected(clt, connections):
+                upstream.add(name, all_open, activations, weights[name], backend)
     return Faithfulness(
         tokens=variance.tokens,
         agreement=sums.means(),
