@@ -100,7 +100,7 @@ class ConnectionConfig:
 
     policy: Literal["top", "learned", "dense-learned", "random", "none"] = "top"
     """top: the C most important latents, chosen again and again. learned: a trained gate for each of C candidates.
-    dense-learned: a gate for every pair of latents (small models only). random: any C. none: vanilla mode only."""
+    dense-learned: a gate for each pair of latents (small models only). random: C at random. none: vanilla mode only."""
     per_latent: Natural = 8
     """Connections per latent (C), 0 for none at all; with policy learned, candidates per latent."""
     importance: Importance = "coactivation"

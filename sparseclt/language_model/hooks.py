@@ -86,7 +86,7 @@ def recording_hooks(
 def patterns_in_time(bridge: Any, hooks: list[Hook]) -> Iterator[list[Hook]]:
     """The `hooks` to run `bridge` with, so that those on attention's pattern run before those on its output.
 
-    A bridge that leaves attention to the wrapped module (GPT-J) tells the pattern last. There it is taken from that
+    A bridge that leaves attention to the wrapped module (GPT-J) reports the pattern last. There it is taken from that
     module while this context lasts.
     """
     from transformer_lens.model_bridge.generalized_components import AttentionBridge
