@@ -9,9 +9,9 @@ from pathlib import Path
 
 import tyro
 
+from sparseclt.config.strict import ConfigError
 from sparseclt.flags import COMMANDS, Config, Run, Work, resume
 from sparseclt.storage.run_config import read_config
-from sparseclt.strict import ConfigError
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -13,9 +13,9 @@ from pydantic import AfterValidator
 from pydantic.fields import FieldInfo
 
 from sparseclt.config import TrainConfig, from_dict, to_dict
+from sparseclt.config.strict import ConfigError
 from sparseclt.storage.json_files import CheckpointError
 from sparseclt.storage.run_config import read_config
-from sparseclt.strict import ConfigError
 
 QUICK = settings(max_examples=60, deadline=None, derandomize=True, database=None)
 JSON = st.recursive(

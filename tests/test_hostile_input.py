@@ -13,13 +13,13 @@ from clts import connect_random
 from sparseclt import SparseCLT
 from sparseclt.cli import main
 from sparseclt.config import TrainConfig, from_dict, to_dict
+from sparseclt.config.strict import ConfigError
 from sparseclt.model.attention import AttentionWeights
 from sparseclt.model.shape import Architecture, ModelShape
 from sparseclt.storage import directories
 from sparseclt.storage.checkpoint import load_state, save_state, whole_number
 from sparseclt.storage.directories import CheckpointError, verify
 from sparseclt.storage.safetensors_stream import save_file
-from sparseclt.strict import ConfigError
 from sparseclt.training.loggers import read_metrics, truncate_after
 
 L, D, F, H = 2, 4, 6, 2

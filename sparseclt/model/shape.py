@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from sparseclt.strict import from_json_values, strict
+from sparseclt.config.strict import from_json_values, strict
 
 Natural = Annotated[int, Field(ge=0)]
 

@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from sparseclt.config import TrainConfig, from_dict, to_dict
+from sparseclt.config.strict import ConfigError
 from sparseclt.storage.json_files import read_json, replace_file
-from sparseclt.strict import ConfigError
 
 CONFIG, CLT, CHECKPOINTS, IMPORTED = "config.json", "clt", "checkpoints", "imported.json"
 # Text and model may have moved: digests say whether they are still the same.

@@ -1,17 +1,11 @@
-"""The configuration of a training run: frozen dataclasses that refuse values which make no sense.
+"""The groups of a training run's configuration. Shares are fractions of the run's steps, from 0 to 1, unless the text
+says otherwise."""
 
-Every field is checked when a dataclass is built, whether in Python, by `dataclasses.replace`, from JSON or by the
-command, whose help shows the text below each field. Shares are fractions of the run's steps, from 0 to 1, unless the
-text says otherwise.
-"""
-
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, field
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field
 
-from sparseclt.strict import device_name, from_json_values, no_repeats, strict
+from sparseclt.config.strict import no_repeats, strict
 
 Importance = Literal["coactivation", "mean", "rms"]
 
@@ -218,72 +212,3 @@ class CheckpointConfig:
     """Minutes after which a checkpoint is due as well. None: only by steps."""
     keep: Positive = 2
     """How many of the newest checkpoints stay on disk."""
-
-
-@strict()
-class TrainConfig:
-    """A training run: first the fields that every run sets, then groups, of which the later ones are for experts."""
-
-    out: Text = "runs/default"
-    """The run directory."""
-    steps: Positive = 850
-    """Training steps."""
-    batch_rows: Positive = 4
-    """Rows of text per step."""
-    device: Annotated[str, AfterValidator(device_name)] = "auto"
-    """'cpu', 'cuda', 'cuda:1', ... auto: CUDA if there is one, else the CPU."""
-    seed: Natural = 0
-    """Seed of the initial weights and of the order of the data."""
-    model: ModelConfig = field(default_factory=ModelConfig)
-    data: DataConfig = field(default_factory=DataConfig)
-    clt: CLTConfig = field(default_factory=CLTConfig)
-    connections: ConnectionConfig = field(default_factory=ConnectionConfig)
-    loss: LossConfig = field(default_factory=LossConfig)
-    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    activations: ActivationConfig = field(default_factory=ActivationConfig)
-    compute: ComputeConfig = field(default_factory=ComputeConfig)
-    logging: LoggingConfig = field(default_factory=LoggingConfig)
-    checkpoints: CheckpointConfig = field(default_factory=CheckpointConfig)
-
-    def __post_init__(self) -> None:
-        if problems := list(self._contradictions()):
-            raise ValueError("\n".join(problems))
-
-    def _contradictions(self) -> Iterator[str]:
-        """Fields of different groups that do not go together."""
-        a, c = self.activations, self.connections
-        if self.clt.attention == "latents" and (a.shuffle_bytes or a.cache is not None):
-            yield (
-                f"activations.shuffle_bytes, activations.cache: expected 0 and None with clt.attention 'latents', "
-                f"which needs the attention patterns of whole rows, got {a.shuffle_bytes} and {a.cache!r}"
-            )
-        if a.shuffle_bytes and self.loss.cross_entropy_weight:
-            yield (
-                f"activations.shuffle_bytes: expected 0 with loss.cross_entropy_weight > 0, for which the language "
-                f"model runs on whole rows, got {a.shuffle_bytes}"
-            )
-        micro_rows = self.compute.micro_batch_rows
-        if self.clt.activation == "batchtopk" and micro_rows is not None and micro_rows < self.batch_rows:
-            yield (
-                f"compute.micro_batch_rows: expected None with clt.activation 'batchtopk', which chooses the latents "
-                f"of a whole batch at once, got {micro_rows}"
-            )
-        if c.policy == "learned" and c.candidates_after_steps >= self.steps:
-            yield (
-                f"connections.candidates_after_steps: expected less than steps = {self.steps} with connections.policy "
-                f"'learned', which otherwise never connects anything, got {c.candidates_after_steps}"
-            )
-
-
-def to_dict(config: TrainConfig) -> dict[str, Any]:
-    """The configuration as nested dicts, which JSON can hold."""
-    return asdict(config)
-
-
-def from_dict(values: Mapping[str, Any]) -> TrainConfig:
-    """The configuration that `to_dict` wrote, also after a round trip through JSON.
-
-    Fields that are absent take their defaults. Raises ConfigError, a ValueError, for unknown fields and for every
-    value that the constructors refuse, with one line per problem.
-    """
-    return from_json_values(TrainConfig, values)
