@@ -9,6 +9,7 @@ from sparseclt.model.sites import MODES, Mode
 from sparseclt.training import schedule
 
 SMOOTHED_STEPS = 20  # steps over which a metric is averaged before it is compared
+FIRST_STEPS = 50  # say nothing yet
 LOOK_BACK_SHARE = 0.1  # of the run's steps, over which a rise is measured
 RISE = 1.5  # times its lowest value so far, from which an error counts as rising
 MANY_DEAD = 0.2  # share of latents
@@ -40,11 +41,12 @@ class WarningSigns:
 
     def look(self, step: int, metrics: Mapping[str, float]) -> None:
         """Take in the metrics of `step`, which counts from 1, and warn of what is wrong with them."""
-        share, ramped = step / self.config.steps, schedule.sparse_weight(self.config, step) == 1
+        long_enough = step > max(FIRST_STEPS, LOOK_BACK_SHARE * self.config.steps)
+        ramped = long_enough and schedule.sparse_weight(self.config, step) == 1
         for mode in MODES:
             if f"fvu_{mode}" not in metrics:
                 continue
-            settled = share > LOOK_BACK_SHARE if mode == "vanilla" else ramped
+            settled = long_enough if mode == "vanilla" else ramped
             self._look_at_dead(mode, step, metrics[f"dead_{mode}"])
             self._look_for_rise(f"FVU in {MODE_NAMES[mode]}", step, metrics[f"fvu_{mode}"], settled)
             for name in metrics:

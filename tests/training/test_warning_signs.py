@@ -64,9 +64,9 @@ def test_a_site_worse_than_its_mean_is_named():
 
 def test_a_real_run_with_far_too_large_steps_warns(tmp_path):
     config = TrainConfig(
-        out=str(tmp_path / "run"), batch_rows=4, steps=60, data=DataConfig(row_tokens=12),
-        clt=CLTConfig(latents=48, active=3), connections=ConnectionConfig(per_latent=5),
-        optimizer=OptimizerConfig(learning_rate=1.0, clip_norm=None), logging=LoggingConfig(progress=False),
+        out=str(tmp_path / "run"), batch_rows=4, steps=80, data=DataConfig(row_tokens=12),
+        clt=CLTConfig(latents=48, active=3), connections=ConnectionConfig(policy="none"),
+        optimizer=OptimizerConfig(learning_rate=0.3, clip_norm=None), logging=LoggingConfig(progress=False),
     )  # fmt: skip
     with pytest.warns(TrainingWarning, match="try a lower optimizer.learning_rate"):
-        Trainer(config, language_model=language_model("gpt2"), rows=tokens(240, 12)).fit()
+        Trainer(config, language_model=language_model("gpt2"), rows=tokens(320, 12)).fit()
