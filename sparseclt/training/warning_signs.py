@@ -47,7 +47,7 @@ class WarningSigns:
             if f"fvu_{mode}" not in metrics:
                 continue
             settled = long_enough if mode == "vanilla" else ramped
-            self._look_at_dead(mode, step, metrics[f"dead_{mode}"])
+            self._look_at_dead(mode, step, metrics[f"dead_{mode}"], long_enough)
             self._look_for_rise(f"FVU in {MODE_NAMES[mode]}", step, metrics[f"fvu_{mode}"], settled)
             for name in metrics:
                 if name.startswith(f"fvu_{mode}/"):
@@ -75,9 +75,9 @@ class WarningSigns:
             reason = f"FVU {now:.3g}, worse than predicting the mean"
             self._say(name, f"step {step}: {site} is not reconstructed in {MODE_NAMES[mode]} ({reason}): {ADVICE}")
 
-    def _look_at_dead(self, mode: Mode, step: int, value: float) -> None:
+    def _look_at_dead(self, mode: Mode, step: int, value: float, settled: bool) -> None:
         past = self._before[mode]
-        if len(past) == past.maxlen and value > MANY_DEAD and value > past[0]:
+        if settled and len(past) == past.maxlen and value > MANY_DEAD and value > past[0]:
             dead = f"{value:.0%} of the latents are dead in {MODE_NAMES[mode]}"
             before = f"{past[0]:.0%} were {len(past)} steps before"
             self._say(f"dead_{mode}", f"step {step}: {dead}, {before}: {ADVICE}, or a higher optimizer.revival_rate")
