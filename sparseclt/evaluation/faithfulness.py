@@ -183,7 +183,7 @@ class _UpstreamParts:
         clt = self.clt
         outputs = {site: forward.output(site) for site in clt.sites}
         given, whole = UnmaskedStream(clt, False), UnmaskedStream(clt, False, all_open=True)
-        before = UpstreamLatents(len(clt.sites), clt.architecture.latents)
+        before = UpstreamLatents(clt.architecture, clt.sites)
         for m, (module, latents) in enumerate(zip(clt, forward.latents, strict=True)):
             site = module.site
             written = whole.before(site, activations, outputs) - given.before(site, activations, outputs)

@@ -122,7 +122,11 @@ class Objective:
             sums = losses.fvu_sums(real[site], outputs[site], means[site], counted)
             yield f"fvu_{mode}/{site.name}", LossTerm(mode, 1, [sums])
         if result.l0 and c.l0_weight:
-            L0s = [losses.L0Sum(l0.sum() / self.clt.architecture.active) for l0 in result.l0]
+            a = self.clt.architecture
+            L0s = [
+                losses.L0Sum(l0.sum() / a.active_of(site.layer))
+                for l0, site in zip(result.l0, self.clt.sites, strict=True)
+            ]
             yield f"l0_penalty_{mode}", LossTerm(mode, c.l0_weight, L0s)
         if result.cross_entropy is not None:
             total = losses.TokenSum(result.cross_entropy * activations.counted_tokens)
