@@ -232,11 +232,10 @@ FLAGS = """
     --connections.start-per-latent --data.bos --data.cache --data.held-out-share --data.held-out-tokens
     --data.max-tokens --data.row-tokens --data.source --data.text-field --device --help --logging.every-steps
     --logging.loggers --logging.no-progress --logging.progress
-    --loss.cross-entropy-weight --loss.l0-weight --loss.latent-agreement-weight --loss.sparse-ramp-share
-    --loss.sparse-start-share --model.dtype --model.layers --model.path --optimizer.betas --optimizer.clip-norm
-    --optimizer.dead-after-tokens --optimizer.decay-share --optimizer.learning-rate --optimizer.revival-rate
-    --optimizer.rows --optimizer.state --optimizer.warmup-share
-    --out --seed --steps
+    --loss.cross-entropy-weight --loss.interaction-weight --loss.l0-weight --loss.latent-agreement-weight
+    --loss.sparse-ramp-share --loss.sparse-start-share --model.dtype --model.layers --model.path --optimizer.betas
+    --optimizer.clip-norm --optimizer.dead-after-tokens --optimizer.decay-share --optimizer.learning-rate
+    --optimizer.revival-rate --optimizer.rows --optimizer.state --optimizer.warmup-share --out --seed --steps
 """.split()
 
 
