@@ -8,11 +8,11 @@ from typing import Any, Literal, NamedTuple
 from sparseclt.evaluation.frontier import explained
 from sparseclt.evaluation.report import loss_recovered
 
-Measurement = Literal["cross_entropy", "interaction"]
+Measurement = Literal["cross_entropy", "interaction", "faithfulness"]
 
 Record = Mapping[str, Any]
-"""What an experiment keeps of one run: its "evaluation" (`Evaluation.to_dict`), its "seconds", and its "interaction"
-(`InteractionSparsity.to_dict`), or None."""
+"""What an experiment keeps of one run: its "evaluation" (`Evaluation.to_dict`), its "seconds", and, or None, its
+"interaction" (`InteractionSparsity.to_dict`) and its "faithfulness" (`runs.faithfulness_of_run`)."""
 
 
 class References(NamedTuple):
@@ -30,8 +30,8 @@ class Column:
     format: str
     value: Callable[[Record, References], float | None]
     needs: Measurement | None = None
-    """What is measured for it besides an evaluation without cross-entropies. Both take runs of the language model with
-    replaced outputs, which cost most of an evaluation's time."""
+    """What is measured for it besides an evaluation without cross-entropies. All three take runs of the language model
+    with replaced outputs, which cost most of an evaluation's time."""
 
 
 def _mean(name: str, run: Record, references: References) -> float | None:
@@ -78,6 +78,24 @@ def _kl_at(kept: int, run: Record, references: References) -> float | None:
     return next(point["kl"] for point in run["interaction"]["curve"] if point["kept"] == kept)
 
 
+def _agreement(model: str, name: str, run: Record, references: References) -> float | None:
+    return run["faithfulness"]["agreement"][model][name]  # type: ignore[no-any-return]
+
+
+def _carried(name: str, run: Record, references: References) -> float | None:
+    """A mean over modules."""
+    shares = [ablation[name] for ablation in run["faithfulness"]["ablations"]]
+    return sum(shares) / len(shares) if shares else None
+
+
+def _faithfulness(name: str, run: Record, references: References) -> float | None:
+    return run["faithfulness"][name]  # type: ignore[no-any-return]
+
+
+def _score(name: str, run: Record, references: References) -> float | None:
+    return run["faithfulness"]["graphs"][name]  # type: ignore[no-any-return]
+
+
 def _of_modules(title: str, format: str, name: str) -> Column:
     return Column(title, format, partial(_mean, name))
 
@@ -110,5 +128,15 @@ COLUMNS: dict[str, Column] = {
     "kl_vanilla": Column("KL vanilla mode", ".4f", partial(_interaction, "kl_vanilla"), "interaction"),
     "kl_all": Column("KL all edges", ".4f", partial(_interaction, "kl_all"), "interaction"),
     **{f"kl_{kept}": Column(f"KL {kept} kept", ".4f", partial(_kl_at, kept), "interaction") for kept in (0, 2, 8, 32)},
+    **{
+        f"agreement_{model}": Column(f"KL {title}", ".4f", partial(_agreement, model, "kl"), "faithfulness")
+        for model, title in (("vanilla", "vanilla"), ("sparse", "sparse"), ("shuffled", "shuffled connections"))
+    },
+    "top1": Column("same top token, sparse", ".1%", partial(_agreement, "sparse", "top1"), "faithfulness"),
+    "fvu_shuffled": Column("FVU shuffled", ".4f", partial(_faithfulness, "fvu_shuffled"), "faithfulness"),
+    "carried": Column("carried by the connected", ".1%", partial(_carried, "carried"), "faithfulness"),
+    "carried_random": Column("carried by random ones", ".1%", partial(_carried, "carried_random"), "faithfulness"),
+    "replacement": Column("replacement score", ".3f", partial(_score, "replacement"), "faithfulness"),
+    "completeness": Column("completeness score", ".3f", partial(_score, "completeness"), "faithfulness"),
     "seconds": Column("seconds of training", ".0f", _seconds),
 }

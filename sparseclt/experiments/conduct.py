@@ -12,7 +12,7 @@ from sparseclt.evaluation.metrics import Metrics
 from sparseclt.experiments.columns import COLUMNS, Measurement, Record
 from sparseclt.experiments.experiment import Experiment
 from sparseclt.experiments.table import mean_curves, page, rows_of
-from sparseclt.runs.measurement import measure, measure_interaction
+from sparseclt.runs.measurement import measure, measure_faithfulness, measure_interaction
 from sparseclt.runs.series import Series, is_finished, seconds_of
 from sparseclt.storage.json_files import read_json, replace_file
 from sparseclt.storage.run_config import read_config
@@ -83,8 +83,8 @@ def _recorded(experiment: Experiment, config: TrainConfig) -> Record | None:
     record = read_json(path)
     evaluation = record.get("evaluation", {})
     whole = {field.name for field in fields(Metrics)} <= evaluation.get("mean", {}).keys()
-    has = {"cross_entropy": evaluation.get("cross_entropy"), "interaction": record.get("interaction")}
-    return record if whole and all(has[name] is not None for name in _needs(experiment)) else None
+    has = {**record, "cross_entropy": evaluation.get("cross_entropy")}
+    return record if whole and all(has.get(name) is not None for name in _needs(experiment)) else None
 
 
 def _needs(experiment: Experiment) -> set[Measurement]:
@@ -96,8 +96,12 @@ def _carry_out(experiment: Experiment, series: Series, config: TrainConfig) -> R
     clt, needs = series.fit(config), _needs(experiment)
     model, rows = series.language_model(config), series.held_out(config)
     evaluation = measure(config, clt, model, rows, cross_entropy="cross_entropy" in needs)
-    interaction = measure_interaction(config, clt, model, rows) if "interaction" in needs else None
-    record = {"evaluation": evaluation.to_dict(), "seconds": seconds_of(config.out), "interaction": interaction}
+    record = {
+        "evaluation": evaluation.to_dict(),
+        "seconds": seconds_of(config.out),
+        "interaction": measure_interaction(config, clt, model, rows) if "interaction" in needs else None,
+        "faithfulness": measure_faithfulness(config, clt, model, rows) if "faithfulness" in needs else None,
+    }
     replace_file(Path(config.out) / RECORD, json.dumps(record, indent=2) + "\n")
     return record
 

@@ -6,12 +6,17 @@ FVU = ("fvu_vanilla", "fvu_sparse", "excess")
 PARTS = ("excess_over_vanilla", "propagated_error", "cost_of_sparsity", "explained")
 DEAD = ("dead_vanilla", "worst_dead_vanilla", "dead_sparse", "worst_dead_sparse")
 TWINS = ("splitting", "splitting_near", "cofiring_twins")
+FAITHFUL = (
+    "fvu_sparse", "fvu_shuffled", "agreement_vanilla", "agreement_sparse", "agreement_shuffled", "top1", "carried",
+    "carried_random", "replacement", "completeness",
+)  # fmt: skip
 KL = ("kl_vanilla", "kl_all", "kl_0", "kl_2", "kl_8", "kl_32", "area", "relative_area")
 RECOVERED = ("recovered_vanilla", "recovered_sparse")
 VANILLA = ("fvu_vanilla", "worst_fvu_vanilla", "dead_vanilla", "worst_dead_vanilla")
 
 WIDTHS = (256, 512, 1024, 2048, 4096)
 RATES = ("1e-3", "2e-3", "4e-3", "8e-3")
+RANDOM = "--connections.policy random --connections.per-latent"
 PENALTIES = ("0.1", "1")
 ONLY_VANILLA = "--connections.policy none"
 
@@ -63,7 +68,7 @@ EXPERIMENTS = {
         Experiment(
             "connections",
             "How few connections are enough, and how much do they explain?",
-            _connected((0, 1, 2, 4, 8, 16, 32)),
+            (*_connected((0, 1, 2, 4, 8, 16, 32)), Variant("random_C_8", f"{RANDOM} 8", "vanilla", "C_0")),
             (*FVU, *PARTS, "dead_vanilla", "dead_sparse", "connections"),
         ),
         Experiment(
@@ -91,6 +96,17 @@ EXPERIMENTS = {
                 *(Variant(f"F_{F}", f"--clt.latents {F}") for F in (256, 512, 2048, 4096)),
             ),
             (*TWINS, "fvu_vanilla", "fvu_sparse", "dead_vanilla", "dead_sparse"),
+        ),
+        Experiment(
+            "faithfulness",
+            "Do the connections carry what latents read, and would others do as well?",
+            (
+                Variant("C_2", "--connections.per-latent 2"),
+                Variant("C_8", "--connections.per-latent 8"),
+                Variant("C_32", "--connections.per-latent 32"),
+                Variant("random_C_8", f"{RANDOM} 8"),
+            ),
+            FAITHFUL,
         ),
         Experiment(
             "per-layer",

@@ -1,32 +1,18 @@
 """Finished runs: evaluate, load or export what a run directory holds."""
 
-import json
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from sparseclt.evaluation import report
-from sparseclt.evaluation.faithfulness import faithfulness
 from sparseclt.evaluation.metrics import Evaluation
 from sparseclt.export import FormatName
 from sparseclt.export.stages import export
-from sparseclt.graph.prompt_scores import prompt_scores
 from sparseclt.language_model.language_model import LanguageModel
 from sparseclt.model.clt import SparseCLT
-from sparseclt.runs.measurement import (
-    PRUNING_TOKENS,
-    held_out_rows,
-    measure,
-    measure_interaction,
-    rows_at_a_time,
-)
-from sparseclt.storage.json_files import replace_file
-from sparseclt.storage.run_config import (
-    imported_input,
-    read_config,
-)
+from sparseclt.runs.measurement import held_out_rows, measure, measure_faithfulness, measure_interaction
+from sparseclt.storage.run_config import imported_input, read_config
 from sparseclt.training.run_directory import (
     Identity,
     check_identity,
@@ -84,14 +70,7 @@ def faithfulness_of_run(run: str | Path, *, device: str | None = None) -> dict[s
     `faithfulness.md` there and returns the figures. On some of its held-out text, and its first rows as prompts."""
     config = read_config(run)
     clt, model = load_run(run, device=device)
-    rows = held_out_rows(config, model)
-    few = rows[: max(1, PRUNING_TOKENS // rows.shape[1])]
-    at_a_time = max(1, rows_at_a_time(config, model) // 4)  # three models' logits are alive
-    figures = faithfulness(clt, model, few, batch_rows=at_a_time, backend=config.compute.backend).to_dict()
-    figures["graphs"] = asdict(prompt_scores(clt, model, rows))
-    replace_file(Path(run) / "faithfulness.json", json.dumps(figures, indent=2) + "\n")
-    replace_file(Path(run) / "faithfulness.md", report.faithfulness_table(figures) + "\n")
-    return figures
+    return measure_faithfulness(replace(config, out=str(run)), clt, model, held_out_rows(config, model))
 
 
 def interaction_of_run(run: str | Path, *, device: str | None = None) -> dict[str, Any]:

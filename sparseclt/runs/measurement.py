@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +13,18 @@ from sparseclt.data.text import load_rows
 from sparseclt.data.tokens import check_token_ids
 from sparseclt.evaluation import plots, report
 from sparseclt.evaluation.dead import with_dead_in_training
+from sparseclt.evaluation.faithfulness import faithfulness
 from sparseclt.evaluation.interaction import interaction_sparsity
 from sparseclt.evaluation.metrics import Evaluation, evaluate
 from sparseclt.evaluation.pruning import fvu_against_c
+from sparseclt.graph.prompt_scores import prompt_scores
 from sparseclt.language_model.language_model import LanguageModel
 from sparseclt.model.clt import SparseCLT
 from sparseclt.storage.checkpoint import latest
 from sparseclt.storage.json_files import replace_file
 from sparseclt.training import memory
 from sparseclt.training.loggers import read_metrics
-from sparseclt.training.run_directory import (
-    METRICS,
-)
+from sparseclt.training.run_directory import METRICS
 
 PRUNING_TOKENS = 32_768  # held-out tokens for the curve of FVU against C
 INTERACTION_TOKENS = 16_384  # and for that of the KL divergence, half of them to rank edges on
@@ -69,6 +69,20 @@ def pruned(config: TrainConfig, clt: SparseCLT, language_model: LanguageModel, r
         clt, language_model, few, Cs, importance=importance, batch_rows=rows_at_a_time(config, language_model),
         backend=config.compute.backend,
     )  # fmt: skip
+
+
+def measure_faithfulness(
+    config: TrainConfig, clt: SparseCLT, language_model: LanguageModel, rows: Tensor
+) -> dict[str, Any]:
+    """The faithfulness of `clt` on some of `rows` [R, S], the first ones as prompts; writes the table into the run
+    directory."""
+    run, few = Path(config.out), rows[: max(1, PRUNING_TOKENS // rows.shape[1])]
+    at_a_time = max(1, rows_at_a_time(config, language_model) // 4)  # three models' logits are alive
+    measured = faithfulness(clt, language_model, few, batch_rows=at_a_time, backend=config.compute.backend)
+    figures = measured.to_dict() | {"graphs": asdict(prompt_scores(clt, language_model, rows))}
+    replace_file(run / "faithfulness.json", json.dumps(figures, indent=2) + "\n")
+    replace_file(run / "faithfulness.md", report.faithfulness_table(figures) + "\n")
+    return figures
 
 
 def measure_interaction(

@@ -20,7 +20,7 @@ def jacobian_sums(clt: Transcoders, latents: Sequence[Latents], activations: Act
     stretching latents changes nothing. Equivalent, with the virtual weights V [F, U] of a module, its decoder norms
     d [F] and those u [U] upstream, to `((d[:, None] * V / u).abs() * (z > 0)[:, :, None] * (z_up > 0)[:, None]).sum() /
     scale / (K * S)`, token by token, with K latents of the module and S upstream ones to a token. Only active pairs are
-    met: N K S D multiplications, and gathered rows [N, S, D], but a gradient of whole decoders.
+    met, N K S D multiplications; but rows [N, S, D] are gathered for every reader, and decoders get a dense gradient.
 
     After the L1 penalty of Farnik et al., "Jacobian Sparse Autoencoders: Sparsify Computations, Not Just Activations"
     (arXiv 2502.18147), the mean of |J| over the k x k active pairs of two TopK SAEs. There they lie at the input and

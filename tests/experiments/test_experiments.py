@@ -17,6 +17,11 @@ from sparseclt.experiments.experiment import Experiment, Variant
 from sparseclt.language_model.language_model import LanguageModel
 from sparseclt.training.trainer import Trainer
 
+FAITHFUL = Experiment(
+    "faithful", "Is it?", (Variant("C_4", "--connections.per-latent 4"),),
+    ("fvu_shuffled", "carried", "carried_random", "agreement_shuffled", "top1", "replacement"),
+    "--steps 3 --checkpoints.every-steps 3",
+)  # fmt: skip
 TINY = Experiment(
     "tiny",
     "Does C matter?",
@@ -113,6 +118,19 @@ def test_what_columns_need_is_measured_and_drawn(out):
     recovered = (entropies["zero_ablated"] - entropies["vanilla"]) / way
     assert rows["C_0"]["recovered_vanilla"]["values"][0] == pytest.approx(recovered)
     assert (out / "tiny.png").stat().st_size > 0
+
+
+def test_figures_that_were_not_measured_yet_are_measured_without_training(out, options, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(registry.EXPERIMENTS, "faithful", FAITHFUL)
+    monkeypatch.setattr(Trainer, "train_step", lambda *a: pytest.fail("a finished run was trained"))
+    shutil.copytree(out / "C_4" / "seed_0", tmp_path / "C_4" / "seed_0")
+    assert main(["experiment", "faithful", "--seeds", "1", "--out", str(tmp_path), *options]) == 0
+    (row,) = json.loads((tmp_path / "faithful.json").read_text())["rows"]
+    figures = json.loads((tmp_path / "C_4" / "seed_0" / "faithfulness.json").read_text())
+    shares = [ablation["carried"] for ablation in figures["ablations"]]
+    assert row["columns"]["carried"]["mean"] == pytest.approx(sum(shares) / len(shares))
+    assert row["columns"]["agreement_shuffled"]["mean"] == figures["agreement"]["shuffled"]["kl"]
+    assert row["columns"]["replacement"]["mean"] == figures["graphs"]["replacement"]
 
 
 def test_a_finished_experiment_is_neither_trained_nor_measured_again(out, options, monkeypatch, capsys):
