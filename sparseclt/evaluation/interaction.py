@@ -188,14 +188,13 @@ def own_connections_ranked(
 def _statistic(clt: SparseCLT, m: int, ids: Tensor, activity: Activity, importance: Importance) -> Tensor:
     """s of each connection [F, C] of module `m`, as in `select_top_connections`."""
     upstream = clt.upstream[m]
-    if importance == "coactivation" and clt.sites[m].kind == "mlp":
+    if importance == "coactivation":
         parts = [
             activity.coactivation(m, part, upstream).gather(1, ids[part].clamp_min(0))
             for part in chunks(len(ids), 4 * clt.transcoder(m).upstream, SELECTION_BYTES)
         ]
         return torch.cat(parts)
-    magnitude = activity.magnitude("rms" if importance == "rms" else "mean")
-    return magnitude[:upstream].flatten()[ids.clamp_min(0)]
+    return activity.magnitude(importance)[:upstream].flatten()[ids.clamp_min(0)]
 
 
 def _edges(connections: Chosen) -> int:

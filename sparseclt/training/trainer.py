@@ -42,6 +42,7 @@ from sparseclt.training.run_directory import (
     set_later_aside,
     write_identity,
 )
+from sparseclt.training.warning_signs import WarningSigns
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -115,7 +116,8 @@ class Trainer:
         M, F, c = len(self.clt.sites), self.config.clt.latents, self.config.connections
         activity: dict[Mode, Activity] = {mode: Activity(M, F, device=self.device) for mode in MODES}
         if self.policy and c.importance == "coactivation":
-            activity["vanilla"].recent = RecentLatents(M, self.clt.architecture.slots, c.recent_tokens, self.device)
+            slots = self.clt.architecture.slots
+            activity["vanilla"].recent = RecentLatents(self.clt.sites, slots, c.recent_tokens, self.device)
         return activity
 
     def loss(
@@ -155,7 +157,7 @@ class Trainer:
             )
         finite.check_gradient(spoiled, step)
         for mode, latents in backward.latents.items():
-            self.activity[mode].update(latents, activations.counted_flat)
+            self.activity[mode].observe(latents, activations)
         thresholds.follow(self.clt, backward.latents)
         revival.raise_biases(self.clt, self._dead(backward.latents), revival.amount(config.optimizer))
         self.step += 1
@@ -226,9 +228,11 @@ class Trainer:
     def _train(self, log: RunLog, request: StopRequest) -> None:
         """The steps that are left, and their checkpoints."""
         self.clt.train()
-        c, saved_at = self.config.checkpoints, time.monotonic()
+        c, saved_at, signs = self.config.checkpoints, time.monotonic(), WarningSigns(self.config)
         for activations in self.batches.from_step(self.step):
-            log.step(self.step + 1, self.train_step(activations))
+            metrics = self.train_step(activations)
+            log.step(self.step, metrics)
+            signs.look(self.step, metrics)
             late = c.every_minutes is not None and time.monotonic() - saved_at >= 60 * c.every_minutes
             last = self.step == self.config.steps
             if last:  # before the checkpoint: where there is one of the last step, clt/ is finished
