@@ -11,6 +11,7 @@ from test_long_runs import interrupt_at, no_pictures, one_line, usual_handler  #
 
 from sparseclt.cli import main
 from sparseclt.config.strict import ConfigError
+from sparseclt.evaluation import plots
 from sparseclt.experiments import conduct, registry
 from sparseclt.experiments.columns import COLUMNS
 from sparseclt.experiments.experiment import Experiment, Variant
@@ -63,6 +64,8 @@ def out(options, tmp_path_factory):
     """The tiny experiment with two seeds, finished."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(registry.EXPERIMENTS, "tiny", TINY)
+        for name in ("densities", "fvu_against_c", "loss_curves"):  # they take most of the time of such short runs
+            patch.setattr(plots, name, lambda *a, **k: None)
         out = tmp_path_factory.mktemp("experiments") / "tiny"
         assert main(["experiment", "tiny", "--seeds", "2", "--out", str(out), *options]) == 0
     return out
@@ -120,7 +123,9 @@ def test_what_columns_need_is_measured_and_drawn(out):
     assert (out / "tiny.png").stat().st_size > 0
 
 
-def test_figures_that_were_not_measured_yet_are_measured_without_training(out, options, tmp_path, monkeypatch, capsys):
+def test_figures_that_were_not_measured_yet_are_measured_without_training(
+    out, options, tmp_path, monkeypatch, no_pictures
+):  # noqa: F811
     monkeypatch.setitem(registry.EXPERIMENTS, "faithful", FAITHFUL)
     monkeypatch.setattr(Trainer, "train_step", lambda *a: pytest.fail("a finished run was trained"))
     shutil.copytree(out / "C_4" / "seed_0", tmp_path / "C_4" / "seed_0")
