@@ -123,9 +123,8 @@ def test_what_columns_need_is_measured_and_drawn(out):
     assert (out / "tiny.png").stat().st_size > 0
 
 
-def test_figures_that_were_not_measured_yet_are_measured_without_training(
-    out, options, tmp_path, monkeypatch, no_pictures
-):  # noqa: F811
+@pytest.mark.usefixtures("no_pictures")
+def test_figures_that_were_not_measured_yet_are_measured_without_training(out, options, tmp_path, monkeypatch):
     monkeypatch.setitem(registry.EXPERIMENTS, "faithful", FAITHFUL)
     monkeypatch.setattr(Trainer, "train_step", lambda *a: pytest.fail("a finished run was trained"))
     shutil.copytree(out / "C_4" / "seed_0", tmp_path / "C_4" / "seed_0")
@@ -146,15 +145,8 @@ def test_a_finished_experiment_is_neither_trained_nor_measured_again(out, option
     assert "FVU sparse" in capsys.readouterr().out
 
 
-def test_a_stopped_experiment_has_its_table_and_goes_on(
-    options,
-    out,
-    tmp_path,
-    monkeypatch,
-    capsys,
-    no_pictures,  # noqa: F811
-    usual_handler,  # noqa: F811
-):
+@pytest.mark.usefixtures("no_pictures", "usual_handler")
+def test_a_stopped_experiment_has_its_table_and_goes_on(options, out, tmp_path, monkeypatch):
     cut, arguments = tmp_path / "cut", ["experiment", "tiny", "--seeds", "1"]
     shutil.copytree(out / "vanilla" / "seed_0", cut / "vanilla" / "seed_0")
     (cut / "vanilla" / "seed_0" / "experiment.json").unlink()  # finished, but not measured
