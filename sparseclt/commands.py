@@ -77,11 +77,11 @@ def sweep(config: TrainConfig, connections: tuple[int, ...], random: bool) -> No
     print(f"\nRun directories: {config.out}")
 
 
-def experiments() -> None:
-    """Print the experiments there are."""
+def experiments(name: str) -> None:
+    """Print the experiments there are, or the variants of one."""
     from sparseclt.experiments.registry import listing
 
-    print(listing())
+    print(listing(name))
 
 
 def experiment(experiment: Experiment, config: TrainConfig, seeds: int, only: tuple[str, ...]) -> None:

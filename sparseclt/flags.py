@@ -120,11 +120,11 @@ def experiment(
         name: The experiment.
         seeds: How many runs each variant has: with seeds 0, 1, ...
         only: Train only the variants with these labels.
-        list: Only list the experiments and their questions.
+        list: Only list the experiments and their questions, or, with a name, the labels of its variants.
         config: The configuration of the runs.
     """
     if list:
-        return commands.experiments
+        return partial(commands.experiments, name)
     return partial(commands.experiment, find(name), config, seeds, only)
 
 

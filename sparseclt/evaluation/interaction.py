@@ -22,7 +22,7 @@ from sparseclt.model.sites import Mode, Open
 from sparseclt.ops.rows import chunks
 from sparseclt.ops.scratch import SELECTION_BYTES
 
-MOST = 256  # connections kept per latent at the right end of every curve
+LADDER = (0, 1, 2, 4, 8, 16, 32, 64, 128, 256)  # connections kept per latent
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,13 +99,13 @@ def interaction_sparsity(
         raise ValueError(f"rows: expected at least 2, one to rank edges on and one to measure on, got {len(rows)}")
     own = len(modes_of(clt)) > 1
     activity = activity_on(clt, language_model, rows[::2], batch_rows, backend)
-    if own:
-        ranked = own_connections_ranked(clt, activity, importance, backend)
-    else:
-        ranked = select_top_connections(clt, activity, MOST, importance, backend)
+    rank = own_connections_ranked if own else _most_important_pairs
+    ranked = rank(clt, activity, importance, backend)
     widest = max((ids.shape[1] for ids in ranked if ids is not None), default=0)
-    steps = sorted({min(kept, widest) for kept in (0, *ladder())})
-    few = {kept: checked(clt, [None if ids is None else ids[:, :kept] for ids in ranked]) for kept in steps}
+    few = {
+        kept: checked(clt, [None if ids is None else ids[:, :kept] for ids in ranked])
+        for kept in {min(kept, widest) for kept in LADDER} | {widest}
+    }
     sums, tokens = AgreementSums(), 0
     for batch, activations in captures(clt, language_model, rows[1::2], batch_rows):
         tokens += activations.counted_tokens
@@ -114,26 +114,18 @@ def interaction_sparsity(
         sums.add("vanilla", real, replaced.logits("vanilla"))
         if not own:
             sums.add("all", real, replaced.logits("sparse", opened="all"))
-        for kept in steps:
-            sums.add(str(kept), real, replaced.logits("sparse", few[kept]))
+        for kept, connections in few.items():
+            sums.add(str(kept), real, replaced.logits("sparse", connections))
     means = sums.means()
-    curve = [
-        Point(
-            kept=kept, edges=_edges(few[min(kept, widest)]), kl=means[str(min(kept, widest))].kl,
-            top1=means[str(min(kept, widest))].top1,
-        )
-        for kept in (0, *ladder())
-    ]  # fmt: skip
-    kl_all = means["all"].kl if "all" in means else means[str(widest)].kl
-    return InteractionSparsity(
-        tokens=tokens,
-        edges="own" if own else "all",
-        curve=tuple(curve),
-        kl_all=kl_all,
-        kl_vanilla=means["vanilla"].kl,
-        area=area([(point.kept, point.kl) for point in curve]),
-        relative_area=relative_area([(point.kept, point.kl) for point in curve], kl_all),
+    curve = tuple(
+        Point(kept=kept, edges=_edges(few[min(kept, widest)]), **asdict(means[str(min(kept, widest))]))
+        for kept in LADDER
     )
+    points, kl_all = [(point.kept, point.kl) for point in curve], means[str(widest) if own else "all"].kl
+    return InteractionSparsity(
+        tokens=tokens, edges="own" if own else "all", curve=curve, kl_all=kl_all, kl_vanilla=means["vanilla"].kl,
+        area=area(points), relative_area=relative_area(points, kl_all),
+    )  # fmt: skip
 
 
 @dataclass
@@ -151,11 +143,6 @@ class _Replaced:
             return self.language_model.replaced_logits(self.batch, **hooks(forward))
 
 
-def ladder() -> list[int]:
-    """1, 2, 4, ... `MOST` connections."""
-    return [2**i for i in range(int(log2(MOST)) + 1)]
-
-
 def area(points: Sequence[tuple[int, float]]) -> float:
     """The mean of y on the axis log2(1 + x), by trapezoids between `points` (x, y) in rising order."""
     places = [log2(1 + x) for x, _ in points]
@@ -167,6 +154,14 @@ def relative_area(points: Sequence[tuple[int, float]], floor: float) -> float | 
     """`area` of (y - floor) / (y of the first point - floor); None if the first is not above the floor."""
     first = points[0][1]
     return None if first <= floor else area([(x, (y - floor) / (first - floor)) for x, y in points])
+
+
+def _most_important_pairs(
+    clt: SparseCLT, activity: Activity, importance: Importance, backend: str | None
+) -> list[Tensor | None]:
+    """For every module the upstream latents [F, C] that matter most to each of its latents, the most important first,
+    as many as the curve needs."""
+    return select_top_connections(clt, activity, LADDER[-1], importance, backend)
 
 
 def own_connections_ranked(

@@ -143,8 +143,13 @@ def find(name: str) -> Experiment:
     return EXPERIMENTS[name]
 
 
-def listing() -> str:
-    """Every experiment with its question and the number of its runs per seed."""
+def listing(name: str = "") -> str:
+    """Every experiment with its question and the number of its runs per seed; of experiment `name` its variants, with
+    their options."""
+    if name:
+        variants = find(name).variants
+        width = max(len(variant.label) for variant in variants)
+        return "\n".join(f"{variant.label:<{width}}  {variant.options}".rstrip() for variant in variants)
     width = max(map(len, EXPERIMENTS))
     return "\n".join(
         f"{name:<{width}}  {e.question} ({len(e.variants)} runs per seed)" for name, e in EXPERIMENTS.items()

@@ -25,7 +25,8 @@ def jacobian_sums(clt: Transcoders, latents: Sequence[Latents], activations: Act
     After the L1 penalty of Farnik et al., "Jacobian Sparse Autoencoders: Sparsify Computations, Not Just Activations"
     (arXiv 2502.18147), the mean of |J| over the k x k active pairs of two TopK SAEs. There they lie at the input and
     the output of one MLP and J goes through the MLP; here the latents themselves stand for MLPs, J is between those of
-    different layers, of all pairs of modules at once, and linear. The units stand for the paper's unit decoders.
+    different layers, of all pairs of modules at once, and linear. The units stand for decoders of norm 1, which TopK
+    SAEs usually have.
     Readers that are attention modules mix tokens, and have no such pairs.
     """
     unit = [_unit_norms(module.W_dec) for module in clt]

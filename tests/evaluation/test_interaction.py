@@ -6,6 +6,7 @@ from clts import F, connect_random, language_model, open_all, random_clt, tokens
 from torch import nn
 
 from sparseclt.connections.selection import select_top_connections
+from sparseclt.evaluation import interaction
 from sparseclt.evaluation.interaction import area, interaction_sparsity, own_connections_ranked, relative_area
 from sparseclt.evaluation.reconnected import activity_on
 from sparseclt.model.forward import ForwardPass
@@ -79,6 +80,15 @@ def test_own_connections_are_ranked_by_virtual_weight_and_coactivation(model):
             opened = [c for c in (0, 2, 4) if ids[i, c] >= 0]
             best = sorted(opened, key=lambda c: -(V[m][i, c].abs() * s[i, ids[i, c]]).item())
             assert ranked[m][i].tolist() == [*ids[i, best].tolist(), *[-1] * (6 - len(best))]
+
+
+def test_with_more_connections_than_the_curve_shows_all_of_them_are_the_floor(model, monkeypatch):
+    clt = random_clt(model)
+    open_all(clt)
+    whole = interaction_sparsity(clt, model, ROWS)
+    monkeypatch.setattr(interaction, "LADDER", (0, 1, 2))
+    found = interaction_sparsity(clt, model, ROWS)
+    assert found.kl_all == whole.kl_all == whole.curve[-1].kl and found.curve == whole.curve[:3]
 
 
 def test_without_connections_the_curve_is_flat(model):

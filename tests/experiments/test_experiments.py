@@ -190,6 +190,8 @@ def test_the_list_names_every_experiment_and_its_question(capsys):
     assert main(["experiment", "--list"]) == 0
     out = capsys.readouterr().out
     assert all(name in out and e.question in out for name, e in registry.EXPERIMENTS.items())
+    assert main(["experiment", "tiny", "--list"]) == 0
+    assert "C_4      --connections.per-latent 4\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", registry.EXPERIMENTS)
