@@ -138,6 +138,10 @@ class LossConfig:
     """Weight of the FVU of the sparsely-connected latents against the vanilla ones."""
     l0_weight: Weight = 1.0
     """With activation jumprelu, weight of (active latents per token / K - 1)^2 of each module and mode."""
+    interaction_weight: Weight = 0.0
+    """Weight of the mean |Jacobian| between latents that are active together, in vanilla mode, summed over MLP modules;
+    it grows with the terms of sparsely-connected mode. A baseline after Jacobian SAEs for small models: the memory
+    plan leaves out what it takes. 0: not computed."""
     cross_entropy_weight: Weight = 0.0
     """Weight of the replaced model's next-token cross-entropy, in each mode. 0: not computed."""
 
