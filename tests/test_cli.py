@@ -235,8 +235,8 @@ def test_a_graph_of_bad_input_is_one_clear_line(run, capsys, arguments, message)
 
 FLAGS = """
     --activations.cache --activations.cache-dtype --activations.shuffle-bytes --batch-rows --checkpoints.every-minutes
-    --checkpoints.every-steps --checkpoints.keep --clt.activation --clt.active --clt.attention --clt.bandwidth
-    --clt.dtype --clt.latents --clt.targets
+    --checkpoints.every-steps --checkpoints.keep --clt.activation --clt.active --clt.active-ratio
+    --clt.attention --clt.bandwidth --clt.dtype --clt.latents --clt.targets
     --compute.backend --compute.micro-batch-rows --connections.anneal-share --connections.candidates-after-steps
     --connections.freeze-after-share --connections.importance --connections.per-latent --connections.policy
     --connections.pressure-weight --connections.recent-tokens --connections.refresh-steps

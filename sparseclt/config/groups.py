@@ -68,7 +68,7 @@ class CLTConfig:
     """Latents per module (F)."""
     active: Positive = 32
     """Active latents per token and module (K), in the mean over layers, and over tokens except with activation topk."""
-    active_ratio: Annotated[float, Field(gt=0)] = 1.0
+    active_ratio: Annotated[float, Field(gt=0)] = 2.0
     """K of the first layer over that of the last, between which it falls geometrically. Later layers inherit in
     sparsely-connected mode what earlier ones fail to reconstruct."""
     activation: Literal["topk", "batchtopk", "jumprelu"] = "topk"
@@ -163,7 +163,7 @@ class OptimizerConfig:
     modules only latents that are dead in vanilla mode."""
     dead_after_tokens: Positive | None = None
     """A latent is dead after so many tokens on which it did not fire, in either mode. None: 150 times those on which an
-    average latent fires once, clt.latents / clt.active."""
+    average latent of its module fires once."""
     clip_norm: Annotated[float, Field(gt=0)] | None = 1.0
     """Scale gradients down to this norm at most, in units in which every site's inputs and outputs have size 1. None:
     never."""

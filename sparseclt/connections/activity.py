@@ -75,8 +75,9 @@ class Activity:
         means = self.magnitude("mean")[:upstream].flatten() * self.recent.mixed(module)
         return torch.where(fired[:, None] < RARE, means, sums.div_(fired.clamp_min(1)[:, None]))
 
-    def dead(self, after_tokens: int) -> Tensor:
-        """Boolean [M, F]: latents that have not fired for `after_tokens` tokens."""
+    def dead(self, after_tokens: int | Tensor) -> Tensor:
+        """Boolean [M, F]: latents that have not fired for `after_tokens` tokens, of which each module may have its own
+        number [M, 1]."""
         return self.tokens_since_fired >= after_tokens
 
     def state(self) -> dict[str, Tensor]:

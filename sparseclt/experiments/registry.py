@@ -89,6 +89,12 @@ EXPERIMENTS = {
             (*FVU, *DEAD, "cofiring_twins"),
         ),
         Experiment(
+            "active-ratio",
+            "Should early layers have more active latents than late ones, at the same number in all?",
+            tuple(Variant(f"ratio_{ratio}", f"--clt.active-ratio {ratio}") for ratio in (1, 2, 4)),
+            (*FVU, "propagated_error", "worst_fvu_vanilla", "worst_fvu_sparse", *DEAD, "total_l0"),
+        ),
+        Experiment(
             "splitting",
             "Do latents split into near twins, and does that depend on C and on F?",
             (

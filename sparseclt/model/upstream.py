@@ -16,18 +16,22 @@ class UpstreamLatents:
     """One buffer [N, sum of K] for the latents of all modules: a copy per reader would grow as the square of the
     layers.
 
-    Ids are in 0..U-1 over the F latents of the modules at `sites` side by side.
+    Ids are in 0..U-1 over the F latents of the modules at `sites` side by side. Every module may have more slots than
+    the architecture gives it, by as many as the first one has.
     """
 
     def __init__(self, architecture: Architecture, sites: Sequence[Site]):
         self.latents = architecture.latents
-        self._starts = list(accumulate((architecture.slots_of(site.layer) for site in sites), initial=0))
+        self._slots = [architecture.slots_of(site.layer) for site in sites]
+        self._starts: list[int] = []
         self._values: list[Tensor] = []  # [N, K] of each module so far, with its graph
         self._buffer: Latents | None = None
 
     def add(self, latents: Latents) -> None:
         """Put the next module's latents beside those before it."""
         if self._buffer is None:
+            more = latents.values.shape[1] - self._slots[0]
+            self._starts = list(accumulate((slots + more for slots in self._slots), initial=0))
             self._buffer = Latents(*(tensor.new_empty(len(tensor), self._starts[-1]) for tensor in latents))
         index = len(self._values)
         columns = slice(*self._starts[index : index + 2])

@@ -74,7 +74,10 @@ def import_clt(path: str | Path, config: TrainConfig, input_hook: str | None = N
         _give_room(clt, model, (some, held_out), "sparse", config)
     a = clt.architecture
     dtype: Literal["fp32", "bf16"] = "bf16" if half else "fp32"
-    shape = CLTConfig(latents=a.latents, active=a.active, activation=a.activation, targets=a.targets, dtype=dtype)
+    shape = CLTConfig(
+        latents=a.latents, active=a.active, active_ratio=a.active_ratio, activation=a.activation, targets=a.targets,
+        dtype=dtype,
+    )  # fmt: skip
     return Imported(replace(config, clt=shape), clt, model, train)
 
 

@@ -10,16 +10,18 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from sparseclt.config import OptimizerConfig, TrainConfig
+from sparseclt.config import OptimizerConfig
 from sparseclt.model.sites import Mode, Site
 from sparseclt.model.transcoders import Transcoders
 
 PATIENCE = 150  # times a latent that fires as often as others should have fired before it counts as dead
 
 
-def dead_after_tokens(config: TrainConfig) -> int:
-    """Tokens without firing after which a latent is dead."""
-    return config.optimizer.dead_after_tokens or round(PATIENCE * config.clt.latents / config.clt.active)
+def dead_after_tokens(config: OptimizerConfig, clt: Transcoders) -> Tensor:
+    """Tokens without firing after which a latent is dead, per module [M, 1]."""
+    a, own = clt.architecture, config.dead_after_tokens
+    after = [own or round(PATIENCE * a.latents / a.active_of(site.layer)) for site in clt.sites]
+    return torch.tensor(after, device=clt.transcoder(0).b_enc.device)[:, None]
 
 
 def amount(config: OptimizerConfig) -> float:

@@ -107,6 +107,7 @@ class Trainer:
                 torch.manual_seed(config.seed + 1)
                 self.policy.prepare(self.clt)
         self.activity = self._make_activity()
+        self._dead_after = revival.dead_after_tokens(config.optimizer, self.clt)
         self.optimizer = RowAdam(self.clt, config.optimizer, config.seed)
         self.objective = Objective(config, self.clt, self.policy, self.language_model)
         self.state = TrainingState(self.clt, self.optimizer, self.activity)
@@ -162,7 +163,7 @@ class Trainer:
         for mode, latents in backward.latents.items():
             self.activity[mode].observe(latents, activations)
         thresholds.follow(self.clt, backward.latents)
-        dead = {mode: self.activity[mode].dead(revival.dead_after_tokens(config)) for mode in backward.latents}
+        dead = {mode: self.activity[mode].dead(self._dead_after) for mode in backward.latents}
         revival.raise_biases(self.clt, revival.to_revive(dead, self.clt.sites), revival.amount(config.optimizer))
         self.step += 1
         counts = {}
