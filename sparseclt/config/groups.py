@@ -110,9 +110,15 @@ class ConnectionConfig:
     anneal_share: Share = 0.5
     """With policy top, share of the steps over which C falls."""
     refresh_steps: Positive = 50
-    """With policy top, steps from one choice of connections to the next."""
+    """With policies top and learned, steps from one choice of connections, or exchange of candidates, to the next."""
     freeze_after_share: Share = 1.0
-    """With policy top, share of the steps after which the connections no longer change."""
+    """With policies top and learned, share of the steps after which connections, or candidates, no longer change."""
+    exchange_share: Share = 0.5
+    """With policy learned, share of a latent's candidates that one exchange replaces at most, every refresh_steps, by
+    upstream latents whose connection would lower the loss more. 0: the first candidates stay."""
+    open_per_latent: Annotated[float, Field(gt=0)] | None = None
+    """With the learned policies, connections per latent that should be open in the end, a mean over latents: the
+    pressure is steered towards it. None: pressure_weight stays as it is."""
     candidates_after_steps: Natural = 50
     """With policy learned, steps before the candidates are chosen."""
     pressure_weight: Weight = 1e-3
