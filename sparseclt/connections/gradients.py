@@ -27,8 +27,8 @@ class RecentGradients:
     """The latents of sparsely-connected mode on the last `tokens` tokens, a ring.
 
     `values`, `indices`, `gradients` [M, tokens, K]: the active latents of every module (K: the most that one has), and
-    the gradient of the loss with respect to them. `sources`, `weights` [M, tokens, H]: the place in the ring from which each module reads
-    upstream latents, and what it multiplies them by; one per head of an attention module.
+    the gradient of the loss with respect to them. `sources`, `weights` [M, tokens, H]: the place in the ring from which
+    each module reads upstream latents, and what it multiplies them by; one per head of an attention module.
     """
 
     def __init__(self, sites: Sequence[Site], active: int, tokens: int, heads: int, device: str | torch.device = "cpu"):
