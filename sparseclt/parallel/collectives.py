@@ -28,6 +28,11 @@ def scatter_rows(parts: Tensor, group: Group) -> Tensor:
     return parts if group.alone else _ScatterRows.apply(parts, group)
 
 
+def all_rows(rows: Tensor, group: Group) -> Tensor:
+    """All rows [F, ...] of the ranks' rows [F/n, ...]. Differentiable."""
+    return rows if group.alone else _AllRows.apply(rows, group)
+
+
 def gather_columns(columns: Tensor, group: Group) -> Tensor:
     """All columns [N, D] of the ranks' columns [N, D/n]. Differentiable."""
     return columns if group.alone else _GatherColumns.apply(columns, group)
@@ -89,6 +94,18 @@ class _ScatterRows(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return gather_rows(grad, ctx.group), None
+
+
+class _AllRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, group: Group) -> Tensor:
+        ctx.group = group
+        return gather_rows(rows, group)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return ctx.group.reduce_scatter(grad.unflatten(0, (ctx.group.size, -1))), None
 
 
 class _GatherColumns(torch.autograd.Function):

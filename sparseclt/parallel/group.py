@@ -1,7 +1,6 @@
 """A group of ranks: the part that each of them holds, and what they send each other."""
 
 from collections import Counter
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -13,7 +12,6 @@ _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_t
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
-@dataclass(frozen=True, eq=False)
 class Group:
     """Ranks 0 to `size` - 1 that work together, and which of them this process is.
 
@@ -24,10 +22,9 @@ class Group:
     2 (n - 1) / n b for an all-reduce. A broadcast counts b at its source.
     """
 
-    rank: int = 0
-    size: int = 1
-    process_group: Any = None
-    sent: Counter[str] = field(default_factory=Counter)
+    def __init__(self, rank: int = 0, size: int = 1, process_group: "dist.ProcessGroup | None" = None):
+        self.rank, self.size, self.process_group = rank, size, process_group
+        self.sent: Counter[str] = Counter()
 
     @classmethod
     def of(cls, process_group: "Group | dist.ProcessGroup | None") -> "Group":
@@ -45,6 +42,11 @@ class Group:
     def alone(self) -> bool:
         """Whether there is no other rank to send anything to."""
         return self.size == 1
+
+    @property
+    def source(self) -> int:
+        """The rank 0 of this group, as `torch.distributed` numbers all processes."""
+        return 0 if self.process_group is None else dist.get_global_rank(self.process_group, 0)
 
     def part(self, total: int, name: str) -> slice:
         """This rank's share of `total` rows or columns. Raises ValueError, naming them, if that is no whole number."""
@@ -104,7 +106,7 @@ class Group:
         """The tensor of rank 0, in place on all others."""
         if not self.alone:
             self._note("broadcast", _bytes(tensor) if self.rank == 0 else 0)
-            dist.broadcast(tensor, dist.get_global_rank(self.process_group, 0), group=self.process_group)
+            dist.broadcast(tensor, self.source, group=self.process_group)
         return tensor
 
     def objects(self, value: Any) -> list[Any]:
@@ -113,6 +115,11 @@ class Group:
         if not self.alone:
             dist.all_gather_object(values, value, group=self.process_group)
         return values
+
+    def wait(self) -> None:
+        """Returns when all ranks have come here."""
+        if not self.alone:
+            dist.barrier(group=self.process_group)
 
     def _note(self, kind: str, sent: int) -> None:
         self.sent[kind] += sent

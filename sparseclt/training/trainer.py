@@ -16,13 +16,13 @@ from sparseclt.connections.activity import Activity, RecentLatents
 from sparseclt.connections.policies import make_policy
 from sparseclt.data.text import load_rows
 from sparseclt.data.tokens import check_token_ids
-from sparseclt.devices import usable
 from sparseclt.language_model.language_model import LanguageModel
 from sparseclt.model.activations import Activations
 from sparseclt.model.clt import SparseCLT
 from sparseclt.model.decoder_gradients import DecoderGradients
 from sparseclt.model.shape import Architecture
 from sparseclt.model.sites import MODES, Mode
+from sparseclt.parallel import ONE_RANK, Ranks
 from sparseclt.storage.run_config import CLT, check_changes, check_unused, read_config, write_config
 from sparseclt.training import finite, memory, revival, schedule, thresholds
 from sparseclt.training.batches import Batches
@@ -42,12 +42,13 @@ from sparseclt.training.run_directory import (
     set_later_aside,
     write_identity,
 )
+from sparseclt.training.several_ranks import device_of, in_turn, join, of_whole_batch
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-def build_clt(config: TrainConfig, language_model: LanguageModel) -> SparseCLT:
-    """The untrained CLT of `config` for `language_model`; the same for the same seed."""
+def build_clt(config: TrainConfig, language_model: LanguageModel, ranks: Ranks = ONE_RANK) -> SparseCLT:
+    """The untrained CLT of `config` for `language_model`; the same for the same seed, on any number of `ranks`."""
     shape = language_model.shape
     c = config.clt
     architecture = Architecture(shape, c.latents, c.active, c.attention, c.activation, c.bandwidth, targets=c.targets)
@@ -56,7 +57,7 @@ def build_clt(config: TrainConfig, language_model: LanguageModel) -> SparseCLT:
         attention = [language_model.attention_weights(layer) for layer in range(shape.layers)]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        clt = SparseCLT(architecture, attention)
+        clt = SparseCLT(architecture, attention, ranks=ranks)
     clt.to(DTYPES[config.clt.dtype])
     for module in clt:
         module.keep_wide_thresholds()
@@ -71,6 +72,9 @@ class Trainer:
     `language_model` and `rows` ([R, S] token ids) may be given instead of those that `config` names, and a `clt` that
     was trained already and is trained further in place. A cache of activations (`config.activations.cache`) that is
     absent or incomplete is written here.
+
+    Where several processes were started (`config.parallel`), each makes a `Trainer` with the same arguments and calls
+    its methods together with the others. Files are written once.
     """
 
     def __init__(
@@ -82,8 +86,8 @@ class Trainer:
         clt: SparseCLT | None = None,
     ):
         self.config, self.out = config, Path(config.out)
-        self.device = usable(config.device)
-        self.language_model = language_model or LanguageModel.of(config)
+        self.ranks, self.device = join(config), device_of(config.device)
+        self.language_model = language_model or LanguageModel.of(replace(config, device=str(self.device)))
         context = self.language_model.shape.context
         if context and config.data.row_tokens > context:
             raise ValueError(
@@ -93,10 +97,15 @@ class Trainer:
         self.shape = replace(self.language_model.shape, parameters=0)
         memory.check_fits(config, self.shape, memory.available_bytes(self.device))
         if rows is None:
-            rows = load_rows(config, self.language_model.tokenizer, "train")
+            with in_turn(self.ranks):
+                rows = load_rows(config, self.language_model.tokenizer, "train")
         check_token_ids(rows, self.shape.vocab, self.language_model.tokenizer)
         self._untrained = clt is None
-        self.clt = (clt or build_clt(config, self.language_model)).to(self.device)
+        if clt is not None and clt.ranks.world is not self.ranks.world:
+            raise ValueError(
+                "clt: expected None where several processes train together, got a CLT; resume its run instead"
+            )
+        self.clt = (clt or build_clt(config, self.language_model, self.ranks)).to(self.device)
         self.policy = make_policy(config.connections, self.clt, config.steps, config.compute.backend)
         if self.policy and self._untrained:
             with torch.random.fork_rng(devices=[]):
@@ -109,7 +118,7 @@ class Trainer:
         self.step = 0
         self._resumed = False  # or `load` took up a run
         self._has_clt = False  # or clt/ is that of the checkpoint taken up, if that is the last one
-        self.batches = Batches(config, self.language_model, rows, self.device)
+        self.batches = Batches(config, self.language_model, rows, self.device, self.ranks)
 
     def _make_activity(self) -> dict[Mode, Activity]:
         M, F, c = len(self.clt.sites), self.config.clt.latents, self.config.connections
@@ -127,7 +136,7 @@ class Trainer:
         passes = objective.passes(activations, gradients)
         terms = objective.terms(passes, activations, objective.means(activations))
         rho = schedule.sparse_weight(self.config, step)
-        total, values = objective.loss(terms, activations.counted_tokens, rho)
+        total, values = objective.loss(terms, objective.tokens(activations), rho)
         return total, values, passes
 
     def train_step(self, activations: Activations) -> dict[str, float]:
@@ -154,14 +163,19 @@ class Trainer:
                 self.clt, backward.gradients, self.optimizer, rate, config.optimizer.clip_norm
             )
         finite.check_gradient(spoiled, step)
-        for mode, latents in backward.latents.items():
-            self.activity[mode].update(latents, activations.counted_flat)
-        thresholds.follow(self.clt, backward.latents)
-        revival.raise_biases(self.clt, self._dead(backward.latents), revival.amount(config.optimizer))
+        data = self.ranks.data
+        latents = {mode: of_whole_batch(found, data) for mode, found in backward.latents.items()}
+        counted = activations.counted_flat
+        if counted is not None:
+            counted = data.gather(counted).flatten()
+        for mode, found in latents.items():
+            self.activity[mode].update(found, counted)
+        thresholds.follow(self.clt, latents)
+        revival.raise_biases(self.clt, self._dead(latents), revival.amount(config.optimizer))
         self.step += 1
         counts = {}
         if config.clt.activation != "topk":
-            counts = thresholds.metrics(self.clt, backward.latents, activations.counted_tokens)
+            counts = thresholds.metrics(self.clt, latents, self.objective.tokens(activations))
         return self._metrics(backward.terms, norm) | counts
 
     @contextmanager
