@@ -56,9 +56,10 @@ class DecoderGradients:
     """Gathers the parts of every decoder's gradient during backward passes, for one optimiser step.
 
     Equivalent, once `.backward()` is through, to the `.grad` of each module's `W_dec`: `chunks(i)` gives its rows.
-    Encoders get the gradient through virtual weights from `add_to_encoders`, which comes before the first chunk
-    where there are several ranks. Between the passes and the last chunk the weights must not change, except for the decoders that `chunks` is done
-    with. Where ranks share a batch, gradients are those of the whole batch; decoders are this rank's columns.
+    Encoders get the gradient through virtual weights from `add_to_encoders`, which on several ranks comes before the
+    first chunk. Between the passes and the last chunk the weights must not change, except for the decoders that
+    `chunks` is done with. Where ranks share a batch, gradients are those of the whole batch; decoders are this rank's
+    columns.
     """
 
     def __init__(self, clt: Transcoders, backend: str | None = None, chunk_bytes: int | None = None):

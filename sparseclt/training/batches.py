@@ -77,8 +77,8 @@ class Batches:
         return RowStream(self.rows, self.config.batch_rows, self.config.seed, position=step * self.config.batch_rows)
 
     def _read(self, chosen: Tensor) -> Activations:
-        """The activations of rows `chosen` [B] of the text, or of this rank's share of them: from the cache, or captured
-        where there is none."""
+        """The activations of this rank's share of rows `chosen` [B] of the text: from the cache, or captured where
+        there is none."""
         chosen = chosen[self.ranks.data.part(len(chosen), "batch_rows")]
         if self.cache:
             return self.cache.read(chosen, self.device)

@@ -14,6 +14,7 @@ from sparseclt.model.decoder_gradients import Chunk, DecoderGradients
 from sparseclt.model.transcoders import Transcoders
 from sparseclt.ops.rows import chunks
 from sparseclt.parallel import ALONE
+from sparseclt.storage.parts import Axis
 from sparseclt.training import eight_bit
 
 KEPT_BYTES = 256 << 20  # decoder gradients that are kept for the update; larger ones are computed again for it
@@ -157,6 +158,16 @@ class RowAdam:
         )  # fmt: skip
         if scale is not None:
             weights.addcmul_(moved, scale)
+
+
+def moment_axis(name: str) -> Axis | None:
+    """What a rank has of one of `RowAdam.tensors`."""
+    parameter, key = name.rsplit(".", 1)[-1].split("/")
+    if parameter == "b_dec" or key == "scale":
+        return None
+    if parameter == "W_dec":
+        return "columns" if key in CODES else None
+    return "rows"
 
 
 def _ones(name: str, parameter: Parameter) -> Tensor:

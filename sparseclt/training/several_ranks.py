@@ -1,10 +1,10 @@
 """The ranks of a run: the grid that its processes form, and what only some of them do."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -16,6 +16,9 @@ from sparseclt.devices import usable
 from sparseclt.model.activations import Activations
 from sparseclt.model.modules import Latents
 from sparseclt.parallel import ONE_RANK, Group, Ranks
+from sparseclt.training.interruption import StopRequest
+
+T = TypeVar("T")
 
 
 def processes() -> int:
@@ -84,6 +87,32 @@ def in_turn(ranks: Ranks) -> Iterator[None]:
     finally:
         if ranks.first:
             ranks.world.wait()
+
+
+def decided(ranks: Ranks, function: Callable[[], T]) -> T:
+    """What `function` gives on the first rank, on all of them; or its error."""
+    if ranks.world.alone:
+        return function()
+    answer: tuple[bool, Any] = True, None
+    if ranks.first:
+        try:
+            answer = True, function()
+        except Exception as error:
+            answer = False, error
+    good, value = ranks.world.objects(answer)[0]
+    if not good:
+        raise value
+    result: T = value
+    return result
+
+
+def agree_to_stop(ranks: Ranks, request: StopRequest, late: bool) -> bool:
+    """All ranks take down a signal that one of them got; returns whether a checkpoint is `late` on any."""
+    if ranks.world.alone:
+        return late
+    signals = ranks.world.objects((request.signal, late))
+    request.signal = next((number for number, _ in signals if number), None)
+    return any(is_late for _, is_late in signals)
 
 
 def broadcast(activations: Activations | None, group: Group, device: torch.device) -> Activations:

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparseclt.config import TrainConfig, to_dict
+from sparseclt.config import TrainConfig
 from sparseclt.connections.activity import Activity, RecentLatents
 from sparseclt.connections.policies import make_policy
 from sparseclt.data.text import load_rows
@@ -23,26 +23,24 @@ from sparseclt.model.decoder_gradients import DecoderGradients
 from sparseclt.model.shape import Architecture
 from sparseclt.model.sites import MODES, Mode
 from sparseclt.parallel import ONE_RANK, Ranks
-from sparseclt.storage.run_config import CLT, check_changes, check_unused, read_config, write_config
+from sparseclt.storage.run_config import CLT, check_changes, check_unused, read_config
 from sparseclt.training import finite, memory, revival, schedule, thresholds
 from sparseclt.training.batches import Batches
 from sparseclt.training.interruption import Interrupted, StopRequest, stop_requests
-from sparseclt.training.loggers import RunLog, truncate_after
+from sparseclt.training.loggers import RunLog
 from sparseclt.training.normalisation import normalise
 from sparseclt.training.objective import ModePass, Objective
 from sparseclt.training.optimizer import RowAdam, clip_and_step
 from sparseclt.training.run_directory import (
-    METRICS,
     Identity,
     TrainingState,
     check_identity,
     choose_checkpoint,
     newest_checkpoint,
-    run_directory,
+    opened_run,
     set_later_aside,
-    write_identity,
 )
-from sparseclt.training.several_ranks import device_of, in_turn, join, of_whole_batch
+from sparseclt.training.several_ranks import agree_to_stop, decided, device_of, in_turn, join, of_whole_batch
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -226,24 +224,27 @@ class Trainer:
         elif not self._resumed:
             check_unused(self.out)
         finished = self.step == self.config.steps
-        with run_directory(self.out, begun=lambda: self.step > 0):
-            write_identity(self.out, self.identity)
-            write_config(self.out, self.config)
-            truncate_after(self.out / METRICS, self.step)
-            log = RunLog(self.config.logging, self.out, to_dict(self.config), self.config.steps, self.step)
-            with closing(log), self._explaining_out_of_memory(), stop_requests() as request:
+        with ExitStack() as stack:
+            log = None
+            if self.ranks.first:
+                begun = lambda: self.step > 0  # noqa: E731
+                log = stack.enter_context(opened_run(self.out, self.config, self.identity, self.step, begun))
+            with self._explaining_out_of_memory(), stop_requests() as request:
                 self._train(log, request)
             if finished and not self._has_clt:
                 self.clt.save_pretrained(self.out / CLT)
         return self.clt.eval()
 
-    def _train(self, log: RunLog, request: StopRequest) -> None:
+    def _train(self, log: RunLog | None, request: StopRequest) -> None:
         """The steps that are left, and their checkpoints."""
         self.clt.train()
         c, saved_at = self.config.checkpoints, time.monotonic()
         for activations in self.batches.from_step(self.step):
-            log.step(self.step + 1, self.train_step(activations))
+            metrics = self.train_step(activations)
+            if log is not None:
+                log.step(self.step, metrics)
             late = c.every_minutes is not None and time.monotonic() - saved_at >= 60 * c.every_minutes
+            late = agree_to_stop(self.ranks, request, late)
             last = self.step == self.config.steps
             if last:  # before the checkpoint: where there is one of the last step, clt/ is finished
                 self.clt.save_pretrained(self.out / CLT)
@@ -272,14 +273,17 @@ class Trainer:
         stored = read_config(run)
         check_changes(stored, self.config, run)
         self.config, self.out, self._resumed = replace(self.config, out=str(run)), run, True
-        path = newest_checkpoint(run) if checkpoint is None else choose_checkpoint(run, checkpoint)
+        path = decided(
+            self.ranks, lambda: newest_checkpoint(run) if checkpoint is None else choose_checkpoint(run, checkpoint)
+        )
         if path is None:
             check_identity(run, self.identity)
             return
         step, micro_rows = self.state.load(path, self.identity)
         if step > self.config.steps:
             raise ValueError(f"steps: expected at least the {step} that {path} has done, got {self.config.steps}")
-        set_later_aside(path)
+        if self.ranks.first:
+            set_later_aside(path)
         self.step, self._has_clt = step, checkpoint is None and (run / CLT).is_dir()
         if self.config.compute.micro_batch_rows == stored.compute.micro_batch_rows:
             self.objective.micro_rows = micro_rows  # fewer, if memory ran out

@@ -2,7 +2,9 @@
 to run together."""
 
 import multiprocessing
+import os
 import pickle
+import sys
 import tempfile
 import traceback
 from datetime import timedelta
@@ -19,7 +21,9 @@ class Ranks:
 
     def __init__(self):
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["torch", "sparseclt.training.trainer"])
+        context.set_forkserver_preload(["preloaded"])
+        path = os.environ.get("PYTHONPATH")
+        os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)  # the server knows no other way to `preloaded`
         self.pipes, self.processes = [], []
         for rank in range(MOST):
             here, there = context.Pipe()
@@ -27,6 +31,10 @@ class Ranks:
             process.start()
             self.pipes.append(here)
             self.processes.append(process)
+        if path is None:
+            del os.environ["PYTHONPATH"]
+        else:
+            os.environ["PYTHONPATH"] = path
 
     def run(self, n: int, function: Any, *args: Any) -> list[Any]:
         with tempfile.TemporaryDirectory() as folder:
