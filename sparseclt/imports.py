@@ -79,11 +79,10 @@ def _choose_connections(clt: SparseCLT, language_model: LanguageModel, rows: Ten
     """Give every latent of `clt` the connections that matter most on `rows` [R, S]."""
     c, a, M, device = config.connections, clt.architecture, len(clt.sites), language_model.device
     check_connections(clt, c.per_latent)
-    recent = RecentLatents(M, a.slots, rows.numel(), device) if c.importance == "coactivation" else None
+    recent = RecentLatents(clt.sites, a.slots, rows.numel(), device) if c.importance == "coactivation" else None
     activity = Activity(M, a.latents, device=device, recent=recent)
     for _, activations in captures(clt, language_model, rows, BATCH_ROWS):
-        latents = clt(activations, "vanilla", backend=config.compute.backend).latents
-        activity.update(latents, activations.counted_flat)
+        activity.observe(clt(activations, "vanilla", backend=config.compute.backend).latents, activations)
     clt.connect(select_top_connections(clt, activity, c.per_latent, c.importance, config.compute.backend))
 
 

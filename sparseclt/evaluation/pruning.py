@@ -71,10 +71,10 @@ def _activity_on(
 ) -> Activity:
     """Statistics of vanilla-mode latents on `rows` [R, S]."""
     M, a, device = len(clt.sites), clt.architecture, next(clt.parameters()).device
-    recent = RecentLatents(M, a.slots, rows.numel(), device)
+    recent = RecentLatents(clt.sites, a.slots, rows.numel(), device)
     activity = Activity(M, a.latents, device=device, recent=recent)
     for _, activations in captures(clt, language_model, rows, batch_rows):
-        activity.update(clt(activations, "vanilla", backend=backend).latents, activations.counted_flat)
+        activity.observe(clt(activations, "vanilla", backend=backend).latents, activations)
     return activity
 
 

@@ -41,6 +41,7 @@ from sparseclt.training.run_directory import (
     set_later_aside,
 )
 from sparseclt.training.several_ranks import agree_to_stop, decided, device_of, in_turn, join, of_whole_batch
+from sparseclt.training.warning_signs import WarningSigns
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -122,7 +123,8 @@ class Trainer:
         M, F, c = len(self.clt.sites), self.config.clt.latents, self.config.connections
         activity: dict[Mode, Activity] = {mode: Activity(M, F, device=self.device) for mode in MODES}
         if self.policy and c.importance == "coactivation":
-            activity["vanilla"].recent = RecentLatents(M, self.clt.architecture.slots, c.recent_tokens, self.device)
+            slots = self.clt.architecture.slots
+            activity["vanilla"].recent = RecentLatents(self.clt.sites, slots, c.recent_tokens, self.device)
         return activity
 
     def loss(
@@ -163,11 +165,8 @@ class Trainer:
         finite.check_gradient(spoiled, step)
         data = self.ranks.data
         latents = {mode: of_whole_batch(found, data) for mode, found in backward.latents.items()}
-        counted = activations.counted_flat
-        if counted is not None:
-            counted = data.gather(counted).flatten()
         for mode, found in latents.items():
-            self.activity[mode].update(found, counted)
+            self.activity[mode].observe(found, activations, data)
         thresholds.follow(self.clt, latents)
         revival.raise_biases(self.clt, self._dead(latents), revival.amount(config.optimizer))
         self.step += 1
@@ -238,11 +237,12 @@ class Trainer:
     def _train(self, log: RunLog | None, request: StopRequest) -> None:
         """The steps that are left, and their checkpoints."""
         self.clt.train()
-        c, saved_at = self.config.checkpoints, time.monotonic()
+        c, saved_at, signs = self.config.checkpoints, time.monotonic(), WarningSigns(self.config)
         for activations in self.batches.from_step(self.step):
             metrics = self.train_step(activations)
             if log is not None:
                 log.step(self.step, metrics)
+                signs.look(self.step, metrics)
             late = c.every_minutes is not None and time.monotonic() - saved_at >= 60 * c.every_minutes
             late = agree_to_stop(self.ranks, request, late)
             last = self.step == self.config.steps

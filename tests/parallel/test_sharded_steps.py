@@ -45,7 +45,7 @@ def test_latents_loss_and_gradients_are_those_of_one_rank(ranks, grid, kind):
 STEPS = 7
 RUNS = {
     "co-activation": ("frozen", {"clt__latents": 32, "connections__start_per_latent": 8}),
-    "attention latents": ("latents", {"connections__importance": "rms"}),
+    "attention latents": ("latents", {}),
     "learned": ("frozen", {"connections__policy": "learned", "connections__candidates_after_steps": 2}),
     "random": ("frozen", {"connections__policy": "random"}),
     "8-bit moments, touched rows": ("frozen", {"optimizer__state": "8bit", "optimizer__rows": "touched"}),
