@@ -65,7 +65,7 @@ def trainer(attention: str = "frozen", parallel: dict[str, int] | None = None, *
         else:
             plain[name] = value
     config = TrainConfig(
-        out="nowhere", steps=20, batch_rows=B, data=DataConfig(row_tokens=S),
+        out="nowhere", steps=20, batch_rows=plain.pop("batch_rows", B), data=DataConfig(row_tokens=S),
         clt=CLTConfig(**{"latents": F, "active": K, "attention": attention, **groups["clt"]}),
         connections=ConnectionConfig(**{"per_latent": C, "refresh_steps": 3, "recent_tokens": 64,
                                         **groups["connections"]}),

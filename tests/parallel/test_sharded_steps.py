@@ -18,11 +18,16 @@ KINDS = {
     "learned connections": ("frozen", LEARNED),
     "micro-batches": ("frozen", {"compute__micro_batch_rows": 1}),
     "own targets": ("frozen", {"clt__targets": "own"}),
+    "batchtopk": ("frozen", {"clt__activation": "batchtopk"}),
+    "jumprelu": ("frozen", {"clt__activation": "jumprelu", "clt__bandwidth": 0.7}),
 }
+BOTH = "2 x data, 2 x latents"
+CASES = [(grid, "frozen attention") for grid in GRIDS]
+CASES += [(BOTH, "attention latents"), (BOTH, "learned connections"), (BOTH, "micro-batches"), (BOTH, "own targets")]
+CASES += [("4 x latents", "batchtopk"), ("4 x latents", "jumprelu")]
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("grid", GRIDS)
+@pytest.mark.parametrize(("grid", "kind"), CASES)
 def test_latents_loss_and_gradients_are_those_of_one_rank(ranks, grid, kind):
     attention, changes = KINDS[kind]
     expected = gradients(attention, ONE, changes)
@@ -35,6 +40,8 @@ def test_latents_loss_and_gradients_are_those_of_one_rank(ranks, grid, kind):
             of_data = [r["latents"][mode][m] for r in results if r["place"][1] == 0]
             torch.testing.assert_close(torch.cat([v for v, _ in of_data]), values, rtol=0, atol=1e-12)
             assert torch.equal(torch.cat([i for _, i in of_data])[values > 0], indices[values > 0])
+        if kind == "batchtopk" and mode == "vanilla":
+            assert all(int((values > 0).sum()) == 20 * 5 for values, _ in modules)  # N K, position 0 left out
     grads = joined(results, "grads")
     assert grads.keys() == expected["grads"].keys()
     for name, grad in expected["grads"].items():
@@ -52,8 +59,7 @@ RUNS = {
 }
 
 
-@pytest.mark.parametrize("kind", RUNS)
-@pytest.mark.parametrize("grid", ["4 x latents", "2 x data, 2 x latents"])
+@pytest.mark.parametrize(("grid", "kind"), [("4 x latents", "co-activation"), *((BOTH, kind) for kind in RUNS)])
 def test_steps_choose_the_same_connections_and_lose_the_same(ranks, grid, kind):
     attention, changes = RUNS[kind]
     expected = run_of_steps(attention, ONE, changes, STEPS)
