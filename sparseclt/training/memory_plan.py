@@ -174,9 +174,10 @@ def _pass_terms(x: RunSizes) -> list[MemoryTerm]:
 def _update_terms(x: RunSizes) -> list[MemoryTerm]:
     """Decoder gradients, computed from what the passes left behind, a chunk at a time where they are large."""
     device = resolve(x.config.device)
-    decoders, largest = FLOAT * x.size.decoder_vectors * x.D, FLOAT * x.F * x.D * x.widest
+    D = x.D // x.ranks
+    decoders, largest = FLOAT * x.size.decoder_vectors * D, FLOAT * x.F * D * x.widest
     if decoders <= KEPT_BYTES:
-        kept, summed = decoders, (x.modes - 1) * FLOAT * x.F * x.D
+        kept, summed = decoders, (x.modes - 1) * FLOAT * x.F * D
     else:
         kept = summed = min(CHUNK_BYTES.on(device), largest)
     widened = x.config.clt.dtype == "bf16" or x.config.optimizer.state == "8bit"

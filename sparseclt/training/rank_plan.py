@@ -3,6 +3,7 @@
 from dataclasses import dataclass, replace
 
 from sparseclt.costs import FLOAT, ID, POSITION
+from sparseclt.training.optimizer import KEPT_BYTES
 from sparseclt.training.run_sizes import ALWAYS, NOTED, MemoryTerm, RunSizes
 
 INT32, DOUBLE = 4, 8
@@ -79,12 +80,14 @@ def _over_data(x: RunSizes) -> list[Sent]:
     latents = x.modes * (d - 1) * (x.M * x.N * x.K * (x.w + ID) + x.N)
     encoders = x.M * (_reduced(x.w * own * x.D, d) + _reduced(x.w * own, d))
     decoders = sum(_reduced(max(FLOAT, x.w) * x.F * T * x.D // x.ranks, d) + _reduced(x.F, d) for T in x.size.targets)
+    if FLOAT * x.size.decoder_vectors * x.D // x.ranks > KEPT_BYTES:
+        decoders *= 2  # for the norm, and again for the update
     dV = sum(h * _reduced(x.w * own * c, d) for h, c in zip(x.heads_of_readers, x.connections, strict=True))
     means = x.M * (_reduced(x.mean_number * x.D, d) + _reduced(x.mean_number, d)) + _reduced(ID, d)
     return [
         Sent("latents, for statistics", "all_gather", latents, "modes x (M N K (w + 8) + N) (d - 1)"),
         Sent("gradients of encoders", "all_reduce", encoders, "2 w F D / n per module"),
-        Sent("gradients of decoders", "all_reduce", decoders, "2 x 4 F T D / n per module"),
+        Sent("gradients of decoders", "all_reduce", decoders, "2 x 4 F T D / n per module; twice above 256 MiB"),
         Sent("gradients of virtual weights, data", "all_reduce", dV, "2 w F C / n per reader"),
         Sent("means of outputs", "all_reduce", means, "2 x 4 D per module"),
     ]

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -57,6 +58,11 @@ def join(config: TrainConfig) -> Ranks:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout)
     mesh = init_device_mesh(device.type, (data, latents), mesh_dim_names=("data", "latents"))
     return Ranks.of(mesh, Group.of(dist.group.WORLD))
+
+
+def on_ranks(config: TrainConfig, ranks: Ranks) -> TrainConfig:
+    """`config` with the grid that was formed in the place of what it left open."""
+    return replace(config, parallel=replace(config.parallel, latents=ranks.latents.size, data=ranks.data.size))
 
 
 def check_supported(config: TrainConfig, data: int) -> None:

@@ -40,7 +40,7 @@ from sparseclt.training.run_directory import (
     opened_run,
     set_later_aside,
 )
-from sparseclt.training.several_ranks import agree_to_stop, decided, device_of, in_turn, join, of_whole_batch
+from sparseclt.training.several_ranks import agree_to_stop, decided, device_of, in_turn, join, of_whole_batch, on_ranks
 from sparseclt.training.warning_signs import WarningSigns
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -94,7 +94,7 @@ class Trainer:
             )
         # The model itself is in memory already: available_bytes no longer counts its room as free.
         self.shape = replace(self.language_model.shape, parameters=0)
-        memory.check_fits(config, self.shape, memory.available_bytes(self.device))
+        memory.check_fits(on_ranks(config, self.ranks), self.shape, memory.available_bytes(self.device))
         if rows is None:
             with in_turn(self.ranks):
                 rows = load_rows(config, self.language_model.tokenizer, "train")
@@ -183,7 +183,7 @@ class Trainer:
             if not memory.is_out_of_memory(error):
                 raise
             compute = replace(self.config.compute, micro_batch_rows=self.objective.micro_rows)
-            config = replace(self.config, compute=compute)
+            config = on_ranks(replace(self.config, compute=compute), self.ranks)
             raise memory.OutOfMemory(f"step {self.step}: {memory.explain(config, self.shape)}") from error
 
     def _metrics(self, terms: dict[str, Tensor], norm: Tensor) -> dict[str, float]:

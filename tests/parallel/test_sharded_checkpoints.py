@@ -1,10 +1,12 @@
 """Checkpoints do not know how many ranks wrote them."""
 
+import errno
 import os
+import shutil
 import signal
 
 import pytest
-from sharded_runs import fit, save_again
+from sharded_runs import fit, loaded, save_again, trainer
 
 from sparseclt.config import CheckpointConfig
 from sparseclt.model.clt import SparseCLT
@@ -60,8 +62,6 @@ def test_a_run_begun_on_two_ranks_goes_on_on_four_and_on_one(ranks, run, tmp_pat
 
 def _fit(out, parallel, changes, stop_after):
     """Go on until a signal that the last rank gets stops the run after some step."""
-    from sharded_runs import trainer
-
     t = trainer(out, parallel, **changes)
     step = t.train_step
 
@@ -76,3 +76,63 @@ def _fit(out, parallel, changes, stop_after):
         t.fit(resume=out if (out / "config.json").exists() else None)
     except KeyboardInterrupt:
         assert stop_after == t.step
+
+
+def _killed(out, rank, moment):
+    """One step more than there is, and `rank` is killed in the middle of saving it: before the ranks agree for the
+    `moment`th time that all has gone well so far."""
+    from sparseclt.storage import parts, safetensors_stream
+
+    t = trainer(out, {"latents": 2, "data": 1})
+    t.load(out)
+    t.step += 1
+    agree, times = parts.agree, iter(range(1000))
+
+    def fatal(group, error):
+        if next(times) == moment and group.rank == rank:
+            os.kill(os.getpid(), signal.SIGKILL)
+        agree(group, error)
+
+    parts.agree = fatal
+    assert safetensors_stream.write_together.__globals__["agree"] is fatal
+    t.save()
+
+
+@pytest.mark.parametrize(("rank", "moment"), [(1, 0), (0, 3), (1, 12), (0, 18), (1, 18)])
+def test_a_rank_killed_in_the_middle_of_a_save_leaves_the_checkpoint_before(ranks, run, tmp_path, rank, moment):
+    copy = shutil.copytree(run, tmp_path / "run")
+    statuses = ranks.once(2, _killed, copy, rank, moment)
+    assert statuses[rank] == -signal.SIGKILL and statuses[1 - rank] != 0
+    newest = latest(copy)
+    verify(newest)
+    # The last time they agree, the directory is whole, and in its place.
+    assert newest.name == ("step_00000007" if moment == 18 else "step_00000006")
+    assert loaded(copy, ONE, steps=9)["step"] == int(newest.name[-1])
+
+
+def _full_disk(out):
+    t = trainer(out, {"latents": 2, "data": 1})
+    t.load(out)
+    t.step += 1
+    own = os.fsync
+
+    def full(descriptor):
+        if t.ranks.world.rank == 1:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        own(descriptor)
+
+    os.fsync = full
+    try:
+        t.save()
+    except OSError as error:
+        return str(error)
+    finally:
+        os.fsync = own
+    return "saved"
+
+
+def test_a_full_disk_on_one_rank_is_an_error_on_all_that_names_it(ranks, run, tmp_path):
+    copy = shutil.copytree(run, tmp_path / "run")
+    for said in ranks.run(2, _full_disk, copy):
+        assert said.startswith("rank 1 of 2: [Errno 28] No space left on device") and ".safetensors" in said
+    assert sorted(path.name for path in (copy / "checkpoints").iterdir()) == ["step_00000003", "step_00000006"]
