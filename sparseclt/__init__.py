@@ -20,6 +20,7 @@ if TYPE_CHECKING:
         LossConfig,
         ModelConfig,
         OptimizerConfig,
+        ParallelConfig,
         TrainConfig,
     )
     from sparseclt.connections.policies import LearnedConnections, TopConnections
@@ -46,6 +47,7 @@ __all__ = [
     "LossConfig",
     "ModelConfig",
     "OptimizerConfig",
+    "ParallelConfig",
     "SparseCLT",
     "TopConnections",
     "TrainConfig",
@@ -67,6 +69,7 @@ _MODULES = {
     "LossConfig": "config",
     "ModelConfig": "config",
     "OptimizerConfig": "config",
+    "ParallelConfig": "config",
     "TrainConfig": "config",
     "LearnedConnections": "connections.policies",
     "TopConnections": "connections.policies",

@@ -19,8 +19,10 @@ def train(config: TrainConfig) -> None:
     from sparseclt import runs
     from sparseclt.evaluation import report
 
-    print(report.evaluation_table(runs.train(config).to_dict()))
-    print(f"\nRun directory: {config.out}")
+    result = runs.train(config)
+    if result is not None:  # on the first of several ranks
+        print(report.evaluation_table(result.to_dict()))
+        print(f"\nRun directory: {config.out}")
 
 
 def resume(run: Path, config: TrainConfig, checkpoint: Path | None) -> None:
@@ -29,9 +31,11 @@ def resume(run: Path, config: TrainConfig, checkpoint: Path | None) -> None:
     from sparseclt.evaluation import report
 
     trainer = runs.resume(run, config, checkpoint=checkpoint)
-    if trainer.step == config.steps:
+    if trainer.step == config.steps and trainer.ranks.first:
         print(f"{run} has done all its {config.steps} steps; --steps gives it more. It is evaluated again.\n")
-    print(report.evaluation_table(runs.finish(trainer).to_dict()))
+    result = runs.finish(trainer)
+    if result is not None:
+        print(report.evaluation_table(result.to_dict()))
 
 
 def repeat(run: Path, out: Path) -> None:

@@ -17,6 +17,7 @@ from sparseclt.config.groups import (
     ModelConfig,
     OptimizerConfig,
 )
+from sparseclt.config.parallel import ParallelConfig
 from sparseclt.config.run import TrainConfig, from_dict, to_dict
 
 __all__ = [
@@ -31,6 +32,7 @@ __all__ = [
     "LossConfig",
     "ModelConfig",
     "OptimizerConfig",
+    "ParallelConfig",
     "TrainConfig",
     "from_dict",
     "to_dict",

@@ -21,6 +21,7 @@ from sparseclt.config.groups import (
     Positive,
     Text,
 )
+from sparseclt.config.parallel import ParallelConfig
 from sparseclt.config.strict import device_name, from_json_values, strict
 
 
@@ -48,6 +49,7 @@ class TrainConfig:
     compute: ComputeConfig = field(default_factory=ComputeConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     checkpoints: CheckpointConfig = field(default_factory=CheckpointConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
     def __post_init__(self) -> None:
         if problems := list(self._contradictions()):

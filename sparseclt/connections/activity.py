@@ -10,6 +10,8 @@ from sparseclt.model.activations import Activations
 from sparseclt.model.modules import Latents
 from sparseclt.model.sites import Site
 from sparseclt.ops.rows import add_at_
+from sparseclt.parallel.collectives import gather_rows
+from sparseclt.parallel.group import ALONE, Group
 
 HORIZON = 50_000  # tokens after which a running mean has forgotten half
 RARE = 4  # a latent that fired on fewer of the recent tokens says too little of what fires with it
@@ -36,10 +38,15 @@ class Activity:
         self.square = torch.zeros(modules, latents, device=device)
         self.weight = torch.zeros((), dtype=torch.float64)
 
-    def observe(self, latents: list[Latents], activations: Activations) -> None:
-        """Take in the latents of all modules on `activations`."""
+    def observe(self, latents: list[Latents], activations: Activations, data: Group = ALONE) -> None:
+        """Take in the latents of all modules on `activations`; with `data` those on the activations of all its ranks,
+        of which this one has its own."""
         layers = [] if self.recent is None else self.recent.attention_layers
-        self.update(latents, activations.counted_flat, [attended(activations, layer) for layer in layers])
+        counted, keys = activations.counted_flat, [attended(activations, layer) for layer in layers]
+        if not data.alone:
+            counted = None if counted is None else gather_rows(counted, data)
+            keys = [Attended(*(gather_rows(tensor, data) for tensor in of_layer)) for of_layer in keys]
+        self.update(latents, counted, keys)
 
     @torch.no_grad()
     def update(self, latents: list[Latents], counted: Tensor | None = None, keys: Sequence[Attended] = ()) -> None:
@@ -70,9 +77,13 @@ class Activity:
         """E[z_j | z_i > 0], [rows, U]: how large the latents j of the first `upstream` modules are, side by side,
         when latent i (one of `rows` of `module`) fires; for an attention module, how large they are at the tokens that
         it attends to then, mixed as it mixes them. Their plain means where i fires too rarely to tell."""
+        return self.coactivation_with(module, rows, slice(0, upstream * self.mean.shape[1]))
+
+    def coactivation_with(self, module: int, rows: slice, ids: slice) -> Tensor:
+        """The same [rows, ids] for the latents `ids` among all modules side by side."""
         assert self.recent is not None
-        sums, fired = self.recent.sums_when_active(module, rows, upstream, self.mean.shape[1])
-        means = self.magnitude("mean")[:upstream].flatten() * self.recent.mixed(module)
+        sums, fired = self.recent.sums_of(module, rows, ids, self.mean.shape[1])
+        means = self.magnitude("mean").flatten()[ids] * self.recent.mixed(module)
         return torch.where(fired[:, None] < RARE, means, sums.div_(fired.clamp_min(1)[:, None]))
 
     def dead(self, after_tokens: int | Tensor) -> Tensor:
@@ -121,17 +132,25 @@ class RecentLatents:
         """Sums [rows, U] of the upstream latents over the tokens on which each of `rows` fired, and how many those
         were [rows]. Only active latents are met: K x (upstream x K) pairs a token, and as many for an attention
         module, which has `KEYS` keys on each of a fraction of the tokens."""
+        return self.sums_of(module, rows, slice(0, upstream * F), F)
+
+    def sums_of(self, module: int, rows: slice, upstream: slice, F: int) -> tuple[Tensor, Tensor]:
+        """The same for the latents `upstream`, numbered over all modules side by side with F each."""
         places = self._places(module)
         ids = self.indices[module, places]
         here = (self.values[module, places] > 0) & (ids >= rows.start) & (ids < rows.stop)
         token, slot = here.nonzero(as_tuple=True)
         row = ids[token, slot].long() - rows.start
-        n, U = rows.stop - rows.start, upstream * F
+        n, U = rows.stop - rows.start, upstream.stop - upstream.start
         sums = self.values.new_zeros(n * U)
         for at, weights in self._read_by(module, places[token]):
-            for u in range(upstream):
-                pairs = (row * U + u * F)[:, None] + self.indices[u, at]
-                add_at_(sums, pairs.flatten(), (self.values[u, at] * weights).flatten())
+            for u in range(upstream.start // F, -(-upstream.stop // F)):
+                place, z = self.indices[u, at].long() + (u * F - upstream.start), self.values[u, at] * weights
+                pairs = row[:, None] * U + place
+                if u * F < upstream.start or (u + 1) * F > upstream.stop:
+                    inside = (place >= 0) & (place < U)
+                    pairs, z = pairs[inside], z[inside]
+                add_at_(sums, pairs.flatten(), z.flatten())
         return sums.view(n, U), torch.bincount(row, minlength=n)
 
     def mixed(self, module: int) -> float:

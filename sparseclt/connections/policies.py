@@ -204,8 +204,9 @@ class LearnedConnections(ConnectionPolicy):
         for module in clt:
             if module.upstream:
                 slots = module.upstream if self.candidates is None else min(self.candidates, module.upstream)
+                # Of all latents: each rank of several takes its own out of the same numbers.
                 logits = torch.empty(module.latents, slots, device=module.W_enc.device).normal_(FIRST_LOGIT, 0.001)
-                module.logits = nn.Parameter(logits)
+                module.logits = nn.Parameter(logits if module.group.alone else logits[module.rows].clone())
 
     def update(self, clt: Transcoders, activity: Activity, step: int) -> bool:
         if clt.connected:

@@ -6,6 +6,7 @@ from torch import Tensor
 from sparseclt import ops
 from sparseclt.config import Importance
 from sparseclt.connections.activity import Activity
+from sparseclt.connections.over_ranks import select_of_rank
 from sparseclt.model.attention import head_rows
 from sparseclt.model.cross_layer import effective_decoders
 from sparseclt.model.transcoders import Transcoders
@@ -22,10 +23,12 @@ def select_top_connections(
     the running "mean" or "rms" of z_j, or with "coactivation" the mean of z_j over the tokens on which latent i
     fires; for an attention reader, at the keys that it attends to from there (`Activity.coactivation`).
     A module with fewer than C upstream latents keeps all of them; None without any upstream. Streams tiles: nothing of
-    size F x U is allocated.
+    size F x U is allocated. Of a CLT that is spread over ranks: those of this rank's latents.
     """
     if C == 0:
         return no_connections(clt)
+    if not clt.ranks.latents.alone:
+        return select_of_rank(clt, activity, C, importance, backend)
     chosen: list[Tensor | None] = [None] * len(clt.sites)
     decoders = [m.W_dec.detach() for m in clt]
     for reader, E in effective_decoders(clt.readers(), clt.sites, decoders):
@@ -46,7 +49,7 @@ def select_top_connections(
 
 def no_connections(clt: Transcoders) -> list[Tensor | None]:
     """For every module with upstream modules an empty list [F, 0] of connections, as C = 0 leaves it."""
-    return [m.W_enc.new_empty(m.latents, 0, dtype=torch.int64) if m.upstream else None for m in clt]
+    return [m.W_enc.new_empty(len(m.W_enc), 0, dtype=torch.int64) if m.upstream else None for m in clt]
 
 
 def random_connections(clt: Transcoders, C: int, seed: int) -> list[Tensor | None]:
@@ -61,5 +64,5 @@ def random_connections(clt: Transcoders, C: int, seed: int) -> list[Tensor | Non
         for part in chunks(module.latents, 4 * module.upstream, SELECTION_BYTES):
             draws = torch.rand(part.stop - part.start, module.upstream, generator=generator)
             parts.append(draws.topk(min(C, module.upstream), dim=1).indices)
-        chosen[index] = torch.cat(parts).to(module.W_enc.device)
+        chosen[index] = torch.cat(parts)[module.rows].to(module.W_enc.device)
     return chosen

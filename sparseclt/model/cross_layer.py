@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sparseclt import ops
+from sparseclt import ops, parallel
 from sparseclt.model.attention import AttentionWeights, head_rows
 from sparseclt.model.sites import Site
 from sparseclt.ops.rows import accumulation_dtype
@@ -25,13 +25,16 @@ from sparseclt.ops.rows import accumulation_dtype
 
 @dataclass(frozen=True)
 class Reader:
-    """A module that reads upstream latents: its place, how many modules are upstream, its connections."""
+    """A module that reads upstream latents: its place, how many modules are upstream, its connections, and those of the
+    rows of all ranks in its group."""
 
     index: int
     site: Site
     upstream_modules: int
     connections: ops.Connections | None
     attention: AttentionWeights | None  # of an attention reader: it reads through the heads' OV circuits
+    all_connections: ops.Connections | None = None
+    group: parallel.Group = parallel.ALONE
 
 
 class _RunningDecoders:
@@ -79,16 +82,17 @@ def effective_decoders(
 def _reader_weights(reader: Reader, rows: Tensor, E: Tensor, backend: str | None) -> Tensor:
     """V [F, C] of an MLP reader, [H, F, C] of an attention reader; rows [F, D] is its (centred) encoder. In the dtype
     of `rows`, computed in that of E."""
-    assert reader.connections is not None
-    if reader.attention is None:
-        return ops.virtual_weights(rows.to(E.dtype), E, reader.connections, backend=backend).to(rows.dtype)
-    heads = range(len(reader.attention.W_V))
-    return torch.stack(
-        [
-            ops.virtual_weights(head_rows(rows, reader.attention, h), E, reader.connections, backend=backend)
-            for h in heads
-        ]
-    )
+    connections, attention = reader.connections, reader.attention
+    assert connections is not None
+
+    def read(rows: Tensor) -> Tensor:
+        return parallel.virtual_weights(
+            rows, E, connections, group=reader.group, all_connections=reader.all_connections, backend=backend
+        )
+
+    if attention is None:
+        return read(rows.to(E.dtype)).to(rows.dtype)
+    return torch.stack([read(head_rows(rows, attention, head)) for head in range(len(attention.W_V))])
 
 
 class _VirtualWeights(torch.autograd.Function):

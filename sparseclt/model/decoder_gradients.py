@@ -20,6 +20,7 @@ from sparseclt.model.modules import Latents
 from sparseclt.model.transcoders import Transcoders
 from sparseclt.ops import rows as products
 from sparseclt.ops.rows import Transpose, accumulation_dtype, chunks, section, transpose
+from sparseclt.parallel.collectives import columns_of, gather_rows, rows_of
 
 CHUNK_BYTES = Budget(cpu=8 << 20, gpu=64 << 20)  # of gradient in memory at a time, with its parts
 
@@ -31,6 +32,16 @@ class Written(NamedTuple):
     values: Tensor
     indices: Tensor
     grads: tuple[Tensor, ...]
+
+
+class Read(NamedTuple):
+    """What the virtual weights of one reader, or of one of its heads, read of decoders: their gradient dV [F, C], the
+    reader's encoder rows [F, D], and what carries a sum of those to where it meets a decoder row. In a group of n
+    ranks, [F, D/n] of rows that have been carried there."""
+
+    dV: Tensor
+    rows: Tensor
+    carry: Callable[[Tensor], Tensor]
 
 
 class Chunk(NamedTuple):
@@ -45,8 +56,10 @@ class DecoderGradients:
     """Gathers the parts of every decoder's gradient during backward passes, for one optimiser step.
 
     Equivalent, once `.backward()` is through, to the `.grad` of each module's `W_dec`: `chunks(i)` gives its rows.
-    Encoders get the gradient through virtual weights from `add_to_encoders`. Between the passes and the last chunk
-    the weights must not change, except for the decoders that `chunks` is done with.
+    Encoders get the gradient through virtual weights from `add_to_encoders`, which on several ranks comes before the
+    first chunk. Between the passes and the last chunk the weights must not change, except for the decoders that
+    `chunks` is done with. Where ranks share a batch, gradients are those of the whole batch; decoders are this rank's
+    columns.
     """
 
     def __init__(self, clt: Transcoders, backend: str | None = None, chunk_bytes: int | None = None):
@@ -56,6 +69,7 @@ class DecoderGradients:
         self.dtype = accumulation_dtype(clt.transcoder(0).W_dec.dtype)  # of the chunks
         self.written: list[list[Written]] = [[] for _ in clt]
         self.read: dict[int, Tensor] = {}  # by reader: gradient of its virtual weights
+        self._reads: dict[int, list[Read]] = {}  # by reader: the same of all ranks' rows, once that is exchanged
 
     def decode(self, index: int, latents: Latents) -> tuple[Tensor, ...]:
         """What the latents of module `index` write to each target, [N, D] each, without bias."""
@@ -82,13 +96,27 @@ class DecoderGradients:
         """Add to every encoder's `.grad` what it gets through virtual weights. Once, after the last backward pass."""
         decoders = [module.W_dec.detach() for module in self.clt]
         readers = [reader for reader in self.readers if reader.index in self.read]
+        for reader in readers:
+            self.read[reader.index] = self.clt.ranks.data.sum_(self.read[reader.index])
         for reader, E in effective_decoders(readers, self.clt.sites, decoders):
-            assert reader.connections is not None
+            assert reader.all_connections is not None
             W_enc = self.clt.transcoder(reader.index).W_enc
-            for carry, dV in self._heads(reader):
+            for (dV, _, _), (carry, _) in zip(self._reads_of(reader), self._heads(reader), strict=True):
+                read = products.gather_sum(dV.to(E.dtype), reader.all_connections.indices, E, backend=self.backend)
+                read = read if reader.group.alone else rows_of(read, reader.group)
                 with torch.enable_grad():
-                    read = products.gather_sum(dV.to(E.dtype), reader.connections.indices, E, backend=self.backend)
                     carry(W_enc).backward(read.to(W_enc.dtype), inputs=[W_enc])
+
+    def _reads_of(self, reader: Reader) -> list[Read]:
+        if reader.index not in self._reads:
+            self._reads[reader.index] = [self._exchanged(reader, carry, dV) for carry, dV in self._heads(reader)]
+        return self._reads[reader.index]
+
+    def _exchanged(self, reader: Reader, carry: Callable[[Tensor], Tensor], dV: Tensor) -> Read:
+        W_enc = self.clt.transcoder(reader.index).W_enc.detach()
+        if reader.group.alone:
+            return Read(dV, W_enc, carry)
+        return Read(gather_rows(dV, reader.group), columns_of(carry(W_enc), reader.group), torch.clone)
 
     def chunks(self, index: int) -> Iterator[Chunk]:
         """The gradient of module `index`'s decoder, all of it, some rows at a time."""
@@ -101,8 +129,8 @@ class DecoderGradients:
             sections = [(values, section(order, rows.start, rows.stop), bags) for values, order, bags in parts]
             size = rows.stop - rows.start
             gradient, touched = self._sum(sections, size, T * D)
-            gradient = gradient.view(size, T, D)
-            touched |= self._add_read(gradient, index, rows)
+            gradient = self.clt.ranks.data.sum_(gradient).view(size, T, D)
+            touched = self.clt.ranks.data.max_(touched) | self._add_read(gradient, index, rows)
             touched |= self._add_direct(gradient, index, rows)
             yield Chunk(rows, gradient, touched)
 
@@ -150,12 +178,11 @@ class DecoderGradients:
 
         def take(layer_readers: list[Reader]) -> None:
             for reader in layer_readers:
-                assert reader.connections is not None
-                order = section(reader.connections.transposed, first + rows.start, first + rows.stop)
-                W_enc = self.clt.transcoder(reader.index).W_enc.detach()
-                for carry, dV in self._heads(reader):
+                assert reader.all_connections is not None
+                order = section(reader.all_connections.transposed, first + rows.start, first + rows.stop)
+                for dV, encoder, carry in self._reads_of(reader):
                     # Linear: rows are added up first, and carried to the decoder then.
-                    total, some = self._sum([(dV, order, W_enc)], len(gradient), D)
+                    total, some = self._sum([(dV, order, encoder)], len(gradient), D)
                     behind.add_(carry(total))
                     touched.logical_or_(some)
 

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from sparseclt import ops
+from sparseclt import ops, parallel
 from sparseclt.model import nonlinearity
 from sparseclt.model.activations import Activations
 from sparseclt.model.attention import attention_write
@@ -53,11 +53,16 @@ class ForwardPass:
 
     def output(self, site: Site) -> Tensor:
         """The reconstruction [N, D] of a site, complete once all modules up to it have run; the model's own output at
-        tokens that do not count (`Activations.counted`)."""
+        tokens that do not count (`Activations.counted`). Of a CLT that is spread over ranks: this rank's columns."""
         return self._outputs[site]
 
-    def advance(self, site: Site, activations: Activations) -> Tensor:
-        """Run the next module on `activations` (filled at least up to `site`): its site's output [B, S, D]."""
+    def written(self, site: Site) -> Tensor:
+        """The same as the model's output: all columns, [B, S, D], in the dtype of the model."""
+        whole = parallel.gather_columns(self._outputs[site], self.clt.ranks.latents)
+        return whole.view_as(self.activations.r_0).to(self.activations.r_0.dtype)
+
+    def advance(self, site: Site, activations: Activations) -> None:
+        """Run the next module on `activations` (filled at least up to `site`)."""
         index = len(self.latents)
         if site != self.clt.sites[index]:
             raise ValueError(f"site: expected {self.clt.sites[index].name} next, got {site.name}")
@@ -75,10 +80,9 @@ class ForwardPass:
         if self.mode == "sparse":
             self._upstream.add(latents)
         self._write(index, latents)
-        return self._outputs[site].view_as(activations.r_0).to(activations.r_0.dtype)
 
     def decode(self, index: int, latents: Latents) -> Iterator[tuple[Site, Tensor]]:
-        """What latents of module `index` write, without bias: each target with its [N, D]."""
+        """What latents of module `index` write, without bias: each target with its [N, D], or this rank's columns."""
         module = self.clt.transcoder(index)
         if self.gradients is None:
             parts = module.decode(latents, self.backend).unbind(1)
@@ -92,8 +96,9 @@ class ForwardPass:
         module = self.clt.transcoder(index)
         for to, written in self.decode(index, latents):
             self._outputs[to] = self._outputs[to] + written if to in self._outputs else written
-        complete = self._outputs[module.site] + module.b_dec
-        self._outputs[module.site] = self.activations.where_counted(complete, self.activations.output(module.site))
+        complete = self._outputs[module.site] + module.own_columns(module.b_dec)
+        real = module.own_columns(self.activations.output(module.site))
+        self._outputs[module.site] = self.activations.where_counted(complete, real)
 
     def _read(self, site: Site) -> Tensor:
         """What `site` reads without a mask, [N, D]. Vanilla mode: the model's own input of that site."""
@@ -118,6 +123,7 @@ class ForwardPass:
         bandwidth = a.bandwidth if a.activation == "jumprelu" else 0.0
         floor, lowered = nonlinearity.floor(module.threshold_of(self.mode), bandwidth, module.b_enc)
         b_enc = lowered + (module.b_enc - module.b_enc.detach())  # of its value, with the gradient of the bias
+        floor = parallel.all_rows(floor, module.group)
         return nonlinearity.above_floor(self._strongest(index, slots, b_enc=b_enc), floor)
 
     def _active(self, index: int, candidates: Latents) -> Latents:
@@ -131,7 +137,7 @@ class ForwardPass:
             counted = self.activations.counted_tokens
             active = a.active_of(module.site.layer)
             return nonlinearity.batch_top_k(candidates._replace(values=values), active, counted)
-        threshold = module.threshold_of(self.mode)
+        threshold = parallel.all_rows(module.threshold_of(self.mode), module.group)
         if a.activation == "batchtopk":
             return nonlinearity.above(candidates, threshold)
         latents, l0 = nonlinearity.jump_relu(candidates, threshold, a.bandwidth)
@@ -149,7 +155,7 @@ class ForwardPass:
             reading = self._connected_reading(module.site, reading, connected=V is not None)
         reading = reading.to(W_enc.dtype)
         if V is None:
-            return Latents(*ops.topk_encode(reading, W_enc, b_enc, k, backend=self.backend))
+            return Latents(*parallel.topk_encode(reading, W_enc, b_enc, k, group=module.group, backend=self.backend))
         assert connections is not None
         return self._connected_encode(index, reading, W_enc, b_enc, V, connections, k)
 
@@ -164,18 +170,19 @@ class ForwardPass:
         k: int,
     ) -> Latents:
         site, z = self.clt.sites[index], self._upstream.of_first(self.clt.upstream[index])
+        rows, group = len(W_enc), self.clt.ranks.latents
+        own = min(k, rows)
         if site.kind == "mlp":
             scale = self.activations.scale[site.layer].flatten().to(V.dtype)
-            return Latents(
-                *ops.connected_encode(reading, W_enc, b_enc, *z, V, connections, scale, k, backend=self.backend)
-            )
+            found = ops.connected_encode(reading, W_enc, b_enc, *z, V, connections, scale, own, backend=self.backend)
+            return Latents(*parallel.strongest(*found, k, rows, group))
         by_sequence = self.activations.tokens.shape
         values, indices = ops.attention_encode(
             reading.unflatten(0, by_sequence), W_enc, b_enc,
             z.values.unflatten(0, by_sequence), z.indices.unflatten(0, by_sequence),
-            V, connections, self.activations.mix(site.layer).to(V.dtype), k, backend=self.backend,
+            V, connections, self.activations.mix(site.layer).to(V.dtype), own, backend=self.backend,
         )  # fmt: skip
-        return Latents(values.flatten(0, 1), indices.flatten(0, 1))
+        return Latents(*parallel.strongest(values.flatten(0, 1), indices.flatten(0, 1), k, rows, group))
 
     def _connected_reading(self, site: Site, stream: Tensor, connected: bool) -> Tensor:
         """What meets the encoder rows: for attention what it writes for `stream`; for an MLP `stream` itself,

@@ -8,7 +8,11 @@ from torch import Tensor, nn
 
 from sparseclt import ops
 from sparseclt.model.sites import Mode, Site
-from sparseclt.ops.rows import accumulation_dtype
+from sparseclt.ops.rows import accumulation_dtype, chunks
+from sparseclt.parallel.group import ALONE, Group
+from sparseclt.parallel.virtual_weights import gathered
+
+INITIAL_BYTES = 16 << 20  # of random weights that are drawn at a time
 
 
 class Latents(NamedTuple):
@@ -36,6 +40,9 @@ class Transcoder(nn.Module):
     batch outside training (BatchTopK: 0 before any training; `threshold_sparse` [F] is that of sparsely-connected
     mode), or None (TopK). Training keeps thresholds in fp32 at least.
 
+    In a `group` of n ranks, this one has the rows `rows` of W_enc, b_enc, connections, logits and thresholds, F/n of
+    them, and the columns `columns` of W_dec, [F, T, D/n]; b_dec is the same on all. Ids are those of all latents.
+
     Connections are a buffer of the module, `connection_indices`: they move with `.to(device)`, are copied by
     `copy.deepcopy`, and are part of `state_dict()`; `load_state_dict` takes those of any C.
     """
@@ -49,26 +56,37 @@ class Transcoder(nn.Module):
     threshold_sparse: Tensor | None
     connection_indices: Tensor | None
 
-    def __init__(self, site: Site, d_model: int, latents: int, targets: int, upstream: int, activation: str = "topk"):
+    def __init__(
+        self,
+        site: Site,
+        d_model: int,
+        latents: int,
+        targets: int,
+        upstream: int,
+        activation: str = "topk",
+        group: Group = ALONE,
+    ):
         super().__init__()
-        self.site, self.latents, self.upstream = site, latents, upstream
-        bound = 1 / math.sqrt(d_model)
-        self.W_enc = nn.Parameter(torch.empty(latents, d_model).uniform_(-bound, bound))
-        self.b_enc = nn.Parameter(torch.zeros(latents))
-        self.W_dec = nn.Parameter(torch.zeros(latents, targets, d_model))
+        self.site, self.latents, self.upstream, self.group = site, latents, upstream, group
+        self.rows = group.part(latents, "clt.latents")
+        self.columns = group.part(d_model, "d_model of the language model")
+        self.W_enc = nn.Parameter(_uniform(latents, d_model, self.rows))
+        self.b_enc = nn.Parameter(torch.zeros(len(self.W_enc)))
+        self.W_dec = nn.Parameter(torch.zeros(latents, targets, self.columns.stop - self.columns.start))
         self.b_dec = nn.Parameter(torch.zeros(d_model))
         self.register_parameter("logits", None)
         self._make_thresholds(activation)
         self.register_buffer("connection_indices", None)
         self._connections: ops.Connections | None = None
+        self._all_connections: tuple[ops.Connections, ops.Connections] | None = None  # this rank's, and all
 
     def _make_thresholds(self, activation: str) -> None:
         if activation == "jumprelu":
-            self.threshold = nn.Parameter(torch.zeros(self.latents))
+            self.threshold = nn.Parameter(torch.zeros(len(self.b_enc)))
             self.register_buffer("threshold_sparse", None)
             return
         for name in ("threshold", "threshold_sparse"):
-            self.register_buffer(name, torch.zeros(self.latents) if activation == "batchtopk" else None)
+            self.register_buffer(name, torch.zeros(len(self.b_enc)) if activation == "batchtopk" else None)
 
     @property
     def connections(self) -> ops.Connections | None:
@@ -84,11 +102,22 @@ class Transcoder(nn.Module):
         self._connections = connections
         self.connection_indices = None if connections is None else connections.indices
 
+    @property
+    def all_connections(self) -> ops.Connections | None:
+        """The connections of all ranks' rows, [F, C]; gathered, by all ranks together, when they are first asked for
+        after a change, and then kept."""
+        own = self.connections
+        if own is None or self.group.alone:
+            return own
+        if self._all_connections is None or self._all_connections[0] is not own:
+            self._all_connections = own, gathered(own, self.group)
+        return self._all_connections[1]
+
     def connect(self, connections: Tensor) -> None:
         """Take `connections` [F, C] (ids 0..U-1, -1 for an empty slot)."""
-        if connections.shape[0] != self.latents:
+        if connections.shape[0] != len(self.b_enc):
             raise ValueError(
-                f"connections of {self.site.name}: expected {self.latents} rows, got {tuple(connections.shape)}"
+                f"connections of {self.site.name}: expected {len(self.b_enc)} rows, got {tuple(connections.shape)}"
             )
         self.connections = ops.Connections(connections, self.upstream)
 
@@ -118,8 +147,12 @@ class Transcoder(nn.Module):
         assert threshold is not None
         return threshold
 
+    def own_columns(self, vectors: Tensor) -> Tensor:
+        """This rank's columns of vectors [..., D]."""
+        return vectors if self.group.alone else vectors[..., self.columns]
+
     def decode(self, latents: Latents, backend: str | None = None) -> Tensor:
-        """What the latents write to each target, without bias: [N, T, D]."""
+        """What the latents write to each target, without bias: [N, T, D], or this rank's columns of it."""
         return ops.sparse_decode(latents.values, latents.indices, self.W_dec, backend=backend)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
@@ -132,3 +165,14 @@ class Transcoder(nn.Module):
         if logits is not None and (self.logits is None or self.logits.shape != logits.shape):
             self.logits = nn.Parameter(torch.empty_like(logits, device=device))
         super()._load_from_state_dict(state_dict, prefix, *rest)
+
+
+def _uniform(latents: int, d_model: int, rows: slice) -> Tensor:
+    """Rows of an encoder [F, D] at random: those that a rank by itself would have, without ever holding the others."""
+    bound, kept = 1 / math.sqrt(d_model), torch.empty(rows.stop - rows.start, d_model)
+    for part in chunks(latents, d_model * kept.element_size(), INITIAL_BYTES):
+        drawn = torch.empty(part.stop - part.start, d_model).uniform_(-bound, bound)
+        first, last = max(part.start, rows.start), min(part.stop, rows.stop)
+        if first < last:
+            kept[first - rows.start : last - rows.start] = drawn[first - part.start : last - part.start]
+    return kept

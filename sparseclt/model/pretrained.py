@@ -13,8 +13,15 @@ from sparseclt.model.shape import Architecture
 from sparseclt.model.stored_shapes import check_tensors
 from sparseclt.model.transcoders import Transcoders
 from sparseclt.storage import clt_files
-from sparseclt.storage.directories import MANIFEST, CheckpointError, atomic_directory
+from sparseclt.storage.directories import MANIFEST, CheckpointError
+from sparseclt.storage.parts import Axis, Part, part, shared_directory
 from sparseclt.storage.safetensors_stream import TensorFiles
+
+# What a rank has of the tensors that ranks share.
+AXES: dict[str, Axis] = {
+    "W_enc": "rows", "b_enc": "rows", "W_dec": "columns", "connections": "rows", "logits": "rows",
+    "threshold": "rows", "threshold_sparse": "rows",
+}  # fmt: skip
 
 
 class Foreign(Protocol):
@@ -44,9 +51,9 @@ def _prefix(module: Transcoder) -> str:
     return f"{module.site.kind}.{module.site.layer}."
 
 
-def named_tensors(clt: Transcoders) -> dict[str, Tensor]:
+def named_tensors(clt: Transcoders) -> dict[str, Tensor | Part]:
     """Everything a CLT is, by name: "mlp.0.W_enc" and so on. Views of the parameters, nothing copied."""
-    tensors: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor | Part] = {}
     for module in clt:
         parts: dict[str, Tensor | None] = {
             "W_enc": module.W_enc,
@@ -61,7 +68,9 @@ def named_tensors(clt: Transcoders) -> dict[str, Tensor]:
         weights = clt.attention_of(module.site)
         if weights is not None:
             parts |= {"W_V": weights.W_V, "W_O": weights.W_O, "bias": weights.bias}
-        tensors |= {_prefix(module) + name: part.detach() for name, part in parts.items() if part is not None}
+        for name, own in parts.items():
+            if own is not None:
+                tensors[_prefix(module) + name] = part(own.detach(), AXES.get(name), clt.ranks.latents)
     return tensors
 
 
@@ -76,34 +85,48 @@ def load_tensors(clt: Transcoders, tensors: TensorFiles) -> None:
         prefix = _prefix(module)
         for name in ("W_enc", "b_enc", "W_dec", "b_dec"):
             parameter = getattr(module, name)
-            parameter.copy_(tensors[prefix + name].view_as(parameter))
+            parameter.copy_(_own(module, tensors, name).view_as(parameter))
         for name in ("threshold", "threshold_sparse"):
             if (threshold := getattr(module, name)) is not None:
-                threshold.copy_(tensors[prefix + name])
+                threshold.copy_(_own(module, tensors, name))
         device = module.W_enc.device
         if prefix + "connections" in tensors:
             try:
-                module.connect(tensors[prefix + "connections"].to(device))
+                module.connect(_own(module, tensors, "connections").to(device))
             except ValueError as error:
                 raise CheckpointError(f"{tensors.place(prefix + 'connections')}: {error}") from error
         if prefix + "logits" in tensors:
             if module.logits is None:
-                module.logits = nn.Parameter(tensors[prefix + "logits"].to(device))
+                module.logits = nn.Parameter(_own(module, tensors, "logits").to(device))
             else:
-                tensors.copy_into(prefix + "logits", module.logits)
+                tensors.copy_into(prefix + "logits", part(module.logits, "rows", module.group))
+
+
+def _own(module: Transcoder, tensors: TensorFiles, name: str) -> Tensor:
+    """A module's tensor, or the part of it that this rank has."""
+    stored = _prefix(module) + name
+    if module.group.alone or name not in AXES:
+        return tensors[stored]
+    if AXES[name] == "rows":
+        return tensors.part(stored, (module.rows,))
+    every = [slice(None)] * (len(tensors.shape(stored)) - 1)
+    return tensors.part(stored, (*every, module.columns))
 
 
 def write(directory: Path, clt: Transcoders) -> None:
     """Write `clt` into `directory`, which the caller makes atomic."""
     architecture = clt.architecture
     config = {"model_name": architecture.model.name, **architecture.to_dict()}
-    clt_files.save_clt(directory, config, named_tensors(clt), mlp_input=architecture.model.mlp_input)
+    clt_files.save_clt(
+        directory, config, named_tensors(clt), mlp_input=architecture.model.mlp_input, group=clt.ranks.latents
+    )
 
 
 def save(clt: Transcoders, path: Path) -> Path:
     """Write `clt` to directory `path`, whole or not at all."""
-    with atomic_directory(path) as directory:
-        write(directory, clt)
+    with shared_directory(path, clt.ranks) as directory:
+        if directory is not None:
+            write(directory, clt)
     return path
 
 

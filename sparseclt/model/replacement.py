@@ -1,12 +1,14 @@
 """A language model's run with the CLT in place of its MLPs."""
 
 from collections.abc import Callable
+from functools import partial
 
 from torch import Tensor
 
+from sparseclt.model.activations import Activations
 from sparseclt.model.decoder_gradients import DecoderGradients
 from sparseclt.model.forward import ForwardPass
-from sparseclt.model.sites import Mode, Site
+from sparseclt.model.sites import Kind, Mode, Site
 from sparseclt.model.transcoders import Transcoders
 
 
@@ -24,9 +26,13 @@ def replacement(
 
 def hooks(forward: ForwardPass) -> dict[str, Callable[..., Tensor]]:
     """The same for a pass that has not begun: the running model advances it."""
-    advance: dict[str, Callable[..., Tensor]] = {
-        "on_mlp": lambda layer, live: forward.advance(Site("mlp", layer), live)
-    }
+
+    def advance(kind: Kind, layer: int, live: Activations) -> Tensor:
+        site = Site(kind, layer)
+        forward.advance(site, live)
+        return forward.written(site)
+
+    named: dict[str, Callable[..., Tensor]] = {"on_mlp": partial(advance, "mlp")}
     if forward.clt.architecture.attention == "latents":
-        advance["on_attn"] = lambda layer, live: forward.advance(Site("attn", layer), live)
-    return advance
+        named["on_attn"] = partial(advance, "attn")
+    return named

@@ -7,6 +7,7 @@ from torch import Tensor
 from sparseclt.model.activations import Activations, at_least_float32
 from sparseclt.model.sites import Site, model_sites, upstream_modules
 from sparseclt.model.transcoders import Transcoders
+from sparseclt.parallel import gather_columns
 
 
 class UnmaskedStream:
@@ -24,7 +25,7 @@ class UnmaskedStream:
         self._stream: Tensor | None = None  # [N, D]
 
     def before(self, site: Site, activations: Activations, outputs: Mapping[Site, Tensor]) -> Tensor:
-        """What `site` reads, [N, D]. `outputs`: the reconstructions [N, D] of earlier modules."""
+        """What `site` reads, [N, D]. `outputs`: the reconstructions [N, D] of earlier modules, this rank's columns."""
         if self._stream is None:
             self._stream = at_least_float32(activations.r_0.flatten(0, 1))
         earlier = upstream_modules(self._order, self._order.index(site), self.clt.architecture.model.parallel)
@@ -33,13 +34,16 @@ class UnmaskedStream:
             if writer not in outputs:
                 self._stream = self._stream + real
                 continue
+            reconstruction = outputs[writer]
+            if self.all_open or self.error_nodes:
+                reconstruction = gather_columns(reconstruction, self.clt.ranks.latents)
             if self.all_open:
-                written = outputs[writer]
+                written = reconstruction
             else:
                 b_dec = self.clt.transcoder(self.clt.sites.index(writer)).b_dec
                 written = activations.where_counted(b_dec, real)
             self._stream = self._stream + written
             if self.error_nodes:
-                self._stream = self._stream + (real - outputs[writer]).detach()
+                self._stream = self._stream + (real - reconstruction).detach()
         self._passed = max(self._passed, earlier)
         return self._stream

@@ -10,6 +10,7 @@ from sparseclt.model.cross_layer import Reader, cross_layer_virtual_weights
 from sparseclt.model.modules import Transcoder
 from sparseclt.model.shape import Architecture
 from sparseclt.model.sites import Site, model_sites, upstream_modules
+from sparseclt.parallel.ranks import ONE_RANK, Ranks
 
 
 class Transcoders(nn.Module):
@@ -19,17 +20,29 @@ class Transcoders(nn.Module):
 
     `warns_when_full`: a pass warns where a token has as many active latents as it has room for, and may lack others. Of
     a CLT that another tool trained, nothing has seen to it that there is room.
+
+    `ranks`: those that the CLT is spread over, each with its part of every module (`Transcoder`). All of them call
+    everything that computes together, in the same order.
     """
 
     warns_when_full = False
 
-    def __init__(self, architecture: Architecture, attention_weights: Sequence[AttentionWeights] | None = None):
+    def __init__(
+        self,
+        architecture: Architecture,
+        attention_weights: Sequence[AttentionWeights] | None = None,
+        *,
+        ranks: Ranks = ONE_RANK,
+    ):
         super().__init__()
         a = self.architecture = architecture
+        self.ranks = ranks
         self.sites = model_sites(a.model.layers, a.attention == "latents")
         self.upstream = [upstream_modules(self.sites, i, a.model.parallel) for i in range(len(self.sites))]
         self.transcoders = nn.ModuleList(
-            Transcoder(site, a.model.d_model, a.latents, self._targets(site), upstream * a.latents, a.activation)
+            Transcoder(
+                site, a.model.d_model, a.latents, self._targets(site), upstream * a.latents, a.activation, ranks.latents
+            )
             for site, upstream in zip(self.sites, self.upstream, strict=True)
         )
         if a.attention == "latents":
@@ -57,6 +70,10 @@ class Transcoders(nn.Module):
     def __iter__(self) -> Iterator[Transcoder]:
         return cast(Iterator[Transcoder], iter(self.transcoders))
 
+    def own_columns(self, vectors: Tensor) -> Tensor:
+        """This rank's columns of vectors [..., D]: those of its reconstructions."""
+        return self.transcoder(0).own_columns(vectors)
+
     @property
     def reads_upstream(self) -> bool:
         """Whether any module has upstream modules; without one there is only vanilla mode."""
@@ -83,7 +100,8 @@ class Transcoders(nn.Module):
     def readers(self) -> list[Reader]:
         """Every module as a reader of those before it."""
         return [
-            Reader(i, m.site, self.upstream[i], m.connections, self.attention_of(m.site)) for i, m in enumerate(self)
+            Reader(i, m.site, self.upstream[i], m.connections, self.attention_of(m.site), m.all_connections, m.group)
+            for i, m in enumerate(self)
         ]
 
     def attention_of(self, site: Site) -> AttentionWeights | None:

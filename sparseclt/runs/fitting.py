@@ -7,11 +7,14 @@ from sparseclt.config import TrainConfig
 from sparseclt.evaluation.metrics import Evaluation
 from sparseclt.runs.measurement import held_out_rows, measure
 from sparseclt.storage.run_config import check_changes, check_trained, check_unused, read_config
+from sparseclt.training.run_directory import finished
+from sparseclt.training.several_ranks import in_turn
 from sparseclt.training.trainer import Trainer
 
 
-def train(config: TrainConfig) -> Evaluation:
-    """Train, evaluate on held-out text, write tables and plots; returns the evaluation."""
+def train(config: TrainConfig) -> Evaluation | None:
+    """Train, evaluate on held-out text, write tables and plots; returns the evaluation, or None on all but the first of
+    several ranks."""
     check_unused(config.out)
     return finish(Trainer(config))
 
@@ -31,9 +34,11 @@ def resume(run: str | Path, config: TrainConfig | None = None, *, checkpoint: st
     return trainer
 
 
-def finish(trainer: Trainer) -> Evaluation:
-    """Train to the last step, evaluate on held-out text, write tables and plots."""
+def finish(trainer: Trainer) -> Evaluation | None:
+    """Train to the last step, evaluate on held-out text, write tables and plots; None on all but the first of several
+    ranks."""
     model = trainer.language_model
-    rows = held_out_rows(trainer.config, model)  # before the training: text that is missing is found at once
-    clt = trainer.fit()
-    return measure(trainer.config, clt, model, rows)
+    with in_turn(trainer.ranks):
+        rows = held_out_rows(trainer.config, model)  # before the training: text that is missing is found at once
+    clt = finished(trainer.fit(), trainer.out)
+    return None if clt is None else measure(trainer.config, clt, model, rows)

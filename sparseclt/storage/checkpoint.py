@@ -8,6 +8,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from sparseclt.parallel import ALONE, Group
 from sparseclt.storage.directories import (
     FORMAT_VERSION,
     MANIFEST,
@@ -18,15 +19,22 @@ from sparseclt.storage.directories import (
     verified,
 )
 from sparseclt.storage.json_files import write_json
+from sparseclt.storage.parts import Part
 from sparseclt.storage.safetensors_stream import TensorFiles, check_tensor, save_file, stored_names
 
 _STEP = re.compile(r"step_(\d+)(\.old)?")
 
 
-def save_state(directory: str | Path, tensors: Mapping[str, Tensor], numbers: Mapping[str, int | float | str]) -> None:
+def save_state(
+    directory: str | Path,
+    tensors: Mapping[str, Tensor | Part],
+    numbers: Mapping[str, int | float | str],
+    group: Group = ALONE,
+) -> None:
     """Write training state, `state.safetensors` and `state.json`, into a directory from `atomic_directory`.
 
-    Both come back exactly: tensors bit for bit, floats because JSON keeps Python's shortest exact form.
+    Both come back exactly: tensors bit for bit, floats because JSON keeps Python's shortest exact form. The ranks of a
+    `group` write them together, each its share of the tensors that are a `Part`.
     Raises TypeError for other values, ValueError for NaN and infinities, which JSON lacks.
     """
     for name, value in numbers.items():
@@ -38,8 +46,9 @@ def save_state(directory: str | Path, tensors: Mapping[str, Tensor], numbers: Ma
         check_tensor(name, tensor)
     directory = Path(directory)
     state = {"format_version": FORMAT_VERSION, "numbers": dict(numbers)}
-    write_json(directory / "state.json", state, "numbers")
-    save_file(tensors, directory / "state.safetensors")
+    if group.rank == 0:
+        write_json(directory / "state.json", state, "numbers")
+    save_file(tensors, directory / "state.safetensors", group)
 
 
 def load_state(path: str | Path) -> tuple[TensorFiles, dict[str, int | float | str]]:

@@ -15,8 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparseclt.parallel import ALONE, Group
 from sparseclt.storage.directories import FORMAT_VERSION, CheckpointError, read_versioned, verified
 from sparseclt.storage.json_files import write_json, write_text
+from sparseclt.storage.parts import Part
 from sparseclt.storage.safetensors_stream import TensorFiles, check_tensor, save_file, stored_names
 
 CONFIG = "sparseclt.json"
@@ -52,9 +54,10 @@ _ON_DISK = re.compile(r"(\w+)_(0|[1-9]\d*)")
 def save_clt(
     directory: str | Path,
     config: Mapping[str, Any],
-    tensors: Mapping[str, Tensor],
+    tensors: Mapping[str, Tensor | Part],
     *,
     mlp_input: str = "ln2.hook_normalized",
+    group: Group = ALONE,
 ) -> None:
     """Write a CLT's weights and configuration into `directory`, which is best one from `atomic_directory`.
 
@@ -65,6 +68,7 @@ def save_clt(
         Written a piece at a time: never a copy of a whole tensor.
     config: JSON values, with a "model_name"; tuples come back as lists.
     mlp_input: the TransformerLens hook, in a block, of what the model's MLPs read.
+    group: the ranks that write the files together, each its share of the tensors that are a `Part`.
 
     The files are circuit-tracer's (`config.yaml`, `W_enc_{l}`, `W_dec_{l}`) and our sidecars (`attn_{l}`,
     `connections_{l}`, `attn_connections_{l}`, `attn_model_{l}`, `sparseclt.json`). circuit-tracer refuses a CLT
@@ -79,14 +83,17 @@ def save_clt(
     directory = Path(directory)
     own = config.get("targets") == "own"
     files = _group_by_file(tensors, own)
-    write_json(directory / CONFIG, {"format_version": FORMAT_VERSION, **config}, "config")
+    if group.rank == 0:
+        write_json(directory / CONFIG, {"format_version": FORMAT_VERSION, **config}, "config")
     if not own:
-        _write_config_yaml(directory, config["model_name"], mlp_input, files)
+        _write_config_yaml(directory, config["model_name"], mlp_input, files, group)
     for file, named_tensors in files.items():
-        save_file(named_tensors, directory / file)
+        save_file(named_tensors, directory / file, group)
 
 
-def _write_config_yaml(directory: Path, model_name: str, mlp_input: str, files: dict[str, dict[str, Tensor]]) -> None:
+def _write_config_yaml(
+    directory: Path, model_name: str, mlp_input: str, files: dict[str, dict[str, Tensor | Part]], group: Group
+) -> None:
     """Write circuit-tracer's configuration; without thresholds one that it refuses, with an empty one in each of the
     `files` of encoders."""
     encoders = {file.split(".")[0].removeprefix("W_enc_"): named for file, named in files.items() if "W_enc_" in file}
@@ -95,6 +102,8 @@ def _write_config_yaml(directory: Path, model_name: str, mlp_input: str, files: 
         kind, comment = UNCALIBRATED, "# Not calibrated for circuit-tracer: sparseclt export writes a CLT that is.\n"
         for layer, named in encoders.items():
             named[f"threshold_{layer}"] = torch.empty(0)
+    if group.rank:
+        return
     write_text(
         directory / "config.yaml",
         f"{comment}model_kind: {kind}\n"
@@ -133,9 +142,9 @@ def _without_empty_thresholds(places: Mapping[str, tuple[Path, str]]) -> dict[st
     return {name: place for name, place in places.items() if name not in empty}
 
 
-def _group_by_file(tensors: Mapping[str, Tensor], own_targets: bool) -> dict[str, dict[str, Tensor]]:
+def _group_by_file(tensors: Mapping[str, Tensor | Part], own_targets: bool) -> dict[str, dict[str, Tensor | Part]]:
     """Check the tensors of a CLT and sort them into {file name: {name in the file: tensor}}."""
-    files: dict[str, dict[str, Tensor]] = {}
+    files: dict[str, dict[str, Tensor | Part]] = {}
     modules: dict[tuple[str, int], set[str]] = {}
     for key, tensor in tensors.items():
         match = _KEY.fullmatch(key)

@@ -10,7 +10,18 @@ from sparseclt.storage.json_files import read_json, replace_file
 
 CONFIG, CLT, CHECKPOINTS, IMPORTED = "config.json", "clt", "checkpoints", "imported.json"
 # Text and model may have moved: digests say whether they are still the same.
-FREE = ("out", "steps", "device", "logging.", "checkpoints.", "compute.", "model.path", "data.source", "data.cache")
+FREE = (
+    "out",
+    "steps",
+    "device",
+    "logging.",
+    "checkpoints.",
+    "compute.",
+    "parallel.",
+    "model.path",
+    "data.source",
+    "data.cache",
+)
 
 
 def read_config(run: str | Path) -> TrainConfig:

@@ -8,6 +8,7 @@ gives each tensor's dtype, shape and place; the tensors' bytes. Read back by any
 """
 
 import json
+import math
 import sys
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,7 +19,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from sparseclt.parallel import ALONE, Group
 from sparseclt.storage.json_files import CheckpointError, naming, parse_object
+from sparseclt.storage.parts import Part, make_file, write_together
 
 LONGEST_HEADER = 16 << 20  # bytes; ours have a hundred for each tensor
 PIECE_BYTES = 16 << 20  # copied to the CPU at a time
@@ -28,34 +31,52 @@ NAMES = {
 }  # fmt: skip
 
 
-def save_file(tensors: Mapping[str, Tensor], path: Path) -> None:
+def save_file(tensors: Mapping[str, Tensor | Part], path: Path, group: Group = ALONE) -> None:
     """Write `tensors`, each a view of any kind on any device, with a few MiB of memory beside them.
 
+    The ranks of a `group` write one file together: the first of them what all have alike, each its share of the rows of
+    a `Part`. An error on one of them is an OSError on all.
     Raises ValueError for a dtype that the format has no name for here, or on a big-endian machine.
     """
     if sys.byteorder != "little":
         raise ValueError("safetensors files are little-endian: expected such a machine to write them")
-    header, offset = {}, 0
+    header: dict[str, dict[str, Any]] = {}
+    offset = 0
     for name, tensor in tensors.items():
         if tensor.dtype not in NAMES:
             raise ValueError(f"tensors[{name!r}]: expected one of {list(NAMES)}, got {tensor.dtype}")
-        end = offset + tensor.numel() * tensor.element_size()
+        end = offset + math.prod(tensor.shape) * tensor.dtype.itemsize
         header[name] = {"dtype": NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [offset, end]}
         offset = end
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
+    start = len(text).to_bytes(8, "little") + text
+    if group.alone:
+        with naming(path), path.open("wb") as file:
+            file.write(start)
+            for tensor in tensors.values():
+                for piece in _bytes_of(tensor):
+                    file.write(piece)
+        return
+    make_file(path, start, len(start) + offset, group)
+    offsets = [len(start) + entry["data_offsets"][0] for entry in header.values()]
+    write_together(
+        path, ((at, tensor, _bytes_of(tensor)) for at, tensor in zip(offsets, tensors.values(), strict=True)), group
+    )
+
+
+def _bytes_of(tensor: Tensor | Part) -> Iterator[memoryview]:
+    """The bytes of a tensor, or of this rank's share of its rows, in one buffer that is used again and again."""
     room = torch.empty(max(PIECE_BYTES, 8), dtype=torch.uint8)  # a scalar has up to 8 bytes
-    with naming(path), path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for tensor in tensors.values():
-            for piece in _pieces(tensor.detach()):
-                own = room[: piece.numel() * piece.element_size()]
-                own.view(piece.dtype).view(piece.shape).copy_(piece)
-                file.write(own.numpy().data)
+    for rows in tensor.share(PIECE_BYTES) if isinstance(tensor, Part) else [tensor]:
+        for piece in _pieces(rows.detach()):
+            own = room[: piece.numel() * piece.element_size()]
+            own.view(piece.dtype).view(piece.shape).copy_(piece)
+            yield own.numpy().data
 
 
-def check_tensor(name: str, tensor: Tensor) -> None:
-    if not isinstance(tensor, Tensor):
+def check_tensor(name: str, tensor: Tensor | Part) -> None:
+    if not isinstance(tensor, Tensor | Part):
         raise TypeError(f"tensors[{name!r}] must be a torch.Tensor, got {type(tensor).__name__}")
 
 
@@ -121,10 +142,20 @@ class TensorFiles(Mapping[str, Tensor]):
             part = tensors.get_slice(stored)
             return part.get_dtype(), tuple(part.get_shape())
 
-    def copy_into(self, name: str, target: Tensor) -> None:
-        """Fill `target` with the tensor. Raises CheckpointError unless it has the shape and the dtype of `target`."""
+    def copy_into(self, name: str, target: Tensor | Part) -> None:
+        """Fill `target` with the tensor, or with the part of it that this rank has. Raises CheckpointError unless it
+        has the shape and the dtype of `target`."""
         self.check(name, [target.dtype], target.shape)
-        target.copy_(self[name])
+        if isinstance(target, Part):
+            target.own.copy_(self.part(name, target.place()))
+        else:
+            target.copy_(self[name])
+
+    def part(self, name: str, place: tuple[slice, ...]) -> Tensor:
+        """The part of a tensor that lies at `place`, one slice for each of its axes; no more of it is read."""
+        file, stored = self._places[name]
+        with _opened(file) as tensors:
+            return tensors.get_slice(stored)[place]
 
 
 def _text(shape: Sequence[int | None]) -> str:

@@ -12,6 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from sparseclt.parallel import ALONE, Group
+
 
 class Code(NamedTuple):
     """How numbers become codes. `least`: of a vector with any entry, so that no step divides by zero."""
@@ -33,10 +35,12 @@ def decode(code: Code, codes: Tensor, scale: Tensor) -> Tensor:
     return exact.square_().square_().mul_(scale[..., None])
 
 
-def encode(code: Code, exact: Tensor, codes: Tensor, scale: Tensor, offset: Tensor) -> None:
-    """The reverse, into `codes` and `scale`; `offset` [D] as `offsets` gives it. `exact` is overwritten."""
+def encode(code: Code, exact: Tensor, codes: Tensor, scale: Tensor, offset: Tensor, group: Group = ALONE) -> None:
+    """The reverse, into `codes` and `scale`; `offset` [D] as `offsets` gives it. `exact` is overwritten. `group`: the
+    ranks that have the other columns of the same vectors."""
     signs = exact.sign() if code.least == 0 else None
     torch.amax(exact.abs_(), -1, out=scale)
+    group.max_(scale)
     exact.div_(scale.clamp_min(torch.finfo(exact.dtype).tiny)[..., None])
     for _ in range(code.roots):
         exact.sqrt_()

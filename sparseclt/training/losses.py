@@ -8,6 +8,7 @@ from torch.nn.functional import mse_loss
 
 from sparseclt.model.modules import Latents
 from sparseclt.ops.rows import add_at_
+from sparseclt.parallel import ALONE, Group
 
 
 class FVUSums(NamedTuple):
@@ -45,12 +46,13 @@ class L0Sum(NamedTuple):
         return (self.total / tokens - 1).square()
 
 
-def mean_over(y: Tensor, counted: Tensor | None) -> Tensor:
-    """The mean [D] of y [N, D] over the tokens that count; `counted` [N] boolean, None: all."""
-    if counted is None:
+def mean_over(y: Tensor, counted: Tensor | None, data: Group = ALONE) -> Tensor:
+    """The mean [D] of y [N, D] over the tokens that count; `counted` [N] boolean, None: all. `data`: the ranks that
+    have the other tokens of the batch."""
+    if counted is None and data.alone:
         return y.mean(0)
-    weights = counted.to(y.dtype)
-    return weights @ y / weights.sum()
+    weights = y.new_ones(len(y)) if counted is None else counted.to(y.dtype)
+    return data.sum_(weights @ y) / data.sum_(weights.sum())
 
 
 def fvu_sums(y: Tensor, reconstruction: Tensor, mean: Tensor | None = None, counted: Tensor | None = None) -> FVUSums:

@@ -12,10 +12,12 @@ from sparseclt.model.shape import ModelShape
 from sparseclt.ops.scratch import default_scratch
 from sparseclt.training.evaluation_memory import evaluation_terms
 from sparseclt.training.optimizer import KEPT_BYTES, PIECE_BYTES
+from sparseclt.training.rank_plan import Sent, of_rank, selection_bytes, step_exchanges
 from sparseclt.training.run_sizes import ALWAYS, FORWARD, NOTED, STEP, MemoryTerm, RunSizes, captured_bytes
 from sparseclt.training.selection_memory import selection_terms
 
-GiB = 1 << 30
+GiB, MiB = 1 << 30, 1 << 20
+BANDWIDTHS = (12, 50, 400)  # GB/s of a rank: 100-gigabit network, PCIe 5, NVLink
 
 
 @dataclass(frozen=True)
@@ -24,6 +26,10 @@ class Plan:
 
     terms: tuple[MemoryTerm, ...]
     available: int | None
+    sent: tuple[Sent, ...] = ()
+    """What one of several ranks sends in a step."""
+    sent_to_choose: int = 0
+    """Bytes that it sends besides in a step that chooses connections."""
 
     def phase(self, name: str) -> int:
         """Bytes held in one phase of the run."""
@@ -40,15 +46,19 @@ class Plan:
 
 
 def make_plan(config: TrainConfig, shape: ModelShape, available: int | None = None) -> Plan:
-    """The memory of a training run of `config` on a model of `shape`; `available`: bytes of the device.
+    """The memory of a training run of `config` on a model of `shape`; `available`: bytes of the device. On several
+    ranks (`config.parallel`), that of one of them.
 
     Every term is linear in N and in F, and in the number of decoder vectors; none grows as N x F, F x F or F x U.
     """
     run = RunSizes(config, shape)
     terms = [*_state_terms(run), *_pass_terms(run), *_update_terms(run), *_connection_terms(run), *selection_terms(run)]
+    terms = of_rank(terms, run)
     held = sum(term.bytes for term in terms if "evaluation" in term.phases)
     terms += evaluation_terms(run, None if available is None else available - held)
-    return Plan(tuple(term for term in terms if term.bytes), available)
+    return Plan(
+        tuple(term for term in terms if term.bytes), available, tuple(step_exchanges(run)), selection_bytes(run)
+    )
 
 
 def dense_plan(config: TrainConfig, shape: ModelShape, available: int | None = None) -> Plan:
@@ -75,7 +85,23 @@ def table(plan: Plan) -> str:
     lines.append(f"| **peak** ({largest}) | **{plan.peak / GiB:.3f}** | | |")
     if plan.available is not None:
         lines.append(f"\n{'Fits' if plan.fits else 'Does not fit'}: {plan.available / GiB:.2f} GiB available.")
-    return "\n".join(lines)
+    return "\n".join([*lines, *_sent(plan)])
+
+
+def _sent(plan: Plan) -> list[str]:
+    """What a rank sends, as a table, and how long that takes."""
+    if not plan.sent:
+        return []
+    lines = ["", "| sent by a rank in a step | MiB | collective | formula (bytes) |", "| --- | ---: | --- | --- |"]
+    for sent in sorted(plan.sent, key=lambda sent: -sent.bytes):
+        lines.append(f"| {sent.name} | {sent.bytes / MiB:.3f} | {sent.collective} | {sent.formula} |")
+    total = sum(sent.bytes for sent in plan.sent)
+    lines.append(f"| **all** | **{total / MiB:.3f}** | | |")
+    times = ", ".join(f"{total / (speed * 1e9) * 1e3:.3g} ms at {speed} GB/s" for speed in BANDWIDTHS)
+    lines.append(f"\nA step waits {times} per rank, as far as nothing is computed meanwhile.")
+    if plan.sent_to_choose:
+        lines.append(f"A step that chooses connections sends {plan.sent_to_choose / MiB:.3f} MiB more.")
+    return lines
 
 
 def _state_terms(x: RunSizes) -> list[MemoryTerm]:
@@ -148,9 +174,10 @@ def _pass_terms(x: RunSizes) -> list[MemoryTerm]:
 def _update_terms(x: RunSizes) -> list[MemoryTerm]:
     """Decoder gradients, computed from what the passes left behind, a chunk at a time where they are large."""
     device = resolve(x.config.device)
-    decoders, largest = FLOAT * x.size.decoder_vectors * x.D, FLOAT * x.F * x.D * x.widest
+    D = x.D // x.ranks
+    decoders, largest = FLOAT * x.size.decoder_vectors * D, FLOAT * x.F * D * x.widest
     if decoders <= KEPT_BYTES:
-        kept, summed = decoders, (x.modes - 1) * FLOAT * x.F * x.D
+        kept, summed = decoders, (x.modes - 1) * FLOAT * x.F * D
     else:
         kept = summed = min(CHUNK_BYTES.on(device), largest)
     widened = x.config.clt.dtype == "bf16" or x.config.optimizer.state == "8bit"

@@ -15,6 +15,8 @@ from torch import Tensor
 from sparseclt.model.activations import Activations
 from sparseclt.model.sites import Site
 from sparseclt.model.transcoders import Transcoders
+from sparseclt.parallel import ALONE, Group
+from sparseclt.training.losses import mean_over
 from sparseclt.training.optimizer import RowAdam
 
 
@@ -28,18 +30,20 @@ class SiteScales(NamedTuple):
 
 def site_scales(clt: Transcoders, activations: Activations) -> SiteScales:
     """The scales on one batch, over the tokens that count; 1 for a site that is zero, or constant, on all of them."""
-    inputs = [root_mean_square(activations.input(site), activations.counted_flat) for site in clt.sites]
-    outputs = [root_mean_square(activations.output(site), activations.counted_flat, True) for site in clt.sites]
+    counted, data = activations.counted_flat, clt.ranks.data
+    inputs = [root_mean_square(activations.input(site), counted, data=data) for site in clt.sites]
+    outputs = [root_mean_square(activations.output(site), counted, True, data) for site in clt.sites]
     return SiteScales(torch.stack(inputs), torch.stack(outputs))
 
 
-def root_mean_square(y: Tensor, counted: Tensor | None, around_mean: bool = False) -> Tensor:
+def root_mean_square(y: Tensor, counted: Tensor | None, around_mean: bool = False, data: Group = ALONE) -> Tensor:
     """Of y [N, D] over the tokens that count; equivalent to `y.square().mean().sqrt()`, or, around the mean, to
-    `(y - y.mean(0)).square().mean().sqrt()`. Scalar, float64."""
+    `(y - y.mean(0)).square().mean().sqrt()`. Scalar, float64. `data`: the ranks that have the other tokens."""
     y = (y if counted is None else y[counted]).double()
     if around_mean:
-        y = y - y.mean(0)
-    size = y.square().mean().sqrt()
+        y = y - mean_over(y, None, data)
+    square = y.square().mean(1)
+    size = mean_over(square[:, None], None, data)[0].sqrt()
     return size.where(size > 0, 1.0)
 
 

@@ -19,6 +19,7 @@ from sparseclt.model.decoder_gradients import DecoderGradients
 from sparseclt.model.modules import Latents
 from sparseclt.model.replacement import replacement
 from sparseclt.model.sites import Mode, Site
+from sparseclt.parallel import Group, sum_over
 from sparseclt.training import losses
 from sparseclt.training.interactions import jacobian_sums
 from sparseclt.training.memory import is_out_of_memory
@@ -109,13 +110,15 @@ class Objective:
     def terms(self, passes: dict[Mode, ModePass], activations: Activations, means: Means) -> dict[str, LossTerm]:
         """The terms of the loss for the rows in `activations`. `means` [D]: of each site's real output, over all rows
         of the batch."""
-        real = activations.outputs(self.clt.sites)
+        real = {site: self.clt.own_columns(y) for site, y in activations.outputs(self.clt.sites).items()}
         terms: dict[str, LossTerm] = {}
         for mode, result in passes.items():
             terms |= self._terms_of_mode(mode, result, activations, real, means)
         if self.policy and "sparse" in passes:
             c, pairs = self.config, zip(passes["sparse"].latents, passes["vanilla"].latents, strict=True)
-            agreement = [losses.latent_fvu_sums(z, target, c.clt.latents) for z, target in pairs]
+            agreement = [
+                losses.latent_fvu_sums(self._share(z), self._share(target), c.clt.latents) for z, target in pairs
+            ]
             terms["latent_agreement"] = LossTerm("sparse", c.loss.latent_agreement_weight, agreement)
         return terms
 
@@ -130,7 +133,7 @@ class Objective:
         if result.l0 and c.l0_weight:
             a = self.clt.architecture
             L0s = [
-                losses.L0Sum(l0.sum() / a.active_of(site.layer))
+                losses.L0Sum(l0[self._tokens_of(len(l0))].sum() / a.active_of(site.layer))
                 for l0, site in zip(result.l0, self.clt.sites, strict=True)
             ]
             yield f"l0_penalty_{mode}", LossTerm(mode, c.l0_weight, L0s)
@@ -139,22 +142,39 @@ class Objective:
             jacobians = [losses.TokenSum(total) for total in result.jacobian]
             yield "interaction", LossTerm("sparse", c.interaction_weight, jacobians)
         if result.cross_entropy is not None:
-            total = losses.TokenSum(result.cross_entropy * activations.counted_tokens)
+            total = losses.TokenSum(result.cross_entropy * activations.counted_tokens / self.clt.ranks.latents.size)
             yield f"cross_entropy_{mode}", LossTerm(mode, c.cross_entropy_weight, [total])
 
+    def _tokens_of(self, N: int) -> slice:
+        """The tokens, of N that all ranks have alike, that this rank's share of a sum is over."""
+        group = self.clt.ranks.latents
+        return slice(N * group.rank // group.size, N * (group.rank + 1) // group.size)
+
+    def _share(self, latents: Latents) -> Latents:
+        return Latents(*(tensor[self._tokens_of(len(tensor))] for tensor in latents))
+
     def means(self, activations: Activations) -> Means:
-        """The mean [D] of each site's real output, over the tokens that count."""
-        counted = activations.counted_flat
-        return {site: losses.mean_over(activations.output(site), counted) for site in self.clt.sites}
+        """The mean [D] of each site's real output, over the tokens of the whole batch that count; this rank's columns
+        of it."""
+        counted, clt = activations.counted_flat, self.clt
+        means = {site: losses.mean_over(activations.output(site), counted, clt.ranks.data) for site in clt.sites}
+        return {site: clt.own_columns(mean) for site, mean in means.items()}
+
+    def tokens(self, activations: Activations) -> int:
+        """How many tokens of the whole batch count."""
+        own, data = activations.counted_tokens, self.clt.ranks.data
+        return own if data.alone else int(data.sum_(torch.tensor(own, device=activations.tokens.device)))
 
     def loss(self, terms: dict[str, LossTerm], tokens: int, rho: float) -> tuple[Tensor, Values]:
         """The loss of a batch of so many tokens, and its terms by name. `rho`: weight of the sparsely-connected
-        terms."""
+        terms. `terms`: this rank's parts of the sums that they are made of."""
+        terms = _added_up(terms, self.clt.ranks.world)
         values = {name: term.value(tokens) for name, term in terms.items()}
         weights = {name: term.weight * (rho if term.mode == "sparse" else 1) for name, term in terms.items()}
         pressure = self.policy.pressure(self.clt) if self.policy and "sparse" in self.modes() else None
         if pressure is not None:
-            values["pressure"], weights["pressure"] = pressure, rho
+            world = self.clt.ranks.world
+            values["pressure"], weights["pressure"] = sum_over(pressure / world.size, world), rho
         total = torch.stack([weights[name] * value for name, value in values.items()]).sum()
         return total, values | {"loss": total}
 
@@ -170,7 +190,8 @@ class Objective:
         except Exception as error:
             halved = self.micro_rows < self._configured_rows
             whole = self.clt.architecture.activation == "batchtopk"  # chooses the latents of all rows at once
-            if whole or halved or self.micro_rows == 1 or not is_out_of_memory(error):
+            several = not self.clt.ranks.world.alone  # of which the others would wait for this one
+            if several or whole or halved or self.micro_rows == 1 or not is_out_of_memory(error):
                 raise
         # Not inside the handler, which keeps the tensors of the failed step alive.
         self.clt.zero_grad(set_to_none=True)
@@ -192,7 +213,7 @@ class Objective:
         gradients, means = DecoderGradients(self.clt, self.config.compute.backend), self.means(activations)
         passes = self.passes(activations, gradients)
         # Without a name: kept through the backward pass, the terms would keep its reconstructions, too.
-        total, values = self.loss(self.terms(passes, activations, means), activations.counted_tokens, rho)
+        total, values = self.loss(self.terms(passes, activations, means), self.tokens(activations), rho)
         check(total, values)
         watched = self._watched(passes)
         total.backward()
@@ -222,7 +243,7 @@ class Objective:
             runs = (self.terms(self.passes(part), part, means) for part in parts)
             terms = reduce(_added, runs)
         leaves = [tensor.requires_grad_() for term in terms.values() for tensor in term.tensors()]
-        total, values = self.loss(terms, activations.counted_tokens, rho)
+        total, values = self.loss(terms, self.tokens(activations), rho)
         check(total, values)
         total.backward()
         latents, of_latents = [], []
@@ -237,6 +258,17 @@ class Objective:
             of_latents.append(_gradients(watched))
         joined = [torch.cat(same) for same in zip(*of_latents, strict=True)]
         return BackwardResult(gradients, _numbers(values), _joined(latents), joined)
+
+
+def _added_up(terms: dict[str, LossTerm], world: Group) -> dict[str, LossTerm]:
+    """The terms with the sums of all ranks, of which each has a part; they are sent at once."""
+    if world.alone:
+        return terms
+    parts = [tensor for term in terms.values() for tensor in term.tensors()]
+    wide = reduce(torch.promote_types, (part.dtype for part in parts))
+    total = sum_over(torch.cat([part.flatten().to(wide) for part in parts]), world).split([p.numel() for p in parts])
+    sums = iter([own.view(part.shape).to(part.dtype) for own, part in zip(total, parts, strict=True)])
+    return {name: term.with_tensors(sums) for name, term in terms.items()}
 
 
 def _added(terms: dict[str, LossTerm], more: dict[str, LossTerm]) -> dict[str, LossTerm]:

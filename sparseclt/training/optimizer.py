@@ -13,6 +13,8 @@ from sparseclt.devices import Budget
 from sparseclt.model.decoder_gradients import Chunk, DecoderGradients
 from sparseclt.model.transcoders import Transcoders
 from sparseclt.ops.rows import chunks
+from sparseclt.parallel import ALONE
+from sparseclt.storage.parts import Axis
 from sparseclt.training import eight_bit
 
 KEPT_BYTES = 256 << 20  # decoder gradients that are kept for the update; larger ones are computed again for it
@@ -47,7 +49,8 @@ class RowAdam:
     """
 
     def __init__(self, clt: Transcoders, config: OptimizerConfig, seed: int = 0):
-        self.config, self.seed = config, seed
+        self.config, self.seed, self.ranks = config, seed, clt.ranks
+        self.columns = clt.transcoder(0).columns
         self.parameters = dict(clt.named_parameters())
         self.step = 0
         self.state = {name: self._moments(name, parameter) for name, parameter in self.parameters.items()}
@@ -114,9 +117,15 @@ class RowAdam:
         """The step itself, some rows at a time, for which weights and moments are widened where they have to be."""
         wide = torch.promote_types(weights.dtype, torch.float32)
         small = "mean_scale" in moments
-        offset = eight_bit.offsets(weights.shape[-1], self.step, weights.device) if small else None
+        # A rank has some columns of a decoder, whose vectors have one scale on all ranks.
+        group = self.ranks.latents if name.endswith("W_dec") else ALONE
+        offset = None
+        if small:
+            D = weights.shape[-1] * group.size
+            offset = eight_bit.offsets(D, self.step, weights.device)[slice(None) if group.alone else self.columns]
         generator = torch.Generator(weights.device)
-        generator.manual_seed(hash((self.seed, self.step, list(self.parameters).index(name), row)) & (2**63 - 1))
+        seed = self.seed + (0 if name.endswith("b_dec") else self.ranks.latents.rank)  # b_dec is the same on all ranks
+        generator.manual_seed(hash((seed, self.step, list(self.parameters).index(name), row)) & (2**63 - 1))
         for rows in chunks(len(weights), 4 * weights[:1].numel(), PIECE_BYTES.on(weights.device)):
             exact, part = weights[rows].to(wide), {key: tensor[rows] for key, tensor in moments.items()}
             moment = {
@@ -126,7 +135,7 @@ class RowAdam:
             self._exact(exact, own, moment["mean"], moment["square"], learning_rate, self.scales.get(name))
             if offset is not None:
                 for key, code in CODES.items():
-                    eight_bit.encode(code, moment[key], part[key], part[f"{key}_scale"], offset)
+                    eight_bit.encode(code, moment[key], part[key], part[f"{key}_scale"], offset, group)
             if weights.dtype != wide:
                 round_stochastically(exact, weights[rows], generator)
 
@@ -149,6 +158,16 @@ class RowAdam:
         )  # fmt: skip
         if scale is not None:
             weights.addcmul_(moved, scale)
+
+
+def moment_axis(name: str) -> Axis | None:
+    """What a rank has of one of `RowAdam.tensors`."""
+    parameter, key = name.rsplit(".", 1)[-1].split("/")
+    if parameter == "b_dec" or key == "scale":
+        return None
+    if parameter == "W_dec":
+        return "columns" if key in CODES else None
+    return "rows"
 
 
 def _ones(name: str, parameter: Parameter) -> Tensor:
@@ -178,6 +197,7 @@ def clip_and_step(
     that of large decoders a second time, for the update. Encoders and biases come last, for the gradient of decoders
     is made of encoder rows.
     """
+    _add_up(clt)
     gradients.add_to_encoders()
     decoders = {f"transcoders.{i}.W_dec": i for i in range(len(clt.sites))}
     size = sum(p.numel() for name, p in optimizer.parameters.items() if name in decoders) * 4
@@ -193,9 +213,13 @@ def clip_and_step(
             kept[name] = list(chunks)
             chunks = iter(kept[name])
         squares[name] = torch.stack([optimizer.square_sum(name, chunk.gradient) for chunk in chunks]).sum()
-    norm = torch.stack([square.to(torch.float64) for square in squares.values()]).sum().sqrt()
+    total = torch.stack([square.to(torch.float64) for square in squares.values()])
+    if clt.ranks.latents.rank:
+        total *= torch.tensor([not name.endswith("b_dec") for name in squares], device=total.device)  # counted once
+    total = clt.ranks.latents.sum_(total)
+    norm = total.sum().sqrt()
     if not torch.isfinite(norm):
-        return norm, next(name for name, square in squares.items() if not torch.isfinite(square))
+        return norm, next(name for name, square in zip(squares, total, strict=True) if not torch.isfinite(square))
     scale = min(1.0, (math.inf if clip is None else clip) / (float(norm) + 1e-6))
     optimizer.step += 1
 
@@ -210,3 +234,11 @@ def clip_and_step(
             optimizer.update(name, clipped(parameter.grad), learning_rate)
         parameter.grad = None
     return norm, None
+
+
+def _add_up(clt: Transcoders) -> None:
+    """Of every parameter but the decoders, the gradient of the whole batch in `.grad`, of which a rank has a part."""
+    for name, parameter in clt.named_parameters():
+        if parameter.grad is not None:
+            group = clt.ranks.world if name.endswith("b_dec") else clt.ranks.data
+            parameter.grad = group.sum_(parameter.grad)

@@ -47,4 +47,4 @@ def to_revive(dead: Mapping[Mode, Tensor], sites: Sequence[Site]) -> Tensor:
 def raise_biases(clt: Transcoders, dead: Tensor, amount: float) -> None:
     """Add `amount`, in units of pre-activations, to the encoder biases of `dead` latents, boolean [M, F]."""
     for module, silent in zip(clt, dead, strict=True):
-        module.b_enc.add_(silent.to(module.b_enc.dtype), alpha=amount)
+        module.b_enc.add_(silent[module.rows].to(module.b_enc.dtype), alpha=amount)

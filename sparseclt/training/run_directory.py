@@ -5,13 +5,13 @@ import os
 import shutil
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
 from torch import Tensor
 
-from sparseclt.config import TrainConfig
+from sparseclt.config import TrainConfig, to_dict
 from sparseclt.connections.activity import Activity
 from sparseclt.connections.policies import ConnectionPolicy
 from sparseclt.data.tokens import rows_digest
@@ -21,10 +21,12 @@ from sparseclt.model import pretrained
 from sparseclt.model.clt import SparseCLT
 from sparseclt.model.sites import Mode
 from sparseclt.storage import checkpoint, clt_files
-from sparseclt.storage.directories import CheckpointError, atomic_directory, verify
+from sparseclt.storage.directories import CheckpointError, verify
 from sparseclt.storage.json_files import read_json, replace_file
-from sparseclt.storage.run_config import CHECKPOINTS, CLT, has_checkpoints, imported_input
-from sparseclt.training.optimizer import RowAdam
+from sparseclt.storage.parts import Part, part, shared_directory
+from sparseclt.storage.run_config import CHECKPOINTS, CLT, has_checkpoints, imported_input, write_config
+from sparseclt.training.loggers import RunLog, truncate_after
+from sparseclt.training.optimizer import RowAdam, moment_axis
 
 METRICS, IDENTITY = "metrics.jsonl", "identity.json"
 NAMES = {
@@ -93,6 +95,29 @@ def run_directory(run: Path, begun: Callable[[], bool]) -> Iterator[None]:
                 for parent in made[1:]:
                     parent.rmdir()
         raise
+
+
+@contextmanager
+def opened_run(
+    run: Path, config: TrainConfig, identity: Identity, step: int, begun: Callable[[], bool]
+) -> Iterator[RunLog]:
+    """Make directory `run`, or take it up after `step` steps: its configuration and identity are written, and the log
+    is open inside the block. `begun` as in `run_directory`."""
+    with run_directory(run, begun):
+        write_identity(run, identity)
+        write_config(run, config)
+        truncate_after(run / METRICS, step)
+        with closing(RunLog(config.logging, run, to_dict(config), config.steps, step)) as log:
+            yield log
+
+
+def finished(clt: SparseCLT, run: Path) -> SparseCLT | None:
+    """The CLT that was trained in directory `run`, in one piece: itself, or on the first of several ranks the one that
+    they wrote there, which must fit into memory; None on the others."""
+    if clt.ranks.world.alone:
+        return clt
+    device = clt.transcoder(0).W_enc.device
+    return SparseCLT.from_pretrained(run / CLT, device=device) if clt.ranks.first else None
 
 
 def choose_checkpoint(run: Path, name: str | Path) -> Path:
@@ -167,9 +192,13 @@ class TrainingState:
     ):
         self.clt, self.optimizer, self.activity, self.policy = clt, optimizer, activity, policy
 
-    def tensors(self) -> dict[str, Tensor]:
+    def tensors(self) -> dict[str, Tensor | Part]:
         """Everything beside the CLT, by name, to be saved or copied into."""
-        tensors = {f"optimizer/{name}": tensor for name, tensor in self.optimizer.tensors().items()}
+        group = self.clt.ranks.latents
+        tensors = {
+            f"optimizer/{name}": part(tensor, moment_axis(name), group)
+            for name, tensor in self.optimizer.tensors().items()
+        }
         for mode, activity in self.activity.items():
             tensors |= {f"activity/{mode}/{name}": tensor for name, tensor in activity.state().items()}
         policy = self.policy.state() if self.policy else {}
@@ -177,14 +206,18 @@ class TrainingState:
 
     def save(self, run: Path, step: int, micro_rows: int, identity: Identity, keep: int) -> Path:
         """Write checkpoints/step_N of the run directory, whole or not at all, and keep only the `keep` newest ones."""
-        folder = run / CHECKPOINTS
-        folder.mkdir(exist_ok=True)  # without parents: a run directory that vanished is not made anew elsewhere
+        folder, ranks = run / CHECKPOINTS, self.clt.ranks
+        if ranks.first:
+            folder.mkdir(exist_ok=True)  # without parents: a run directory that vanished is not made anew elsewhere
         path = folder / f"step_{step:08d}"
-        with atomic_directory(path) as directory:
-            pretrained.write(directory, self.clt)
-            digests = {name: str(digest) for name, digest in identity._asdict().items()}
-            checkpoint.save_state(directory, self.tensors(), {"step": step, "micro_rows": micro_rows, **digests})
-        checkpoint.prune(run, keep)
+        with shared_directory(path, ranks) as directory:
+            if directory is not None:
+                pretrained.write(directory, self.clt)
+                digests = {name: str(digest) for name, digest in identity._asdict().items()}
+                numbers: dict[str, int | float | str] = {"step": step, "micro_rows": micro_rows, **digests}
+                checkpoint.save_state(directory, self.tensors(), numbers, ranks.latents)
+        if ranks.first:
+            checkpoint.prune(run, keep)
         return path
 
     def load(self, path: Path, identity: Identity) -> tuple[int, int]:

@@ -45,7 +45,8 @@ def captured_bytes(config: TrainConfig, shape: ModelShape, tokens: int) -> int:
 
 class RunSizes:
     """The letters of the formulas for one run. n: tokens of a micro-batch; w: bytes of a weight; v: bytes of a number
-    of the activations; M: modules; K: the most active latents of a token."""
+    of the activations; M: modules; K: the most active latents of a token. With `ranks` that share the CLT, or `data` of
+    them that share the batch, N and n are the tokens of one rank; F, C and D stay those of the whole CLT."""
 
     def __init__(self, config: TrainConfig, shape: ModelShape):
         self.config, self.shape, self.size = config, shape, clt_size(config, shape)
@@ -54,10 +55,13 @@ class RunSizes:
         self.K = active_slots(config.clt.activation, most, self.F)
         self.M = self.size.modules
         self.S = config.data.row_tokens
-        self.N = config.batch_rows * self.S
-        rows = min(config.compute.micro_batch_rows or config.batch_rows, config.batch_rows)
-        self.n, self.in_parts = rows * self.S, rows < config.batch_rows
+        self.ranks, self.data = config.parallel.latents or 1, config.parallel.data or 1
+        batch_rows = config.batch_rows // self.data
+        self.N = batch_rows * self.S
+        rows = min(config.compute.micro_batch_rows or batch_rows, batch_rows)
+        self.n, self.in_parts = rows * self.S, rows < batch_rows
         self.w, self.v = BYTES[config.clt.dtype], number_bytes(config)
+        self.mean_number = FLOAT  # of real outputs and of sums over them
         self.model_number = BYTES[config.model.dtype]
         self.half = self.model_number < FLOAT
         self.readers = [u for u in self.size.upstream if u]
@@ -72,4 +76,9 @@ class RunSizes:
         if c.policy == "dense-learned":
             C = self.M * self.F
         self.learned = c.policy in ("learned", "dense-learned")
-        self.slots = self.F * sum(min(C, u * self.F) for u in self.readers)
+        self.connections = [min(C, u * self.F) for u in self.readers]  # per latent of each reader
+        self.slots = self.F * sum(self.connections)
+        kinds = [site.kind for site in model_sites(shape.layers, config.clt.attention == "latents")]
+        read = [kind for kind, u in zip(kinds, self.size.upstream, strict=True) if u]
+        self.heads_of_readers = [shape.heads if kind == "attn" else 1 for kind in read]
+        self.gradients = 4 * self.M + self.learned * len(self.readers)  # tensors of parameters that have one

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -11,44 +11,43 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparseclt.config import TrainConfig, to_dict
+from sparseclt.config import TrainConfig
 from sparseclt.connections.activity import Activity, RecentLatents
 from sparseclt.connections.policies import make_policy
 from sparseclt.data.text import load_rows
 from sparseclt.data.tokens import check_token_ids
-from sparseclt.devices import usable
 from sparseclt.language_model.language_model import LanguageModel
 from sparseclt.model.activations import Activations
 from sparseclt.model.clt import SparseCLT
 from sparseclt.model.decoder_gradients import DecoderGradients
 from sparseclt.model.shape import Architecture
 from sparseclt.model.sites import MODES, Mode
-from sparseclt.storage.run_config import CLT, check_changes, check_unused, read_config, write_config
+from sparseclt.parallel import ONE_RANK, Ranks
+from sparseclt.storage.run_config import CLT, check_changes, check_unused, read_config
 from sparseclt.training import finite, memory, revival, schedule, thresholds
 from sparseclt.training.batches import Batches
 from sparseclt.training.interruption import Interrupted, StopRequest, stop_requests
-from sparseclt.training.loggers import RunLog, truncate_after
+from sparseclt.training.loggers import RunLog
 from sparseclt.training.normalisation import normalise
 from sparseclt.training.objective import ModePass, Objective
 from sparseclt.training.optimizer import RowAdam, clip_and_step
 from sparseclt.training.run_directory import (
-    METRICS,
     Identity,
     TrainingState,
     check_identity,
     choose_checkpoint,
     newest_checkpoint,
-    run_directory,
+    opened_run,
     set_later_aside,
-    write_identity,
 )
+from sparseclt.training.several_ranks import agree_to_stop, decided, device_of, in_turn, join, of_whole_batch, on_ranks
 from sparseclt.training.warning_signs import WarningSigns
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-def build_clt(config: TrainConfig, language_model: LanguageModel) -> SparseCLT:
-    """The untrained CLT of `config` for `language_model`; the same for the same seed."""
+def build_clt(config: TrainConfig, language_model: LanguageModel, ranks: Ranks = ONE_RANK) -> SparseCLT:
+    """The untrained CLT of `config` for `language_model`; the same for the same seed, on any number of `ranks`."""
     shape = language_model.shape
     c = config.clt
     architecture = Architecture(
@@ -60,7 +59,7 @@ def build_clt(config: TrainConfig, language_model: LanguageModel) -> SparseCLT:
         attention = [language_model.attention_weights(layer) for layer in range(shape.layers)]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        clt = SparseCLT(architecture, attention)
+        clt = SparseCLT(architecture, attention, ranks=ranks)
     clt.to(DTYPES[config.clt.dtype])
     for module in clt:
         module.keep_wide_thresholds()
@@ -75,6 +74,9 @@ class Trainer:
     `language_model` and `rows` ([R, S] token ids) may be given instead of those that `config` names, and a `clt` that
     was trained already and is trained further in place. A cache of activations (`config.activations.cache`) that is
     absent or incomplete is written here.
+
+    Where several processes were started (`config.parallel`), each makes a `Trainer` with the same arguments and calls
+    its methods together with the others. Files are written once.
     """
 
     def __init__(
@@ -86,8 +88,8 @@ class Trainer:
         clt: SparseCLT | None = None,
     ):
         self.config, self.out = config, Path(config.out)
-        self.device = usable(config.device)
-        self.language_model = language_model or LanguageModel.of(config)
+        self.ranks, self.device = join(config), device_of(config.device)
+        self.language_model = language_model or LanguageModel.of(replace(config, device=str(self.device)))
         context = self.language_model.shape.context
         if context and config.data.row_tokens > context:
             raise ValueError(
@@ -95,12 +97,17 @@ class Trainer:
             )
         # The model itself is in memory already: available_bytes no longer counts its room as free.
         self.shape = replace(self.language_model.shape, parameters=0)
-        memory.check_fits(config, self.shape, memory.available_bytes(self.device))
+        memory.check_fits(on_ranks(config, self.ranks), self.shape, memory.available_bytes(self.device))
         if rows is None:
-            rows = load_rows(config, self.language_model.tokenizer, "train")
+            with in_turn(self.ranks):
+                rows = load_rows(config, self.language_model.tokenizer, "train")
         check_token_ids(rows, self.shape.vocab, self.language_model.tokenizer)
         self._untrained = clt is None
-        self.clt = (clt or build_clt(config, self.language_model)).to(self.device)
+        if clt is not None and clt.ranks.world is not self.ranks.world:
+            raise ValueError(
+                "clt: expected None where several processes train together, got a CLT; resume its run instead"
+            )
+        self.clt = (clt or build_clt(config, self.language_model, self.ranks)).to(self.device)
         self.policy = make_policy(config.connections, self.clt, config.steps, config.compute.backend)
         if self.policy and self._untrained:
             with torch.random.fork_rng(devices=[]):
@@ -114,7 +121,7 @@ class Trainer:
         self.step = 0
         self._resumed = False  # or `load` took up a run
         self._has_clt = False  # or clt/ is that of the checkpoint taken up, if that is the last one
-        self.batches = Batches(config, self.language_model, rows, self.device)
+        self.batches = Batches(config, self.language_model, rows, self.device, self.ranks)
 
     def _make_activity(self) -> dict[Mode, Activity]:
         M, F, c = len(self.clt.sites), self.config.clt.latents, self.config.connections
@@ -133,7 +140,7 @@ class Trainer:
         passes = objective.passes(activations, gradients)
         terms = objective.terms(passes, activations, objective.means(activations))
         rho = schedule.sparse_weight(self.config, step)
-        total, values = objective.loss(terms, activations.counted_tokens, rho)
+        total, values = objective.loss(terms, objective.tokens(activations), rho)
         return total, values, passes
 
     def train_step(self, activations: Activations) -> dict[str, float]:
@@ -160,17 +167,19 @@ class Trainer:
                 self.clt, backward.gradients, self.optimizer, rate, config.optimizer.clip_norm
             )
         finite.check_gradient(spoiled, step)
-        for mode, latents in backward.latents.items():
-            self.activity[mode].observe(latents, activations)
+        data = self.ranks.data
+        latents = {mode: of_whole_batch(found, data) for mode, found in backward.latents.items()}
+        for mode, found in latents.items():
+            self.activity[mode].observe(found, activations, data)
         if self.policy and backward.of_latents and rho:
-            self.policy.observe(backward.latents["sparse"], [g / rho for g in backward.of_latents], activations)
-        thresholds.follow(self.clt, backward.latents)
-        dead = {mode: self.activity[mode].dead(self._dead_after) for mode in backward.latents}
+            self.policy.observe(latents["sparse"], [g / rho for g in backward.of_latents], activations)
+        thresholds.follow(self.clt, latents)
+        dead = {mode: self.activity[mode].dead(self._dead_after) for mode in latents}
         revival.raise_biases(self.clt, revival.to_revive(dead, self.clt.sites), revival.amount(config.optimizer))
         self.step += 1
         counts = {}
         if config.clt.activation != "topk":
-            counts = thresholds.metrics(self.clt, backward.latents, activations.counted_tokens)
+            counts = thresholds.metrics(self.clt, latents, self.objective.tokens(activations))
         return self._metrics(backward.terms, norm, dead) | counts
 
     @contextmanager
@@ -181,7 +190,7 @@ class Trainer:
             if not memory.is_out_of_memory(error):
                 raise
             compute = replace(self.config.compute, micro_batch_rows=self.objective.micro_rows)
-            config = replace(self.config, compute=compute)
+            config = on_ranks(replace(self.config, compute=compute), self.ranks)
             raise memory.OutOfMemory(f"step {self.step}: {memory.explain(config, self.shape)}") from error
 
     def _metrics(self, terms: dict[str, Tensor], norm: Tensor, dead: dict[Mode, Tensor]) -> dict[str, float]:
@@ -214,26 +223,28 @@ class Trainer:
         elif not self._resumed:
             check_unused(self.out)
         finished = self.step == self.config.steps
-        with run_directory(self.out, begun=lambda: self.step > 0):
-            write_identity(self.out, self.identity)
-            write_config(self.out, self.config)
-            truncate_after(self.out / METRICS, self.step)
-            log = RunLog(self.config.logging, self.out, to_dict(self.config), self.config.steps, self.step)
-            with closing(log), self._explaining_out_of_memory(), stop_requests() as request:
+        with ExitStack() as stack:
+            log = None
+            if self.ranks.first:
+                begun = lambda: self.step > 0  # noqa: E731
+                log = stack.enter_context(opened_run(self.out, self.config, self.identity, self.step, begun))
+            with self._explaining_out_of_memory(), stop_requests() as request:
                 self._train(log, request)
             if finished and not self._has_clt:
                 self.clt.save_pretrained(self.out / CLT)
         return self.clt.eval()
 
-    def _train(self, log: RunLog, request: StopRequest) -> None:
+    def _train(self, log: RunLog | None, request: StopRequest) -> None:
         """The steps that are left, and their checkpoints."""
         self.clt.train()
         c, saved_at, signs = self.config.checkpoints, time.monotonic(), WarningSigns(self.config)
         for activations in self.batches.from_step(self.step):
             metrics = self.train_step(activations)
-            log.step(self.step, metrics)
-            signs.look(self.step, metrics)
+            if log is not None:
+                log.step(self.step, metrics)
+                signs.look(self.step, metrics)
             late = c.every_minutes is not None and time.monotonic() - saved_at >= 60 * c.every_minutes
+            late = agree_to_stop(self.ranks, request, late)
             last = self.step == self.config.steps
             if last:  # before the checkpoint: where there is one of the last step, clt/ is finished
                 self.clt.save_pretrained(self.out / CLT)
@@ -262,14 +273,17 @@ class Trainer:
         stored = read_config(run)
         check_changes(stored, self.config, run)
         self.config, self.out, self._resumed = replace(self.config, out=str(run)), run, True
-        path = newest_checkpoint(run) if checkpoint is None else choose_checkpoint(run, checkpoint)
+        path = decided(
+            self.ranks, lambda: newest_checkpoint(run) if checkpoint is None else choose_checkpoint(run, checkpoint)
+        )
         if path is None:
             check_identity(run, self.identity)
             return
         step, micro_rows = self.state.load(path, self.identity)
         if step > self.config.steps:
             raise ValueError(f"steps: expected at least the {step} that {path} has done, got {self.config.steps}")
-        set_later_aside(path)
+        if self.ranks.first:
+            set_later_aside(path)
         self.step, self._has_clt = step, checkpoint is None and (run / CLT).is_dir()
         if self.config.compute.micro_batch_rows == stored.compute.micro_batch_rows:
             self.objective.micro_rows = micro_rows  # fewer, if memory ran out

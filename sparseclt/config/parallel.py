@@ -1,0 +1,16 @@
+"""How a run is spread over processes."""
+
+from sparseclt.config.groups import Positive
+from sparseclt.config.strict import strict
+
+
+@strict("parallel")
+class ParallelConfig:
+    """For experts: several GPUs, with one process each, which torchrun --nproc-per-node N -m sparseclt train starts."""
+
+    latents: Positive | None = None
+    """Processes that share the CLT: each holds that fraction of every module. None: as many as there are."""
+    data: Positive | None = None
+    """Groups of such processes that share the rows of a batch. None: as many as there are processes for."""
+    timeout_seconds: Positive = 600
+    """A process that has waited for another one for so long ends the run."""

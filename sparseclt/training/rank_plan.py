@@ -1,0 +1,114 @@
+"""What one of several ranks holds, and what it sends in a step."""
+
+from dataclasses import dataclass, replace
+
+from sparseclt.costs import FLOAT, ID, POSITION
+from sparseclt.training.optimizer import KEPT_BYTES
+from sparseclt.training.run_sizes import ALWAYS, NOTED, MemoryTerm, RunSizes
+
+INT32, DOUBLE = 4, 8
+# Terms of the plan of which each of n ranks holds one n-th; it holds the others as a rank by itself does.
+SHARED = frozenset({
+    "weights", "optimiser state", "encoder gradients", "reconstructions", "reconstructions by one module",
+    "gradients of reconstructions, earlier micro-batches", "gradients of reconstructions, in backward",
+    "gradients of reconstructions, for the update", "gradients of reconstructions, side by side",
+    "one encoder's gradient", "connections", "virtual weights and their gradient", "effective decoders",
+    "logits of connections", "encoder rows that choose", "connections chosen anew",
+})  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Sent:
+    """One exchange of a step: the bytes that a rank sends in it, counted as `parallel.Group.sent` counts."""
+
+    name: str
+    collective: str
+    bytes: int
+    formula: str
+
+
+def of_rank(terms: list[MemoryTerm], x: RunSizes) -> list[MemoryTerm]:
+    """The terms of a plan for each of x.ranks ranks that share the CLT."""
+    if x.ranks == 1:
+        return terms
+    mine = [replace(t, bytes=-(-t.bytes // x.ranks)) if t.name in SHARED else t for t in terms]
+    if not x.sparse:
+        return mine
+    n, encoders = x.ranks, x.w * x.F * x.D * len(x.readers)
+    everyone = x.slots * (ID + POSITION) + POSITION * x.F * x.size.pairs
+    partial = FLOAT * max(x.F * c for c in x.connections)
+    return [
+        *mine,
+        MemoryTerm("connections of all ranks", everyone, ALWAYS, "12 F C + 4 U per reader"),
+        MemoryTerm("virtual weights in part", partial, ("forward",), "4 F C of one reader"),
+        MemoryTerm("encoder columns", encoders // n, NOTED, "w F D / n per reader"),
+        MemoryTerm("gradients of all virtual weights", x.w * x.slots, NOTED, "w F C per reader"),
+    ]
+
+
+def step_exchanges(x: RunSizes) -> list[Sent]:
+    """What a rank sends in a step of both modes, all rows at once and without choosing connections."""
+    return [sent for sent in [*_over_latents(x), *_over_data(x), *_over_world(x)] if sent.bytes]
+
+
+def _over_latents(x: RunSizes) -> list[Sent]:
+    n, k = x.ranks, min(x.K, x.F // x.ranks)
+    if n == 1:
+        return []
+    e, passes = max(FLOAT, x.w), x.modes * x.M
+    heads = x.heads_of_readers
+    dV = (n - 1) * x.w * sum(h * (x.F // n) * c for h, c in zip(heads, x.connections, strict=True))
+    columns = x.F // n * x.D * (n - 1) // n
+    V = sum(h * (e * x.F * c * (n - 1) // n) for h, c in zip(heads, x.connections, strict=True))
+    return [
+        Sent("latents", "all_gather", passes * (n - 1) * x.N * k * (x.w + INT32), "modes x M (n - 1) N K (w + 4)"),
+        Sent("gradients of latents", "all_reduce", passes * _reduced(x.w * x.N * x.K, n), "modes x M 2 w N K"),
+        Sent("encoder rows for virtual weights", "all_to_all", sum(heads) * e * columns, "4 F D / n per reader"),
+        Sent("virtual weights", "reduce_scatter", V, "4 F C per reader"),
+        Sent("gradients of virtual weights", "all_gather", dV, "w F C per reader"),
+        Sent("encoder rows for decoder gradients", "all_to_all", sum(heads) * x.w * columns, "w F D / n per reader"),
+        Sent("encoder gradients", "all_to_all", sum(heads) * e * columns, "4 F D / n per reader"),
+        Sent("squares of gradients", "all_reduce", _reduced(DOUBLE * x.gradients, n), "2 x 8 per parameter tensor"),
+    ]
+
+
+def _over_data(x: RunSizes) -> list[Sent]:
+    d = x.data
+    if d == 1:
+        return []
+    own = x.F // x.ranks
+    latents = x.modes * (d - 1) * (x.M * x.N * x.K * (x.w + ID) + x.N)
+    encoders = x.M * (_reduced(x.w * own * x.D, d) + _reduced(x.w * own, d))
+    decoders = sum(_reduced(max(FLOAT, x.w) * x.F * T * x.D // x.ranks, d) + _reduced(x.F, d) for T in x.size.targets)
+    if FLOAT * x.size.decoder_vectors * x.D // x.ranks > KEPT_BYTES:
+        decoders *= 2  # for the norm, and again for the update
+    dV = sum(h * _reduced(x.w * own * c, d) for h, c in zip(x.heads_of_readers, x.connections, strict=True))
+    means = x.M * (_reduced(x.mean_number * x.D, d) + _reduced(x.mean_number, d)) + _reduced(ID, d)
+    return [
+        Sent("latents, for statistics", "all_gather", latents, "modes x (M N K (w + 8) + N) (d - 1)"),
+        Sent("gradients of encoders", "all_reduce", encoders, "2 w F D / n per module"),
+        Sent("gradients of decoders", "all_reduce", decoders, "2 x 4 F T D / n per module; twice above 256 MiB"),
+        Sent("gradients of virtual weights, data", "all_reduce", dV, "2 w F C / n per reader"),
+        Sent("means of outputs", "all_reduce", means, "2 x 4 D per module"),
+    ]
+
+
+def _over_world(x: RunSizes) -> list[Sent]:
+    world = x.ranks * x.data
+    if world == 1:
+        return []
+    sums = x.mean_number * (x.modes * 3 * x.M + (x.modes - 1) * x.M * (2 + x.F))
+    return [
+        Sent("sums of the loss", "all_reduce", _reduced(sums, world), "2 x 4 (6 M + M (2 + F))"),
+        Sent("gradients of decoder biases", "all_reduce", x.M * _reduced(x.w * x.D, world), "2 w D per module"),
+    ]
+
+
+def _reduced(size: int, ranks: int) -> int:
+    """Bytes that a rank sends in an all-reduce of `size` bytes."""
+    return 2 * size * (ranks - 1) // ranks
+
+
+def selection_bytes(x: RunSizes) -> int:
+    """What a rank sends when connections are chosen: the effective decoders of each reader."""
+    return (x.ranks - 1) * max(FLOAT, x.w) * sum(u * x.F * (x.D // x.ranks) for u in x.readers) if x.sparse else 0

@@ -1,0 +1,62 @@
+"""What ranks cannot do together is said before anything begins."""
+
+import pytest
+import torch
+from steps import trainer
+
+from sparseclt.parallel import Group
+
+REFUSED = {
+    "a grid of another size": (
+        {"latents": 3}, {}, r"parallel.latents, parallel.data: expected numbers whose product is 2.*torchrun"
+    ),
+    "latents that cannot be shared": ({"latents": 2}, {"clt__latents": 17}, "clt.latents: expected a multiple of 2"),
+    "rows that cannot be shared": ({"data": 2}, {"batch_rows": 3}, "batch_rows: expected a multiple of parallel.data"),
+    "a choice among a whole batch": (
+        {"data": 2}, {"clt__activation": "batchtopk"}, "clt.activation: expected 'topk' with parallel.data = 2"
+    ),
+}  # fmt: skip
+
+
+def message(parallel, changes) -> str:
+    try:
+        trainer("frozen", parallel, **changes)
+    except ValueError as error:
+        return str(error)
+    return "nothing was refused"
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_it_is_refused_on_every_rank(ranks, case):
+    parallel, changes, expected = REFUSED[case]
+    for said in ranks.run(2, message, parallel, changes):
+        pytest.raises(ValueError, _raise, said).match(expected)
+
+
+def _raise(text: str) -> None:
+    raise ValueError(text)
+
+
+def test_a_single_process_is_no_group():
+    with pytest.raises(
+        ValueError, match="expected numbers whose product is 1, .*got 2 and 1; start them with torchrun"
+    ):
+        trainer("frozen", {"latents": 2})
+
+
+def late():
+    """The first rank waits for one that never comes."""
+    import torch.distributed as dist
+
+    group = Group.of(dist.group.WORLD)
+    if group.rank == 1:
+        return "gone"
+    try:
+        group.sum_(torch.ones(3))
+    except RuntimeError as error:
+        return str(error)
+    return "it went on"
+
+
+def test_a_rank_that_is_gone_ends_the_wait_of_the_others(ranks):
+    assert ranks.run(2, late)[0] not in ("it went on", "gone")

@@ -1,0 +1,43 @@
+"""The command on two processes, as torchrun starts them."""
+
+import json
+import os
+import subprocess
+import sys
+
+from tiny_models import save_model_and_text
+
+from sparseclt.model.clt import SparseCLT
+from sparseclt.training.loggers import read_metrics
+
+
+def torchrun(folder, *arguments: str) -> subprocess.CompletedProcess:
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "-m",
+        "sparseclt",
+    ]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    return subprocess.run([*command, *arguments], cwd=folder, env=environment, capture_output=True, text=True)
+
+
+def test_training_on_two_processes_prints_once_and_leaves_a_finished_run(tmp_path):
+    save_model_and_text(tmp_path)
+    done = torchrun(
+        tmp_path, "train", "--out", "run", "--model.path", "model", "--data.source", "text.txt", "--steps", "6",
+        "--data.row-tokens", "12", "--data.cache", "cache", "--data.held-out-share", "0.2", "--clt.latents", "32",
+        "--clt.active", "4", "--connections.per-latent", "4", "--logging.every-steps", "1", "--logging.no-progress",
+        "--parallel.latents", "2",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("| mlp_0 ") == 3 and done.stdout.count("Run directory: run") == 1  # three tables
+    run = tmp_path / "run"
+    assert [row["step"] for row in read_metrics(run / "metrics.jsonl")] == list(range(1, 7))
+    assert {"table.md", "loss.png", "fvu_against_c.png", "identity.json"} <= {path.name for path in run.iterdir()}
+    assert json.loads((run / "config.json").read_text())["parallel"]["latents"] == 2
+    assert SparseCLT.from_pretrained(run / "clt").connected
