@@ -26,9 +26,9 @@ SAVED = ("values", "indices", "gradients", "sources", "weights", "seen", "batch"
 class RecentGradients:
     """The latents of sparsely-connected mode on the last `tokens` tokens, a ring.
 
-    `values`, `indices`, `gradients` [M, tokens, K]: the active latents of every module, and the gradient of the loss
-    with respect to them. `sources`, `weights` [M, tokens, H]: the place in the ring from which each module reads
-    upstream latents, and what it multiplies them by; one per head of an attention module.
+    `values`, `indices`, `gradients` [M, tokens, K]: the active latents of every module (K: the most that one has), and
+    the gradient of the loss with respect to them. `sources`, `weights` [M, tokens, H]: the place in the ring from which
+    each module reads upstream latents, and what it multiplies them by; one per head of an attention module.
     """
 
     def __init__(self, sites: Sequence[Site], active: int, tokens: int, heads: int, device: str | torch.device = "cpu"):
@@ -61,9 +61,10 @@ class RecentGradients:
         place_of = torch.full_like(every, -1)
         place_of[taken] = places
         for m, (site, (values, indices), gradient) in enumerate(zip(self.sites, latents, gradients, strict=True)):
-            self.values[m, places] = values.detach()[taken].float()
-            self.indices[m, places] = indices[taken].clamp_min(0).int()
-            self.gradients[m, places] = gradient[taken].float()
+            K = values.shape[1]  # of this module; the others may have more
+            self.values[m, places, :K] = values.detach()[taken].float()
+            self.indices[m, places, :K] = indices[taken].clamp_min(0).int()
+            self.gradients[m, places, :K] = gradient[taken].float()
             if site.kind == "mlp":
                 sources, weights = place_of[:, None], 1 / activations.scale[site.layer].flatten()[:, None].float()
             else:
