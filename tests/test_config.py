@@ -90,6 +90,8 @@ BAD = {
     "connections.anneal_share": [-0.1, 1.1],
     "connections.refresh_steps": [0, -50],
     "connections.freeze_after_share": [-0.1, 1.1],
+    "connections.exchange_share": [-0.1, 1.1],
+    "connections.open_per_latent": [0.0, -1.0],
     "connections.candidates_after_steps": [-1],
     "connections.pressure_weight": [-1e-3],
     "loss.sparse_start_share": [-0.1, 1.1],

@@ -72,4 +72,5 @@ class RunSizes:
         if c.policy == "dense-learned":
             C = self.M * self.F
         self.learned = c.policy in ("learned", "dense-learned")
+        self.exchanging = c.policy == "learned" and c.exchange_share > 0
         self.slots = self.F * sum(min(C, u * self.F) for u in self.readers)
