@@ -151,13 +151,15 @@ def _place() -> list[AheadOfTime]:
 
 def _connected() -> list[AheadOfTime]:
     kernels, match = [], connected_encode.MATCH
-    for dtype in FEW_ELEMENTS:
-        types = {"out": "*fp32:16", "grad": "*fp32:16", "slots": "*i64:16", "connections": "*i64:16"}
-        types |= {"z_indices": "*i64:16", "z_values": f"*{dtype}:16", "V": f"*{dtype}:16", "dz": f"*{dtype}:16"}
-        for kernel in (connected_encode.read_kernel, connected_encode.d_upstream_kernel):
-            steps = {arg: 1 for arg in kernel.arg_names if arg.endswith(("_k", "_c", "_s"))}
-            name = f"connected {_name(kernel)} {dtype}"
-            kernels.append(_case(name, kernel, types, steps | match.constexprs, match.options))
+    kernel = connected_encode.d_upstream_kernel
+    for dtype, which in itertools.product(FEW_ELEMENTS, ("dz", "read", "dz read")):
+        types = {"dz": "*fp32:16", "read": "*fp32:16", "grad": "*fp32:16", "slots": "*i64:16", "order": "*i32:16"}
+        types |= {"z_values": f"*{dtype}:16", "weights": f"*{dtype}:16", "targets": "*i32:16"}
+        types |= {"ends": "*i32:16", "shifts": "*i32:16"}
+        flags = {"HAS_DZ": "dz" in which, "HAS_READ": "read" in which, "STEPS": 11}
+        steps = {arg: 1 for arg in kernel.arg_names if arg.endswith(("_k", "_s"))}
+        constexprs = steps | flags | match.constexprs
+        kernels.append(_case(f"connected d_upstream {dtype} {which}", kernel, types, constexprs, match.options))
     return kernels
 
 
@@ -207,17 +209,17 @@ def _groupmax() -> list[AheadOfTime]:
 
 
 def _virtual_matmul() -> list[AheadOfTime]:
-    """The sums of bfloat16 in a float32 scratch."""
-    kernels = []
+    slots = add_upstream.SLOTS
+    types = {"ends": "*i32:16", "shifts": "*i32:16", "z_indices": "*i64:16", "starts": "*i32:16"}
+    constexprs = {"index_s": 1} | slots.constexprs
+    kernels = [_case("token_pairs", add_upstream.token_pairs_kernel, types, constexprs, slots.options)]
     for dtype in FEW_ELEMENTS:
         data, wide, int32, int64, size = f"*{dtype}:16", "*fp32:16", "*i32:16", "*i64:16", "i32:16"
-        add = [wide, data, data, int64, data, int32, int32] + [size] * 8
-        unit = {"pre_f": 1, "out_f": 1, "value_s": 1, "index_s": 1}
-        walk, values, weights = add_upstream.WALK, virtual_matmul.D_VALUES, virtual_matmul.D_WEIGHTS
-        for start in ("kept", "zero") if dtype == "fp32" else ("copy", "zero"):
-            flags = unit | {"START": start, "CAST": dtype != "fp32"}
-            name = f"add_upstream {dtype} {start}"
-            kernels.append(_case(name, add_upstream.add_upstream_kernel, add, flags | walk.constexprs, walk.options))
+        add = {"pre": wide, "z_values": data, "ends": int32, "shifts": int32, "weights": data, "targets": int32}
+        values, weights = virtual_matmul.D_VALUES, virtual_matmul.D_WEIGHTS
+        pairs, flags = add_upstream.PAIRS, {"pre_f": 1, "value_s": 1, "STEPS": 11}
+        name, kernel = f"add_upstream {dtype}", add_upstream.add_upstream_kernel
+        kernels.append(_case(name, kernel, add, flags | pairs.constexprs, pairs.options))
         types = [data, data, int64, data, int32, int32] + [size] * 6
         steps = {"dz_s": 1, "grad_f": 1, "index_s": 1}
         kernel = virtual_matmul.d_values_kernel
