@@ -160,17 +160,17 @@ def fp32(out: Results, x: Sizes) -> None:
             row(f"ours, {name}", lambda: ops.topk_encode(a, W, b, x.K, backend="triton"))
 
 
-PRECISIONS = ("ieee", "tf32", "tf32x3")
+PRECISIONS = tuple(scores.FLOAT32)
 
 
 @contextmanager
 def fp32_precision(name: str) -> Iterator[None]:
-    before = scores.FLOAT32
-    scores.FLOAT32 = replace(before, precision=name)
+    before = scores.fp32_precision
+    scores.fp32_precision = lambda: name
     try:
         yield
     finally:
-        scores.FLOAT32 = before
+        scores.fp32_precision = before
 
 
 def connected(out: Results, x: Sizes) -> None:

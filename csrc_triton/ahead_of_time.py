@@ -13,6 +13,7 @@ from . import (
     add_upstream,
     batchtopk_encode,
     connected_encode,
+    decoder_gradient,
     ragged_slots,
     rows,
     scores,
@@ -38,6 +39,7 @@ class AheadOfTime(NamedTuple):
     signature: dict[str, str]
     constexprs: dict[str, Any]
     options: dict[str, int]
+    backends: tuple[str, ...] = ("cuda", "hip")  # that have it
 
 
 def cases() -> list[AheadOfTime]:
@@ -54,6 +56,7 @@ def cases() -> list[AheadOfTime]:
         _encoder_score("bf16", HAS_SCALE=False, ABSOLUTE=True),
         *_groupmax(),
         *_virtual_matmul(),
+        *_decoder_gradient(),
     ]
 
 
@@ -73,15 +76,18 @@ def _case(
 
 
 def _encoder_scores(HAS_SCALE: bool) -> list[AheadOfTime]:
-    return [_encoder_score(element, HAS_SCALE) for element in ELEMENTS]
+    return [
+        *(_encoder_score(element, HAS_SCALE) for element in ELEMENTS if element != "fp32"),
+        *(_encoder_score("fp32", HAS_SCALE, precision=precision) for precision in scores.FLOAT32),
+    ]
 
 
-def _encoder_score(element: str, HAS_SCALE: bool, ABSOLUTE: bool = False) -> AheadOfTime:
+def _encoder_score(element: str, HAS_SCALE: bool, ABSOLUTE: bool = False, precision: str | None = None) -> AheadOfTime:
     pointers = {"x": "", "W_enc": "", "b_enc": "", "scale": "fp32", "scores": "fp32", "maxima": "i32"}
     integers = {"n": "i32", "F": "i32", "D": "i32:16"}
     integers |= dict.fromkeys(("x_row", "W_row", "scores_row", "maxima_row"), "i32:16")
     flags = {"HAS_BIAS": True, "HAS_SCALE": HAS_SCALE, "ABSOLUTE": ABSOLUTE, "GROUP": 16}
-    return _product(scores.encoder_scores_kernel, element, pointers, integers, flags)
+    return _product(scores.encoder_scores_kernel, element, pointers, integers, flags, precision)
 
 
 def _connection_scores() -> list[AheadOfTime]:
@@ -90,21 +96,29 @@ def _connection_scores() -> list[AheadOfTime]:
     integers |= dict.fromkeys(("W_row", "E_row", "scores_row", "maxima_row"), "i32:16")
     kernel = select_connections.connection_scores_kernel
     return [
-        _product(kernel, element, pointers, integers, {"GROUP": 16, "MANY_HEADS": many})
+        _product(kernel, element, pointers, integers, {"GROUP": 16, "MANY_HEADS": many}, precision)
         for element, many in itertools.product(ELEMENTS, (False, True))
+        for precision in (scores.FLOAT32 if element == "fp32" else (None,))
     ]
 
 
 def _product(
-    kernel: Any, element: str, pointers: dict[str, str], integers: dict[str, str], flags: dict[str, Any]
+    kernel: Any,
+    element: str,
+    pointers: dict[str, str],
+    integers: dict[str, str],
+    flags: dict[str, Any],
+    precision: str | None,
 ) -> AheadOfTime:
-    """A kernel with a matrix product of `element`s; pointers of kind "" are to those as well."""
-    config = scores.tile_config(ELEMENTS[element])
+    """A kernel with a matrix product of `element`s; pointers of kind "" are to those as well. `precision`: of fp32."""
+    config = scores.HALF if precision is None else scores.FLOAT32[precision]
     types = {name: f"*{kind or element}:16" for name, kind in pointers.items()} | integers
     constexprs = {**flags, **config.constexprs, "UPCAST": False}
     constexprs |= {name: 1 for name in kernel.arg_names if name not in types and name not in constexprs}
     which = "".join(f" {flag.lower()}" for flag, on in flags.items() if on is True)
-    return _case(f"{_name(kernel)} {element}{which}", kernel, types, constexprs, config.options)
+    case = _case(f"{_name(kernel)} {precision or element}{which}", kernel, types, constexprs, config.options)
+    # ROCm has no TF32 and no such split of it: `fp32_precision` never asks for them there.
+    return case if precision in (None, "ieee") else case._replace(backends=("cuda",))
 
 
 def _name(kernel: Any) -> str:
@@ -228,4 +242,18 @@ def _virtual_matmul() -> list[AheadOfTime]:
         steps = {"grad_f": 1, "value_s": 1, "connection_c": 1}
         kernel = virtual_matmul.d_weights_kernel
         kernels.append(_case(f"d_weights {dtype}", kernel, types, steps | weights.constexprs, weights.options))
+    return kernels
+
+
+def _decoder_gradient() -> list[AheadOfTime]:
+    kernel, tile = decoder_gradient.decoder_gradient_kernel, decoder_gradient.TILE
+    types = {"out": "*fp32:16", "squares": "*fp32:16", "touched": "*u8:16", "D": "i32:16"}
+    types |= {"passes": "*i64:16", "readers": "*i64:16", "counts": "*i64:16"}
+    kernels = []
+    for dtype, stored in itertools.product(FEW_ELEMENTS, (True, False)):
+        element = decoder_gradient.ELEMENTS[ELEMENTS[dtype]]
+        flags = {"STORED": stored, "OFFSETS": True, "WEIGHT": element, "GRADIENT": element, "ENCODER": element}
+        name = f"decoder_gradient {dtype} {'rows' if stored else 'squares'}"
+        constexprs = {**flags, "INDEX": decoder_gradient.tl.int32, **tile.constexprs}
+        kernels.append(_case(name, kernel, types, constexprs, tile.options))
     return kernels

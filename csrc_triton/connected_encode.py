@@ -51,7 +51,7 @@ class MaximaTile(LaunchConfig):
         return {"ROWS": self.rows, "COLUMNS": self.columns}
 
 
-MATCH = Match(num_warps=1)
+MATCH = Match(num_warps=2)
 MAXIMA = MaximaTile(num_warps=8)
 READ_BYTES = 512 << 20  # upstream values read for dV at a time. Fixed: blocks of tokens decide how dV is rounded.
 

@@ -33,10 +33,12 @@ class LaunchConfig:
 
     num_warps: int = 4
     num_stages: int = 3
+    max_registers: int | None = None  # per thread; NVIDIA only
 
     @property
     def options(self) -> dict[str, int]:
-        return {"num_warps": self.num_warps, "num_stages": self.num_stages}
+        limit = {} if self.max_registers is None or torch.version.hip else {"maxnreg": self.max_registers}
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages, **limit}
 
 
 def free_share(device: torch.device) -> int:
