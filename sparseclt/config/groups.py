@@ -67,7 +67,10 @@ class CLTConfig:
     latents: Positive = 1024
     """Latents per module (F)."""
     active: Positive = 32
-    """Active latents per token and module (K); except with activation topk, their mean over tokens."""
+    """Active latents per token and module (K), in the mean over layers, and over tokens except with activation topk."""
+    active_ratio: Annotated[float, Field(gt=0)] = 2.0
+    """K of the first layer over that of the last, between which it falls geometrically. Later layers inherit in
+    sparsely-connected mode what earlier ones fail to reconstruct."""
     activation: Literal["topk", "batchtopk", "jumprelu"] = "topk"
     """topk: the K strongest latents of each token. batchtopk: the N K strongest of a batch of N tokens. jumprelu: those
     above a trained threshold per latent. With the latter two, K on average and at most 4 K per token."""
@@ -107,9 +110,15 @@ class ConnectionConfig:
     anneal_share: Share = 0.5
     """With policy top, share of the steps over which C falls."""
     refresh_steps: Positive = 50
-    """With policy top, steps from one choice of connections to the next."""
+    """With policies top and learned, steps from one choice of connections, or exchange of candidates, to the next."""
     freeze_after_share: Share = 1.0
-    """With policy top, share of the steps after which the connections no longer change."""
+    """With policies top and learned, share of the steps after which connections, or candidates, no longer change."""
+    exchange_share: Share = 0.5
+    """With policy learned, share of a latent's candidates that one exchange replaces at most, every refresh_steps, by
+    upstream latents whose connection would lower the loss more. 0: the first candidates stay."""
+    open_per_latent: Annotated[float, Field(gt=0)] | None = None
+    """With the learned policies, connections per latent that should be open in the end, a mean over latents: the
+    pressure is steered towards it. None: pressure_weight stays as it is."""
     candidates_after_steps: Natural = 50
     """With policy learned, steps before the candidates are chosen."""
     pressure_weight: Weight = 1e-3
@@ -134,7 +143,11 @@ class LossConfig:
     latent_agreement_weight: Weight = 0.2
     """Weight of the FVU of the sparsely-connected latents against the vanilla ones."""
     l0_weight: Weight = 1.0
-    """With activation jumprelu, weight of (active latents per token / clt.active - 1)^2 of each module and mode."""
+    """With activation jumprelu, weight of (active latents per token / K - 1)^2 of each module and mode."""
+    interaction_weight: Weight = 0.0
+    """Weight of the mean |Jacobian| between latents that are active together, in vanilla mode, summed over MLP modules;
+    it grows with the terms of sparsely-connected mode. A baseline after Jacobian SAEs for small models: the memory
+    plan leaves out what it takes. 0: not computed."""
     cross_entropy_weight: Weight = 0.0
     """Weight of the replaced model's next-token cross-entropy, in each mode. 0: not computed."""
 
@@ -151,11 +164,12 @@ class OptimizerConfig:
     """Share of the steps, at the end, over which it falls to zero."""
     betas: tuple[Beta, Beta] = (0.9, 0.95)
     """Decay rates of Adam's two running means."""
-    revival_rate: Weight = 10.0
-    """The bias of a dead latent rises by so many peak learning rates per step, until it fires. 0: never."""
+    revival_rate: Weight = 5.0
+    """The bias of a dead latent rises by so many peak learning rates per step, until it fires. 0: never. Of attention
+    modules only latents that are dead in vanilla mode."""
     dead_after_tokens: Positive | None = None
     """A latent is dead after so many tokens on which it did not fire, in either mode. None: 150 times those on which an
-    average latent fires once, clt.latents / clt.active."""
+    average latent of its module fires once."""
     clip_norm: Annotated[float, Field(gt=0)] | None = 1.0
     """Scale gradients down to this norm at most, in units in which every site's inputs and outputs have size 1. None:
     never."""

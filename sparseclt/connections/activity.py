@@ -1,9 +1,14 @@
 """Running statistics of the latents of one mode: which are dead, how large they are, which fire together."""
 
+from collections.abc import Iterator, Sequence
+
 import torch
 from torch import Tensor
 
+from sparseclt.connections.attended import KEYS, Attended, RecentlyAttended, attended
+from sparseclt.model.activations import Activations
 from sparseclt.model.modules import Latents
+from sparseclt.model.sites import Site
 from sparseclt.ops.rows import add_at_
 
 HORIZON = 50_000  # tokens after which a running mean has forgotten half
@@ -31,10 +36,15 @@ class Activity:
         self.square = torch.zeros(modules, latents, device=device)
         self.weight = torch.zeros((), dtype=torch.float64)
 
+    def observe(self, latents: list[Latents], activations: Activations) -> None:
+        """Take in the latents of all modules on `activations`."""
+        layers = [] if self.recent is None else self.recent.attention_layers
+        self.update(latents, activations.counted_flat, [attended(activations, layer) for layer in layers])
+
     @torch.no_grad()
-    def update(self, latents: list[Latents], counted: Tensor | None = None) -> None:
+    def update(self, latents: list[Latents], counted: Tensor | None = None, keys: Sequence[Attended] = ()) -> None:
         """Take in the latents of N more tokens. `counted` [N]: those that count; None: all. The others have no latents
-        (values 0)."""
+        (values 0). `keys`: what each attention module attends to there."""
         tokens = len(latents[0].values) if counted is None else int(counted.sum())
         decay = 0.5 ** (tokens / self.horizon)
         for m, (values, indices) in enumerate(latents):
@@ -49,7 +59,7 @@ class Activity:
             self.tokens_since_fired[m][mean > 0] = 0
         self.weight = 1 - (1 - self.weight) * decay
         if self.recent is not None:
-            self.recent.add(latents, counted)
+            self.recent.add(latents, counted, keys)
 
     def magnitude(self, statistic: str) -> Tensor:
         """s [M, F]: the running 'mean' or root mean square ('rms') of every latent."""
@@ -58,14 +68,16 @@ class Activity:
 
     def coactivation(self, module: int, rows: slice, upstream: int) -> Tensor:
         """E[z_j | z_i > 0], [rows, U]: how large the latents j of the first `upstream` modules are, side by side,
-        when latent i (one of `rows` of `module`) fires. Their plain means where i fires too rarely to tell."""
+        when latent i (one of `rows` of `module`) fires; for an attention module, how large they are at the tokens that
+        it attends to then, mixed as it mixes them. Their plain means where i fires too rarely to tell."""
         assert self.recent is not None
         sums, fired = self.recent.sums_when_active(module, rows, upstream, self.mean.shape[1])
-        means = self.magnitude("mean")[:upstream].flatten()
+        means = self.magnitude("mean")[:upstream].flatten() * self.recent.mixed(module)
         return torch.where(fired[:, None] < RARE, means, sums.div_(fired.clamp_min(1)[:, None]))
 
-    def dead(self, after_tokens: int) -> Tensor:
-        """Boolean [M, F]: latents that have not fired for `after_tokens` tokens."""
+    def dead(self, after_tokens: int | Tensor) -> Tensor:
+        """Boolean [M, F]: latents that have not fired for `after_tokens` tokens, of which each module may have its own
+        number [M, 1]."""
         return self.tokens_since_fired >= after_tokens
 
     def state(self) -> dict[str, Tensor]:
@@ -80,37 +92,73 @@ class Activity:
 
 
 class RecentLatents:
-    """The active latents of the last `tokens` tokens of every module, a ring: values and ids [M, tokens, K]."""
+    """The active latents of the last `tokens` tokens of every module, a ring: values and ids [M, tokens, K], where K is
+    the most that a module has; and what the attention modules among `sites` attended to there."""
 
-    def __init__(self, modules: int, active: int, tokens: int, device: str | torch.device = "cpu"):
-        self.values = torch.zeros(modules, tokens, active, device=device)
-        self.indices = torch.zeros(modules, tokens, active, dtype=torch.int32, device=device)
+    def __init__(self, sites: Sequence[Site], active: int, tokens: int, device: str | torch.device = "cpu"):
+        self.values = torch.zeros(len(sites), tokens, active, device=device)
+        self.indices = torch.zeros(len(sites), tokens, active, dtype=torch.int32, device=device)
         self.seen = torch.zeros((), dtype=torch.int64)  # tokens in all; the next one's place is seen % tokens
+        attention = {m: site.layer for m, site in enumerate(sites) if site.kind == "attn"}
+        self.attention_layers = list(attention.values())
+        self.attended = RecentlyAttended(list(attention), tokens, device)
 
-    def add(self, latents: list[Latents], counted: Tensor | None = None) -> None:
-        """Put the latents of N more tokens in place of the oldest, except tokens that are not `counted` [N]."""
+    def add(self, latents: list[Latents], counted: Tensor | None = None, keys: Sequence[Attended] = ()) -> None:
+        """Put the latents of N more tokens in place of the oldest, except tokens that are not `counted` [N].
+        `keys`: what each attention module attends to there."""
         device, capacity = self.values.device, self.values.shape[1]
         every = torch.arange(len(latents[0].values), device=device)
         taken = (every if counted is None else every[counted])[-capacity:]
         places = (int(self.seen) + torch.arange(len(taken), device=device)) % capacity
         for m, (values, indices) in enumerate(latents):
-            self.values[m, places] = values.detach()[taken].float()
-            self.indices[m, places] = indices[taken].clamp_min(0).int()
+            K = values.shape[1]  # of this module; the others may have more
+            self.values[m, places, :K] = values.detach()[taken].float()
+            self.indices[m, places, :K] = indices[taken].clamp_min(0).int()
+        self.attended.add(keys, taken, places)
         self.seen += len(taken)
 
     def sums_when_active(self, module: int, rows: slice, upstream: int, F: int) -> tuple[Tensor, Tensor]:
         """Sums [rows, U] of the upstream latents over the tokens on which each of `rows` fired, and how many those
-        were [rows]. Only the tokens' own active latents are met: K x (upstream x K) pairs a token."""
-        ids = self.indices[module]
-        here = (self.values[module] > 0) & (ids >= rows.start) & (ids < rows.stop)
+        were [rows]. Only active latents are met: K x (upstream x K) pairs a token, and as many for an attention
+        module, which has `KEYS` keys on each of a fraction of the tokens."""
+        places = self._places(module)
+        ids = self.indices[module, places]
+        here = (self.values[module, places] > 0) & (ids >= rows.start) & (ids < rows.stop)
         token, slot = here.nonzero(as_tuple=True)
         row = ids[token, slot].long() - rows.start
         n, U = rows.stop - rows.start, upstream * F
         sums = self.values.new_zeros(n * U)
-        for u in range(upstream):
-            places = (row * U + u * F)[:, None] + self.indices[u, token]
-            add_at_(sums, places.flatten(), self.values[u, token].flatten())
+        for at, weights in self._read_by(module, places[token]):
+            for u in range(upstream):
+                pairs = (row * U + u * F)[:, None] + self.indices[u, at]
+                add_at_(sums, pairs.flatten(), (self.values[u, at] * weights).flatten())
         return sums.view(n, U), torch.bincount(row, minlength=n)
 
+    def mixed(self, module: int) -> float:
+        """The weights with which a token reads upstream latents, summed: of an attention module those of its keys."""
+        if module not in self.attended.modules:
+            return 1.0
+        return self.attended.of(module).weights[self._places(module)].sum(1).mean().item()
+
+    def _places(self, module: int) -> Tensor:
+        """The places of the tokens that co-activation is taken over: for an attention module the newest ones only."""
+        capacity = self.values.shape[1]
+        if module not in self.attended.modules:
+            return torch.arange(capacity, device=self.values.device)
+        newest = torch.arange(min(max(1, capacity // KEYS), int(self.seen)), device=self.values.device)
+        return (int(self.seen) - 1 - newest) % capacity
+
+    def _read_by(self, module: int, places: Tensor) -> Iterator[tuple[Tensor, Tensor | float]]:
+        """Where the tokens at `places` read upstream latents, and with which weights: an MLP where it stands."""
+        if module not in self.attended.modules:
+            yield places, 1.0
+            return
+        capacity = self.values.shape[1]
+        age = (int(self.seen) - 1 - places) % capacity
+        for back, weight in zip(*(part[places].unbind(1) for part in self.attended.of(module)), strict=True):
+            kept = age + back < min(capacity, int(self.seen))  # or newer tokens are there by now
+            yield (places - back) % capacity, (weight * kept)[:, None]
+
     def state(self) -> dict[str, Tensor]:
-        return {"recent_values": self.values, "recent_indices": self.indices, "recent_seen": self.seen}
+        own = {"recent_values": self.values, "recent_indices": self.indices, "recent_seen": self.seen}
+        return own | (self.attended.state() if self.attention_layers else {})

@@ -20,7 +20,7 @@ def select_top_connections(
 
     Importance of (i, j) is |V[i, j]| x s, over heads the root of the sum of squares for an attention reader. s is
     the running "mean" or "rms" of z_j, or with "coactivation" the mean of z_j over the tokens on which latent i
-    fires; an attention reader, whose upstream latents lie on other tokens, then takes the plain mean.
+    fires; for an attention reader, at the keys that it attends to from there (`Activity.coactivation`).
     A module with fewer than C upstream latents keeps all of them; None without any upstream. Streams tiles: nothing of
     size F x U is allocated.
     """
@@ -30,17 +30,16 @@ def select_top_connections(
     decoders = [m.W_dec.detach() for m in clt]
     for reader, E in effective_decoders(clt.readers(), clt.sites, decoders):
         rows, keep = clt.reading_rows(reader.index).detach().to(E.dtype), min(C, len(E))
-        if importance == "coactivation" and reader.attention is None:
-            parts = []
-            for part in chunks(len(rows), len(E) * rows.element_size(), SELECTION_BYTES):
-                s = activity.coactivation(reader.index, part, reader.upstream_modules).to(E.dtype)
-                parts.append(ops.select_connections(rows[part], E, s, keep, backend=backend))
-            chosen[reader.index] = torch.cat(parts)
-            continue
         if reader.attention is not None:
             rows = torch.stack([head_rows(rows, reader.attention, h) for h in range(len(reader.attention.W_V))])
-        magnitude = activity.magnitude("rms" if importance == "rms" else "mean")
-        s = magnitude[: reader.upstream_modules].flatten().to(E.dtype)
+        if importance == "coactivation":
+            parts = []
+            for part in chunks(rows.shape[-2], len(E) * rows.element_size(), SELECTION_BYTES):
+                s = activity.coactivation(reader.index, part, reader.upstream_modules).to(E.dtype)
+                parts.append(ops.select_connections(rows[..., part, :], E, s, keep, backend=backend))
+            chosen[reader.index] = torch.cat(parts)
+            continue
+        s = activity.magnitude(importance)[: reader.upstream_modules].flatten().to(E.dtype)
         chosen[reader.index] = ops.select_connections(rows, E, s, keep, backend=backend)
     return chosen
 

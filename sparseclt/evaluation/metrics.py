@@ -46,7 +46,7 @@ class Metrics:
     """FVU in sparsely-connected mode with every upstream latent connected; not trained on."""
     fvu_disconnected: float | None = None
     """FVU in sparsely-connected mode with no upstream latent connected: an ablation of these weights, which were not
-    trained so. A run with C = 0 is (see `sweeps.sweep`)."""
+    trained so. A run with C = 0 is (see `experiments.sweeps.sweep`)."""
     dead_in_training_vanilla: float | None = None
     """Share of latents that fired on none of the last 1,000,000 training tokens; None: fewer were trained on."""
     dead_in_training_sparse: float | None = None

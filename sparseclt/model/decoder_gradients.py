@@ -106,11 +106,12 @@ class DecoderGradients:
         return torch.stack([squares_by_target(chunk.gradient) for chunk in self.chunks(index)]).sum(0)
 
     def _kernel(self, index: int) -> Any:
-        """The kernel that computes module `index`'s gradient in one launch; None on another backend than triton, and
-        where attention reads, whose heads it does not carry back."""
+        """The kernel that computes module `index`'s gradient in one launch; None on another backend than triton, where
+        attention reads, whose heads it does not carry back, and where a loss reads the decoder itself."""
         W_dec, readers = self.clt.transcoder(index).W_dec, [r for r in self.readers if r.index in self.read]
         triton = choose("decoder_gradient", self.backend, W_dec) == "triton"
-        if not triton or any(r.attention for r in readers) or not (self.written[index] or readers):
+        more = W_dec.grad is not None or any(r.attention for r in readers)
+        if not triton or more or not (self.written[index] or readers):
             return None
         if index not in self._kernels:
             self._kernels[index] = self._make_kernel(index, readers)
@@ -154,7 +155,17 @@ class DecoderGradients:
             gradient, touched = self._sum(sections, size, T * D)
             gradient = gradient.view(size, T, D)
             touched |= self._add_read(gradient, index, rows)
+            touched |= self._add_direct(gradient, index, rows)
             yield Chunk(rows, gradient, touched)
+
+    def _add_direct(self, gradient: Tensor, index: int, rows: slice) -> Tensor:
+        """Add, in place, what autograd left in `.grad`: that of a loss which reads the decoder itself. Which rows it
+        touches."""
+        direct = self.clt.transcoder(index).W_dec.grad
+        if direct is None:
+            return torch.zeros(len(gradient), dtype=torch.bool, device=gradient.device)
+        gradient += direct[rows]
+        return direct[rows].flatten(1).ne(0).any(1)
 
     def _heads(self, reader: Reader) -> Iterator[tuple[Callable[[Tensor], Tensor], Tensor]]:
         """(what carries encoder rows [R, D] to where they meet a decoder row, dV [F, C]): one, or one per head of an

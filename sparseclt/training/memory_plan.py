@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from sparseclt.config import TrainConfig
+from sparseclt.connections.attended import KEYS
 from sparseclt.costs import FLOAT, ID, POSITION, adam_state_bytes, dense_training_bytes
 from sparseclt.data.activation_stream import buffer_bytes
 from sparseclt.devices import resolve
@@ -87,7 +88,10 @@ def _state_terms(x: RunSizes) -> list[MemoryTerm]:
                    "8 (P_enc + P_dec), 8bit: 2 (P_enc + P_dec) + 8 (P_enc + P_dec) / D"),
         MemoryTerm("language model", x.model_number * x.shape.parameters, ALWAYS, "4 P_model; bf16, fp16: 2 P_model"),
         _activations(x),
-        MemoryTerm("activity of latents", _activity_bytes(x), ALWAYS, "2 x 16 M F + 8 M K x recent tokens"),
+        MemoryTerm(
+            "activity of latents", _activity_bytes(x), ALWAYS,
+            "2 x 16 M F + 8 (M K + 4 per attention module) x recent tokens",
+        ),
     ]  # fmt: skip
 
 
@@ -105,7 +109,8 @@ def _activity_bytes(x: RunSizes) -> int:
     connections = x.config.connections
     coactivation = connections.policy != "none" and connections.importance == "coactivation"
     recent = connections.recent_tokens if coactivation else 0
-    return 2 * x.M * x.F * (ID + 2 * FLOAT) + x.M * recent * x.K * 2 * FLOAT
+    keys = KEYS * 2 * FLOAT * (x.M - x.L)  # of attention modules
+    return 2 * x.M * x.F * (ID + 2 * FLOAT) + recent * (x.M * x.K * 2 * FLOAT + keys)
 
 
 def _pass_terms(x: RunSizes) -> list[MemoryTerm]:

@@ -20,6 +20,7 @@ from sparseclt.model.modules import Latents
 from sparseclt.model.replacement import replacement
 from sparseclt.model.sites import Mode, Site
 from sparseclt.training import losses
+from sparseclt.training.interactions import jacobian_sums
 from sparseclt.training.memory import is_out_of_memory
 
 Values = dict[str, Tensor]
@@ -35,6 +36,7 @@ class ModePass:
     latents: list[Latents]  # one entry per module
     l0: list[Tensor]  # [N] per module, with a gradient; empty except with JumpReLU
     cross_entropy: Tensor | None = None  # of the replaced model, a mean over tokens
+    jacobian: Sequence[Tensor] = ()  # per MLP reader, a sum over tokens; only of vanilla mode, if it is penalised
 
     def detached_latents(self) -> list[Latents]:
         """The latents without their graph."""
@@ -62,11 +64,13 @@ class LossTerm(NamedTuple):
 
 
 class BackwardResult(NamedTuple):
-    """The result of a backward pass: decoder gradients, the loss terms, and each mode's latents."""
+    """The result of a backward pass: decoder gradients, the loss terms, each mode's latents, and, if the policy
+    asks for them, the gradients [N, K] of those of sparsely-connected mode."""
 
     gradients: DecoderGradients
     terms: Values
     latents: dict[Mode, list[Latents]]
+    of_latents: list[Tensor]
 
 
 class Objective:
@@ -95,6 +99,8 @@ class Objective:
         c, backend = self.config.loss, self.config.compute.backend
         forward = self.clt(activations, mode, backend=backend, gradients=gradients)
         result = ModePass({site: forward.output(site) for site in self.clt.sites}, forward.latents, forward.l0)
+        if c.interaction_weight and mode == "vanilla":
+            result.jacobian = jacobian_sums(self.clt, forward.latents, activations)
         if c.cross_entropy_weight:
             hooks = replacement(self.clt, mode, backend, gradients=gradients)
             result.cross_entropy = self.language_model.cross_entropy(activations.tokens, **hooks)
@@ -116,14 +122,22 @@ class Objective:
     def _terms_of_mode(
         self, mode: Mode, result: ModePass, activations: Activations, real: dict[Site, Tensor], means: Means
     ) -> Iterator[tuple[str, LossTerm]]:
-        """FVU of every site, L0, cross-entropy."""
+        """FVU of every site, L0, the Jacobian between latents, cross-entropy."""
         c, outputs, counted = self.config.loss, result.outputs, activations.counted_flat
         for site in self.clt.sites:
             sums = losses.fvu_sums(real[site], outputs[site], means[site], counted)
             yield f"fvu_{mode}/{site.name}", LossTerm(mode, 1, [sums])
         if result.l0 and c.l0_weight:
-            L0s = [losses.L0Sum(l0.sum() / self.clt.architecture.active) for l0 in result.l0]
+            a = self.clt.architecture
+            L0s = [
+                losses.L0Sum(l0.sum() / a.active_of(site.layer))
+                for l0, site in zip(result.l0, self.clt.sites, strict=True)
+            ]
             yield f"l0_penalty_{mode}", LossTerm(mode, c.l0_weight, L0s)
+        if result.jacobian:
+            # Weighted as a term of sparsely-connected mode: it comes in when that does.
+            jacobians = [losses.TokenSum(total) for total in result.jacobian]
+            yield "interaction", LossTerm("sparse", c.interaction_weight, jacobians)
         if result.cross_entropy is not None:
             total = losses.TokenSum(result.cross_entropy * activations.counted_tokens)
             yield f"cross_entropy_{mode}", LossTerm(mode, c.cross_entropy_weight, [total])
@@ -180,9 +194,20 @@ class Objective:
         # Without a name: kept through the backward pass, the terms would keep its reconstructions, too.
         total, values = self.loss(self.terms(passes, activations, means), activations.counted_tokens, rho)
         check(total, values)
+        watched = self._watched(passes)
         total.backward()
         latents = {mode: result.detached_latents() for mode, result in passes.items()}
-        return BackwardResult(gradients, _numbers(values), latents)
+        return BackwardResult(gradients, _numbers(values), latents, _gradients(watched))
+
+    def _watched(self, passes: dict[Mode, ModePass]) -> list[Tensor]:
+        """The values of the latents of sparsely-connected mode, whose gradient the backward pass is to keep; none if
+        the policy does not ask for them."""
+        if self.policy is None or not self.policy.reads_gradients or "sparse" not in passes:
+            return []
+        values = [z.values for z in passes["sparse"].latents]
+        for tensor in values:
+            tensor.retain_grad()
+        return values
 
     def _backward_in_parts(
         self, activations: Activations, parts: list[Activations], rho: float, check: Check
@@ -200,15 +225,18 @@ class Objective:
         total, values = self.loss(terms, activations.counted_tokens, rho)
         check(total, values)
         total.backward()
-        latents = []
+        latents, of_latents = [], []
         for part in parts:
             passes = self.passes(part, gradients)
+            watched = self._watched(passes)
             sums = [s for term in self.terms(passes, part, means).values() for s in term.tensors()]
             latents.append({mode: result.detached_latents() for mode, result in passes.items()})
             del passes
             carried = [s.requires_grad for s in sums]
             torch.autograd.backward(list(compress(sums, carried)), [leaf.grad for leaf in compress(leaves, carried)])
-        return BackwardResult(gradients, _numbers(values), _joined(latents))
+            of_latents.append(_gradients(watched))
+        joined = [torch.cat(same) for same in zip(*of_latents, strict=True)]
+        return BackwardResult(gradients, _numbers(values), _joined(latents), joined)
 
 
 def _added(terms: dict[str, LossTerm], more: dict[str, LossTerm]) -> dict[str, LossTerm]:
@@ -220,6 +248,11 @@ def _added(terms: dict[str, LossTerm], more: dict[str, LossTerm]) -> dict[str, L
 
 def _numbers(values: Values) -> Values:
     return {name: value.detach() for name, value in values.items()}
+
+
+def _gradients(tensors: list[Tensor]) -> list[Tensor]:
+    """What the backward pass kept; 0 where nothing reached a tensor."""
+    return [torch.zeros_like(tensor) if tensor.grad is None else tensor.grad for tensor in tensors]
 
 
 def _joined(parts: list[dict[Mode, list[Latents]]]) -> dict[Mode, list[Latents]]:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from sparseclt.config import TrainConfig
 from sparseclt.costs import BYTES, FLOAT, ID, CLTSize
 from sparseclt.data.activation_stream import number_bytes
-from sparseclt.model.shape import ModelShape, active_slots
+from sparseclt.model.shape import ModelShape, active_by_layer, active_slots
 from sparseclt.model.sites import model_sites, upstream_modules
 
 # The phases of a run. "selection": connections are chosen, at the start of a step; "encoders": their gradient through
@@ -50,7 +50,8 @@ class RunSizes:
     def __init__(self, config: TrainConfig, shape: ModelShape):
         self.config, self.shape, self.size = config, shape, clt_size(config, shape)
         self.L, self.D, self.F = shape.layers, shape.d_model, config.clt.latents
-        self.K = active_slots(config.clt.activation, config.clt.active, self.F)
+        most = max(active_by_layer(config.clt.active, config.clt.active_ratio, self.L, self.F))
+        self.K = active_slots(config.clt.activation, most, self.F)
         self.M = self.size.modules
         self.S = config.data.row_tokens
         self.N = config.batch_rows * self.S

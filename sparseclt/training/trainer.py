@@ -1,7 +1,7 @@
 """Training: both modes from one activation capture, checkpoints that continue bit-exactly."""
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import replace
 from functools import cached_property
@@ -42,6 +42,7 @@ from sparseclt.training.run_directory import (
     set_later_aside,
     write_identity,
 )
+from sparseclt.training.warning_signs import WarningSigns
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -50,7 +51,10 @@ def build_clt(config: TrainConfig, language_model: LanguageModel) -> SparseCLT:
     """The untrained CLT of `config` for `language_model`; the same for the same seed."""
     shape = language_model.shape
     c = config.clt
-    architecture = Architecture(shape, c.latents, c.active, c.attention, c.activation, c.bandwidth, targets=c.targets)
+    architecture = Architecture(
+        shape, c.latents, c.active, c.attention, c.activation, c.bandwidth, targets=c.targets,
+        active_ratio=c.active_ratio,
+    )  # fmt: skip
     attention = None
     if config.clt.attention == "latents":
         attention = [language_model.attention_weights(layer) for layer in range(shape.layers)]
@@ -103,9 +107,10 @@ class Trainer:
                 torch.manual_seed(config.seed + 1)
                 self.policy.prepare(self.clt)
         self.activity = self._make_activity()
+        self._dead_after = revival.dead_after_tokens(config.optimizer, self.clt)
         self.optimizer = RowAdam(self.clt, config.optimizer, config.seed)
         self.objective = Objective(config, self.clt, self.policy, self.language_model)
-        self.state = TrainingState(self.clt, self.optimizer, self.activity)
+        self.state = TrainingState(self.clt, self.optimizer, self.activity, self.policy)
         self.step = 0
         self._resumed = False  # or `load` took up a run
         self._has_clt = False  # or clt/ is that of the checkpoint taken up, if that is the last one
@@ -115,7 +120,8 @@ class Trainer:
         M, F, c = len(self.clt.sites), self.config.clt.latents, self.config.connections
         activity: dict[Mode, Activity] = {mode: Activity(M, F, device=self.device) for mode in MODES}
         if self.policy and c.importance == "coactivation":
-            activity["vanilla"].recent = RecentLatents(M, self.clt.architecture.slots, c.recent_tokens, self.device)
+            slots = self.clt.architecture.slots
+            activity["vanilla"].recent = RecentLatents(self.clt.sites, slots, c.recent_tokens, self.device)
         return activity
 
     def loss(
@@ -155,14 +161,17 @@ class Trainer:
             )
         finite.check_gradient(spoiled, step)
         for mode, latents in backward.latents.items():
-            self.activity[mode].update(latents, activations.counted_flat)
+            self.activity[mode].observe(latents, activations)
+        if self.policy and backward.of_latents and rho:
+            self.policy.observe(backward.latents["sparse"], [g / rho for g in backward.of_latents], activations)
         thresholds.follow(self.clt, backward.latents)
-        revival.raise_biases(self.clt, self._dead(backward.latents), revival.amount(config.optimizer))
+        dead = {mode: self.activity[mode].dead(self._dead_after) for mode in backward.latents}
+        revival.raise_biases(self.clt, revival.to_revive(dead, self.clt.sites), revival.amount(config.optimizer))
         self.step += 1
         counts = {}
         if config.clt.activation != "topk":
             counts = thresholds.metrics(self.clt, backward.latents, activations.counted_tokens)
-        return self._metrics(backward.terms, norm) | counts
+        return self._metrics(backward.terms, norm, dead) | counts
 
     @contextmanager
     def _explaining_out_of_memory(self) -> Iterator[None]:
@@ -175,22 +184,15 @@ class Trainer:
             config = replace(self.config, compute=compute)
             raise memory.OutOfMemory(f"step {self.step}: {memory.explain(config, self.shape)}") from error
 
-    def _metrics(self, terms: dict[str, Tensor], norm: Tensor) -> dict[str, float]:
+    def _metrics(self, terms: dict[str, Tensor], norm: Tensor, dead: dict[Mode, Tensor]) -> dict[str, float]:
         # All numbers at once: each by itself would wait for the device.
-        named = terms | {"gradient_norm": norm}
+        named = terms | {"gradient_norm": norm} | {f"dead_{mode}": d.to(norm).mean() for mode, d in dead.items()}
         metrics: dict[str, float] = dict(zip(named, torch.stack([*named.values()]).tolist(), strict=True))
         metrics["tokens"] = self.step * self.batches.tokens
-        for mode in MODES:
+        for mode in dead:
             values = [v for name, v in metrics.items() if name.startswith(f"fvu_{mode}/")]
-            if values:
-                metrics[f"fvu_{mode}"] = sum(values) / len(values)
-                metrics[f"dead_{mode}"] = self._dead([mode]).float().mean().item()
+            metrics[f"fvu_{mode}"] = sum(values) / len(values)
         return metrics
-
-    def _dead(self, modes: Iterable[Mode]) -> Tensor:
-        """Boolean [M, F]: latents that are dead in any of `modes`."""
-        after = revival.dead_after_tokens(self.config)
-        return torch.stack([self.activity[mode].dead(after) for mode in modes]).any(0)
 
     @cached_property
     def identity(self) -> Identity:
@@ -226,9 +228,11 @@ class Trainer:
     def _train(self, log: RunLog, request: StopRequest) -> None:
         """The steps that are left, and their checkpoints."""
         self.clt.train()
-        c, saved_at = self.config.checkpoints, time.monotonic()
+        c, saved_at, signs = self.config.checkpoints, time.monotonic(), WarningSigns(self.config)
         for activations in self.batches.from_step(self.step):
-            log.step(self.step + 1, self.train_step(activations))
+            metrics = self.train_step(activations)
+            log.step(self.step, metrics)
+            signs.look(self.step, metrics)
             late = c.every_minutes is not None and time.monotonic() - saved_at >= 60 * c.every_minutes
             last = self.step == self.config.steps
             if last:  # before the checkpoint: where there is one of the last step, clt/ is finished

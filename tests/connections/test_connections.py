@@ -6,10 +6,12 @@ from clts import language_model, random_clt, tokens
 
 from sparseclt.connections import selection
 from sparseclt.connections.activity import RARE, Activity, RecentLatents
+from sparseclt.connections.attended import KEYS, Attended
 from sparseclt.connections.policies import LearnedConnections, TopConnections
 from sparseclt.connections.selection import select_top_connections
 from sparseclt.model.attention import head_rows
 from sparseclt.model.modules import Latents
+from sparseclt.model.sites import Site
 
 
 @pytest.fixture(scope="module")
@@ -19,9 +21,17 @@ def model():
 
 def active(clt, model) -> Activity:
     M, a = len(clt.sites), clt.architecture
-    activity = Activity(M, a.latents, recent=RecentLatents(M, a.active, tokens().numel()))
-    activity.update(clt(model.capture(tokens(), attention=True), "vanilla").latents)
+    activity = Activity(M, a.latents, recent=RecentLatents(clt.sites, a.active, tokens().numel()))
+    activations = model.capture(tokens(), attention=True)
+    activity.observe(clt(activations, "vanilla").latents, activations)
     return activity
+
+
+def attended_latents(activations, z, layer):
+    """What attention of `layer` reads of latents z [B, S, U], from its strongest keys that count: [B, S, U]."""
+    mix = activations.mix(layer).mean(1)
+    mix = mix * (mix >= mix.topk(KEYS, dim=-1).values[..., -1:]) * activations.counted[:, None, :]
+    return mix @ z, mix.sum(-1)
 
 
 def virtual_strength(clt, index):
@@ -43,21 +53,51 @@ def test_top_connections_are_those_of_largest_importance(model, attention, stati
     clt = random_clt(model, attention)
     activity = active(clt, model)
     chosen = select_top_connections(clt, activity, 4, statistic)
-    z = clt(model.capture(tokens(), attention=True), "vanilla").latents
+    activations = model.capture(tokens(), attention=True)
+    z = clt(activations, "vanilla").latents
     z = torch.stack([latents.dense(clt.architecture.latents) for latents in z])  # [M, N, F]
+    counted = activations.counted.flatten()
     assert chosen[0] is None
     for index in range(1, len(clt.sites)):
         before = z[: clt.upstream[index]].transpose(0, 1).flatten(1)  # [N, U]
-        s = before.square().mean(0).sqrt() if statistic == "rms" else before.mean(0)
-        if statistic == "coactivation" and clt.sites[index].kind == "mlp":
-            on = (z[index] > 0).double()
+        average = before[counted].mean(0)
+        s = before[counted].square().mean(0).sqrt() if statistic == "rms" else average
+        if statistic == "coactivation":
+            on, taken = (z[index] > 0).double(), counted
+            if clt.sites[index].kind == "attn":
+                rows = before.view(*activations.tokens.shape, -1)
+                before, weight = (x.flatten(0, 1) for x in attended_latents(activations, rows, clt.sites[index].layer))
+                newest = counted.nonzero().flatten().flip(0)[: counted.numel() // KEYS]
+                taken = torch.zeros_like(counted).index_fill(0, newest, True)
+                average = average * weight[taken].mean()
+            on, before = on[taken], before[taken]
             assert (on.sum(0) < RARE).any() and (on.sum(0) >= RARE).any()
-            s = torch.where(on.sum(0)[:, None] < RARE, s, on.T @ before / on.sum(0)[:, None])
+            s = torch.where(on.sum(0)[:, None] < RARE, average, on.T @ before / on.sum(0).clamp_min(1)[:, None])
         importance = virtual_strength(clt, index) * s
         got = importance.gather(1, chosen[index])
         torch.testing.assert_close(
             got.sort(descending=True).values, importance.topk(4).values, msg=clt.sites[index].name, rtol=1e-5, atol=0
         )
+
+
+def test_attention_reads_latents_of_the_tokens_it_attends_to():
+    sites, every = [Site("mlp", 0), Site("attn", 1)], torch.zeros(3, 1, dtype=torch.int64)
+    recent = RecentLatents(sites, 1, 3 * KEYS)
+    upstream = Latents(torch.tensor([[5.0], [7.0], [9.0]]), torch.tensor([[0], [1], [2]]))
+    reader = Latents(torch.tensor([[0.0], [0.0], [1.0]]), every)  # fires at token 2 only
+    back, weights = torch.tensor([[0, 0], [1, 0], [2, 0]]), torch.tensor([[1.0, 0], [1.0, 0], [0.75, 0.25]])
+    recent.add([upstream, reader], None, [Attended(back, weights)])
+    sums, fired = recent.sums_when_active(1, slice(0, 1), 1, 4)
+    assert sums.tolist() == [[0.75 * 5, 0, 0.25 * 9, 0]] and fired.tolist() == [1]
+    for _ in range(KEYS - 1):  # the ring is full now, and token 2's own key is among its oldest
+        recent.add(
+            [Latents(torch.ones(3, 1), every), Latents(torch.zeros(3, 1), every)], None, [Attended(back, weights)]
+        )
+    recent.add([Latents(torch.ones(1, 1), every[:1]), Latents(torch.ones(1, 1), every[:1])], None, [
+        Attended(torch.tensor([[3 * KEYS, 0]]), torch.tensor([[1.0, 0.5]]))
+    ])  # fmt: skip
+    sums, fired = recent.sums_when_active(1, slice(0, 1), 1, 4)
+    assert sums.tolist() == [[0.5, 0, 0, 0]] and fired.tolist() == [1], "a key that was overwritten is not read"
 
 
 def test_coactivation_is_selected_in_tiles(model, monkeypatch):
@@ -77,7 +117,7 @@ def test_a_latent_that_never_fires_is_not_chosen_before_one_that_does(model):
 
 
 def test_recent_latents_are_a_ring():
-    recent = RecentLatents(2, 1, 3)
+    recent = RecentLatents([Site("mlp", 0), Site("mlp", 1)], 1, 3)
     for n in range(1, 6):  # token n: latent n % 2 of module 0 fires at n, latent 0 of module 1 always
         recent.add(
             [

@@ -156,7 +156,7 @@ def test_activity_leaves_it_out(model):
     clt = random_clt(model)
     activations = model.capture(ROWS)
     counted = activations.counted.flatten()
-    every, some = (Activity(3, 20, recent=RecentLatents(3, 5, 40)) for _ in range(2))
+    every, some = (Activity(3, 20, recent=RecentLatents(clt.sites, 5, 40)) for _ in range(2))
     latents = clt(activations, "vanilla").latents
     every.update(latents, counted)
     some.update([type(z)(z.values[counted], z.indices[counted]) for z in latents])

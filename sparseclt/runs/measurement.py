@@ -2,8 +2,9 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -12,30 +13,39 @@ from sparseclt.data.text import load_rows
 from sparseclt.data.tokens import check_token_ids
 from sparseclt.evaluation import plots, report
 from sparseclt.evaluation.dead import with_dead_in_training
+from sparseclt.evaluation.faithfulness import faithfulness
+from sparseclt.evaluation.interaction import interaction_sparsity
 from sparseclt.evaluation.metrics import Evaluation, evaluate
 from sparseclt.evaluation.pruning import fvu_against_c
+from sparseclt.graph.prompt_scores import prompt_scores
 from sparseclt.language_model.language_model import LanguageModel
 from sparseclt.model.clt import SparseCLT
 from sparseclt.storage.checkpoint import latest
 from sparseclt.storage.json_files import replace_file
 from sparseclt.training import memory
 from sparseclt.training.loggers import read_metrics
-from sparseclt.training.run_directory import (
-    METRICS,
-)
+from sparseclt.training.run_directory import METRICS
 
 PRUNING_TOKENS = 32_768  # held-out tokens for the curve of FVU against C
+INTERACTION_TOKENS = 16_384  # and for that of the KL divergence, half of them to rank edges on
 
 
 def measure(
-    config: TrainConfig, clt: SparseCLT, language_model: LanguageModel, rows: Tensor, checkpoint: Path | None = None
+    config: TrainConfig,
+    clt: SparseCLT,
+    language_model: LanguageModel,
+    rows: Tensor,
+    checkpoint: Path | None = None,
+    *,
+    cross_entropy: bool = True,
 ) -> Evaluation:
     """Evaluate `clt`, that of `checkpoint` or of the last one, on `rows` [R, S]; write tables and plots into the run
-    directory."""
+    directory. Without `cross_entropy`, which takes most of the time, it is not measured."""
     run = Path(config.out)
     result = evaluate(
-        clt, language_model, rows, batch_rows=rows_at_a_time(config, language_model), backend=config.compute.backend
-    )
+        clt, language_model, rows, batch_rows=rows_at_a_time(config, language_model), cross_entropy=cross_entropy,
+        backend=config.compute.backend,
+    )  # fmt: skip
     if counters := checkpoint or latest(run):
         result = with_dead_in_training(result, counters)
     if clt.connected and clt.reads_upstream and len(rows) > 1:
@@ -59,6 +69,36 @@ def pruned(config: TrainConfig, clt: SparseCLT, language_model: LanguageModel, r
         clt, language_model, few, Cs, importance=importance, batch_rows=rows_at_a_time(config, language_model),
         backend=config.compute.backend,
     )  # fmt: skip
+
+
+def measure_faithfulness(
+    config: TrainConfig, clt: SparseCLT, language_model: LanguageModel, rows: Tensor
+) -> dict[str, Any]:
+    """The faithfulness of `clt` on some of `rows` [R, S], the first ones as prompts; writes the table into the run
+    directory."""
+    run, few = Path(config.out), rows[: max(1, PRUNING_TOKENS // rows.shape[1])]
+    at_a_time = max(1, rows_at_a_time(config, language_model) // 4)  # three models' logits are alive
+    measured = faithfulness(clt, language_model, few, batch_rows=at_a_time, backend=config.compute.backend)
+    figures = measured.to_dict() | {"graphs": asdict(prompt_scores(clt, language_model, rows))}
+    replace_file(run / "faithfulness.json", json.dumps(figures, indent=2) + "\n")
+    replace_file(run / "faithfulness.md", report.faithfulness_table(figures) + "\n")
+    return figures
+
+
+def measure_interaction(
+    config: TrainConfig, clt: SparseCLT, language_model: LanguageModel, rows: Tensor
+) -> dict[str, Any]:
+    """The interaction sparsity of `clt` on some of `rows` [R, S]; writes table and plot into the run directory."""
+    run, few = Path(config.out), rows[: max(2, INTERACTION_TOKENS // rows.shape[1])]
+    at_a_time = max(1, rows_at_a_time(config, language_model) // 4)  # two models' logits are alive
+    figures = interaction_sparsity(
+        clt, language_model, few, importance=config.connections.importance, batch_rows=at_a_time,
+        backend=config.compute.backend,
+    ).to_dict()  # fmt: skip
+    replace_file(run / "interaction.json", json.dumps(figures, indent=2) + "\n")
+    replace_file(run / "interaction.md", report.interaction_table(figures) + "\n")
+    plots.interaction({run.resolve().name: figures["curve"]}, run / "interaction.png")
+    return figures
 
 
 def rows_at_a_time(config: TrainConfig, language_model: LanguageModel) -> int:

@@ -1,87 +1,25 @@
-"""Whole runs: train and evaluate, go on with a run, evaluate, load or export what a run directory holds."""
+"""Finished runs: evaluate, load or export what a run directory holds."""
 
-import json
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from sparseclt.config import TrainConfig
-from sparseclt.evaluation import report
-from sparseclt.evaluation.faithfulness import faithfulness
 from sparseclt.evaluation.metrics import Evaluation
 from sparseclt.export import FormatName
 from sparseclt.export.stages import export
-from sparseclt.graph.prompt_scores import prompt_scores
-from sparseclt.imports import import_clt
 from sparseclt.language_model.language_model import LanguageModel
-from sparseclt.measurement import PRUNING_TOKENS, held_out_rows, measure, rows_at_a_time
 from sparseclt.model.clt import SparseCLT
-from sparseclt.storage.json_files import replace_file
-from sparseclt.storage.run_config import (
-    CLT,
-    check_changes,
-    check_trained,
-    check_unused,
-    imported_input,
-    note_import,
-    read_config,
-    write_config,
-)
+from sparseclt.runs.measurement import held_out_rows, measure, measure_faithfulness, measure_interaction
+from sparseclt.storage.run_config import imported_input, read_config
 from sparseclt.training.run_directory import (
     Identity,
     check_identity,
     choose_checkpoint,
     finished_clt,
     language_model_of,
-    run_directory,
-    write_identity,
 )
-from sparseclt.training.trainer import Trainer
-
-
-def train(config: TrainConfig) -> Evaluation:
-    """Train, evaluate on held-out text, write tables and plots; returns the evaluation."""
-    check_unused(config.out)
-    return finish(Trainer(config))
-
-
-def resume(run: str | Path, config: TrainConfig | None = None, *, checkpoint: str | Path | None = None) -> Trainer:
-    """The run in directory `run` at its newest whole checkpoint, or at `checkpoint`: `finish` goes on with it.
-
-    `config`: its configuration, perhaps with more steps, another device, or other intervals for logs and checkpoints.
-    Raises ValueError, naming the option, for a change that would train something else.
-    """
-    stored = read_config(run)
-    check_trained(run)
-    config = replace(config or stored, out=str(run))
-    check_changes(stored, config, run)  # before anything is loaded
-    trainer = Trainer(config)
-    trainer.load(Path(run), checkpoint)
-    return trainer
-
-
-def finish(trainer: Trainer) -> Evaluation:
-    """Train to the last step, evaluate on held-out text, write tables and plots."""
-    model = trainer.language_model
-    rows = held_out_rows(trainer.config, model)  # before the training: text that is missing is found at once
-    clt = trainer.fit()
-    return measure(trainer.config, clt, model, rows)
-
-
-def import_run(path: str | Path, config: TrainConfig, input_hook: str | None = None) -> Evaluation:
-    """Make a finished run of the CLT in directory `path`, which another tool wrote, in directory `config.out`, on the
-    model and text of `config`, and evaluate it. Connections are chosen for it, nothing is trained."""
-    check_unused(config.out)
-    config, clt, model, rows = import_clt(path, config, input_hook)
-    run = Path(config.out)
-    with run_directory(run, begun=lambda: (run / CLT).is_dir()):
-        write_identity(run, Identity.of(model, rows))
-        write_config(run, config)
-        note_import(run, path, model.shape.mlp_input)
-        clt.save_pretrained(run / CLT)
-    return measure(config, clt, model, held_out_rows(config, model))
 
 
 def evaluate_run(
@@ -132,14 +70,16 @@ def faithfulness_of_run(run: str | Path, *, device: str | None = None) -> dict[s
     `faithfulness.md` there and returns the figures. On some of its held-out text, and its first rows as prompts."""
     config = read_config(run)
     clt, model = load_run(run, device=device)
-    rows = held_out_rows(config, model)
-    few = rows[: max(1, PRUNING_TOKENS // rows.shape[1])]
-    at_a_time = max(1, rows_at_a_time(config, model) // 4)  # three models' logits are alive
-    figures = faithfulness(clt, model, few, batch_rows=at_a_time, backend=config.compute.backend).to_dict()
-    figures["graphs"] = asdict(prompt_scores(clt, model, rows))
-    replace_file(Path(run) / "faithfulness.json", json.dumps(figures, indent=2) + "\n")
-    replace_file(Path(run) / "faithfulness.md", report.faithfulness_table(figures) + "\n")
-    return figures
+    return measure_faithfulness(replace(config, out=str(run)), clt, model, held_out_rows(config, model))
+
+
+def interaction_of_run(run: str | Path, *, device: str | None = None) -> dict[str, Any]:
+    """Measure how few connections the predictions of the finished run in directory `run` need; writes
+    `interaction.json`, `interaction.md` and `interaction.png` there and returns the figures. On some of its held-out
+    text."""
+    config = read_config(run)
+    clt, model = load_run(run, device=device)
+    return measure_interaction(replace(config, out=str(run)), clt, model, held_out_rows(config, model))
 
 
 def export_run(
