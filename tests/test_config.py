@@ -98,6 +98,7 @@ BAD = {
     "loss.sparse_ramp_share": [-0.1, 1.1],
     "loss.latent_agreement_weight": [-0.2],
     "loss.l0_weight": [-0.1],
+    "loss.interaction_weight": [-1.0],
     "loss.cross_entropy_weight": [-1.0],
     "optimizer.learning_rate": [-2e-3],
     "optimizer.warmup_share": [-0.1, 1.1],
