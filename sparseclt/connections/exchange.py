@@ -53,7 +53,7 @@ def _exchanged(gain: Tensor, candidates: Tensor, logits: Tensor, price: float, m
     lowest = logits.topk(best.values.shape[1], dim=1, largest=False)
     taken = (lowest.values <= 0) & (best.values > price)
     new = torch.zeros_like(candidates, dtype=torch.bool).scatter_(1, lowest.indices, taken)
-    ids = torch.where(taken, best.indices, candidates.gather(1, lowest.indices))
+    ids = torch.where(taken, best.indices.to(candidates.dtype), candidates.gather(1, lowest.indices))
     return Exchange(candidates.scatter(1, lowest.indices, ids), new)
 
 

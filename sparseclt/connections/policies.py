@@ -19,6 +19,7 @@ from sparseclt.model.transcoders import Transcoders
 
 FIRST_LOGIT = 0.1
 STEERING = 0.02  # exponent with which the pressure follows, in each step, the connections that are too many
+EXCHANGING = 0.75  # share of the steps up to the freeze in which candidates are exchanged: new gates need time to close
 MOST_EXCESS = 4.0  # times the wanted number, beyond which the pressure rises no faster
 
 
@@ -57,7 +58,7 @@ def make_policy(
 
 def _learned(config: ConnectionConfig, clt: Transcoders, steps: int, backend: str | None) -> "LearnedConnections":
     a, device = clt.architecture, clt.transcoder(0).W_enc.device
-    last = round(config.freeze_after_share * steps)
+    last = round(EXCHANGING * config.freeze_after_share * steps)
     exchange = None
     if config.exchange_share:
         recent = RecentGradients(clt.sites, a.slots, config.recent_tokens, a.model.heads, device)

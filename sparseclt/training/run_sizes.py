@@ -76,6 +76,7 @@ class RunSizes:
         if c.policy == "dense-learned":
             C = self.M * self.F
         self.learned = c.policy in ("learned", "dense-learned")
+        self.exchanging = c.policy == "learned" and c.exchange_share > 0
         self.connections = [min(C, u * self.F) for u in self.readers]  # per latent of each reader
         self.slots = self.F * sum(self.connections)
         kinds = [site.kind for site in model_sites(shape.layers, config.clt.attention == "latents")]
