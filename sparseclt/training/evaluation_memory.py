@@ -45,7 +45,7 @@ def _replaced_run(x: RunSizes, n: int) -> int:
     of the model itself, the logits where the vocabulary is large."""
     outputs = FLOAT * n * x.D * x.M
     # In sparsely-connected mode also the stream that each module reads; reconstructions in float32 are the activations.
-    passed = outputs * (x.modes - 1 + x.half) + (FLOAT + ID) * n * x.K * x.M * x.modes
+    passed = outputs * (x.modes - 1 + x.half) + (FLOAT + ID) * n * x.active * x.modes
     in_attention, in_mlp = 4 * x.S * x.shape.heads, 3 * 4 * x.D  # scores and pattern; the hidden layer
     block = FLOAT * n * (max(in_attention, in_mlp) + 3 * x.D)
     logits = x.model_number * n * x.shape.vocab + (1 + x.half) * FLOAT * x.S * x.shape.vocab

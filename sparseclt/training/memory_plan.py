@@ -147,9 +147,9 @@ def _recent_gradient_bytes(x: RunSizes) -> int:
 def _pass_terms(x: RunSizes) -> list[MemoryTerm]:
     """The forward and backward passes, and what they leave behind for the update."""
     encoders = x.w * (x.size.encoder_vectors * x.D + x.size.biases)
-    kept = x.micro_outputs + 33 * x.n * x.K * x.M
-    candidates = (x.config.clt.activation != "topk") * x.modes * 14 * x.n * x.K * x.M
-    emptied = (x.config.clt.activation != "batchtopk") * x.modes * FLOAT * x.n * x.K * x.M
+    kept = x.micro_outputs + 33 * x.n * x.active
+    candidates = (x.config.clt.activation != "topk") * x.modes * 14 * x.n * x.active
+    emptied = (x.config.clt.activation != "batchtopk") * x.modes * FLOAT * x.n * x.active
     one_module = FLOAT * x.n * x.D * x.widest
     return [
         MemoryTerm("encoder gradients", encoders, ("backward", *NOTED), "w P_enc"),
@@ -207,7 +207,7 @@ def _connection_terms(x: RunSizes) -> list[MemoryTerm]:
                    "4 F D (L - 1)"),
         MemoryTerm("gradients of recent latents", x.exchanging * _recent_gradient_bytes(x), ALWAYS,
                    "12 M K x recent tokens + 8 M x recent tokens (attention: 8 M H), if learned and exchanged"),
-        MemoryTerm("gradients of latents", x.exchanging * FLOAT * x.N * x.K * x.M, ("backward", *NOTED),
+        MemoryTerm("gradients of latents", x.exchanging * FLOAT * x.N * x.active, ("backward", *NOTED),
                    "4 N K M, if learned and exchanged"),
         MemoryTerm("logits of connections", x.learned * 4 * FLOAT * x.slots, ALWAYS, "16 F C per reader, if learned"),
     ]  # fmt: skip

@@ -52,17 +52,18 @@ def step_exchanges(x: RunSizes) -> list[Sent]:
 
 
 def _over_latents(x: RunSizes) -> list[Sent]:
-    n, k = x.ranks, min(x.K, x.F // x.ranks)
+    n, candidates = x.ranks, sum(min(K, x.F // x.ranks) for K in x.Ks)
     if n == 1:
         return []
-    e, passes = max(FLOAT, x.w), x.modes * x.M
-    heads = x.heads_of_readers
+    e, heads = max(FLOAT, x.w), x.heads_of_readers
     dV = (n - 1) * x.w * sum(h * (x.F // n) * c for h, c in zip(heads, x.connections, strict=True))
     columns = x.F // n * x.D * (n - 1) // n
     V = sum(h * (e * x.F * c * (n - 1) // n) for h, c in zip(heads, x.connections, strict=True))
+    latents = x.modes * (n - 1) * x.N * candidates * (x.w + INT32)
+    of_latents = x.modes * sum(_reduced(x.w * x.N * K, n) for K in x.Ks)
     return [
-        Sent("latents", "all_gather", passes * (n - 1) * x.N * k * (x.w + INT32), "modes x M (n - 1) N K (w + 4)"),
-        Sent("gradients of latents", "all_reduce", passes * _reduced(x.w * x.N * x.K, n), "modes x M 2 w N K"),
+        Sent("latents", "all_gather", latents, "modes x M (n - 1) N K (w + 4)"),
+        Sent("gradients of latents", "all_reduce", of_latents, "modes x M 2 w N K"),
         Sent("encoder rows for virtual weights", "all_to_all", sum(heads) * e * columns, "4 F D / n per reader"),
         Sent("virtual weights", "reduce_scatter", V, "4 F C per reader"),
         Sent("gradients of virtual weights", "all_gather", dV, "w F C per reader"),
@@ -77,7 +78,7 @@ def _over_data(x: RunSizes) -> list[Sent]:
     if d == 1:
         return []
     own = x.F // x.ranks
-    latents = x.modes * (d - 1) * (x.M * x.N * x.K * (x.w + ID) + x.N)
+    latents = x.modes * (d - 1) * (x.N * x.active * (x.w + ID) + x.N)
     encoders = x.M * (_reduced(x.w * own * x.D, d) + _reduced(x.w * own, d))
     decoders = sum(_reduced(max(FLOAT, x.w) * x.F * T * x.D // x.ranks, d) + _reduced(x.F, d) for T in x.size.targets)
     if FLOAT * x.size.decoder_vectors * x.D // x.ranks > KEPT_BYTES:

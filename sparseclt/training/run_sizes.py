@@ -45,14 +45,17 @@ def captured_bytes(config: TrainConfig, shape: ModelShape, tokens: int) -> int:
 
 class RunSizes:
     """The letters of the formulas for one run. n: tokens of a micro-batch; w: bytes of a weight; v: bytes of a number
-    of the activations; M: modules; K: the most active latents of a token. With `ranks` that share the CLT, or `data` of
-    them that share the batch, N and n are the tokens of one rank; F, C and D stay those of the whole CLT."""
+    of the activations; M: modules; Ks: the most active latents of a token in each module; K: the largest of them;
+    active: all of them, K M in the formulas. With `ranks` that share the CLT, or `data` of them that share the batch, N
+    and n are the tokens of one rank; F, C and D stay those of the whole CLT."""
 
     def __init__(self, config: TrainConfig, shape: ModelShape):
         self.config, self.shape, self.size = config, shape, clt_size(config, shape)
         self.L, self.D, self.F = shape.layers, shape.d_model, config.clt.latents
-        most = max(active_by_layer(config.clt.active, config.clt.active_ratio, self.L, self.F))
-        self.K = active_slots(config.clt.activation, most, self.F)
+        by_layer = active_by_layer(config.clt.active, config.clt.active_ratio, self.L, self.F)
+        self.sites = model_sites(shape.layers, config.clt.attention == "latents")
+        self.Ks = [active_slots(config.clt.activation, by_layer[site.layer], self.F) for site in self.sites]
+        self.K, self.active = max(self.Ks), sum(self.Ks)
         self.M = self.size.modules
         self.S = config.data.row_tokens
         self.ranks, self.data = config.parallel.latents or 1, config.parallel.data or 1
@@ -69,7 +72,7 @@ class RunSizes:
         self.modes = 2 if self.sparse else 1
         self.outputs = FLOAT * self.N * self.D * self.M  # reconstructions of one mode
         self.micro_outputs = FLOAT * self.n * self.D * self.M  # of a micro-batch
-        self.active_latents = self.modes * (FLOAT + ID) * self.N * self.K * self.M
+        self.active_latents = self.modes * (FLOAT + ID) * self.N * self.active
         self.widest = max(self.size.targets)
         c = config.connections
         C = max(c.per_latent, (c.start_per_latent or 0) * (c.policy == "top"))
@@ -79,7 +82,6 @@ class RunSizes:
         self.exchanging = c.policy == "learned" and c.exchange_share > 0
         self.connections = [min(C, u * self.F) for u in self.readers]  # per latent of each reader
         self.slots = self.F * sum(self.connections)
-        kinds = [site.kind for site in model_sites(shape.layers, config.clt.attention == "latents")]
-        read = [kind for kind, u in zip(kinds, self.size.upstream, strict=True) if u]
-        self.heads_of_readers = [shape.heads if kind == "attn" else 1 for kind in read]
+        read = [site for site, u in zip(self.sites, self.size.upstream, strict=True) if u]
+        self.heads_of_readers = [shape.heads if site.kind == "attn" else 1 for site in read]
         self.gradients = 4 * self.M + self.learned * len(self.readers)  # tensors of parameters that have one
