@@ -248,7 +248,7 @@ def _virtual_matmul() -> list[AheadOfTime]:
 def _decoder_gradient() -> list[AheadOfTime]:
     kernel, tile = decoder_gradient.decoder_gradient_kernel, decoder_gradient.TILE
     types = {"out": "*fp32:16", "squares": "*fp32:16", "touched": "*u8:16", "D": "i32:16"}
-    types |= {"passes": "*i64:16", "readers": "*i64:16", "counts": "*i64:16"}
+    types |= {"table": "*i64:16"}
     kernels = []
     for dtype, stored in itertools.product(FEW_ELEMENTS, (True, False)):
         element = decoder_gradient.ELEMENTS[ELEMENTS[dtype]]
