@@ -26,6 +26,20 @@ class Waits(TorchDispatchMode):
         super().__init__()
         self.by_module: Counter[str] = Counter()
 
+    def __enter__(self):  # type: ignore[no-untyped-def]
+        self._tolist = torch.Tensor.tolist
+
+        def tolist(tensor: torch.Tensor) -> object:  # reads a CPU tensor without a dispatch
+            self.by_module[_module()] += 1
+            return self._tolist(tensor)
+
+        torch.Tensor.tolist = tolist  # type: ignore[method-assign]
+        return super().__enter__()
+
+    def __exit__(self, *raised) -> None:  # type: ignore[no-untyped-def]
+        torch.Tensor.tolist = self._tolist  # type: ignore[method-assign]
+        super().__exit__(*raised)
+
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
         name = func.overloadpacket.__name__
         indices = args[1] if name in ("index", "index_put_", "index_put") else []
