@@ -69,7 +69,8 @@ def compile_one(case: AheadOfTime, target: str) -> Row:
             attributes[i,] = [["tt.divisibility", int(multiple)]]
     try:
         source = ASTSource(case.kernel, signature, case.constexprs, attributes)
-        compiled = triton.compile(source, target=gpu, options=case.options)
+        more = case.hopper_options if gpu.backend == "cuda" and gpu.arch >= 90 else {}
+        compiled = triton.compile(source, target=gpu, options=case.options | more)
         row.shared = compiled.metadata.shared
         (measure_nvidia if gpu.backend == "cuda" else measure_amd)(row, compiled.asm)
     except Exception as error:  # the report goes on after the first failure

@@ -29,7 +29,7 @@ class Walk(LaunchConfig):
 
 
 SLOTS = Walk(num_warps=4, block=256)
-PAIRS = Walk(num_warps=1, block=64)  # one warp: blocks of a token depend on each other, and nothing waits at a barrier
+PAIRS = Walk(num_warps=1, block=32)  # one warp: blocks of a token depend on each other, and no warp waits for another
 
 
 class OutLists(NamedTuple):

@@ -40,6 +40,7 @@ class AheadOfTime(NamedTuple):
     constexprs: dict[str, Any]
     options: dict[str, int]
     backends: tuple[str, ...] = ("cuda", "hip")  # that have it
+    hopper_options: dict[str, int] = {}  # more options on NVIDIA GPUs from Hopper on
 
 
 def cases() -> list[AheadOfTime]:
@@ -117,6 +118,7 @@ def _product(
     constexprs |= {name: 1 for name in kernel.arg_names if name not in types and name not in constexprs}
     which = "".join(f" {flag.lower()}" for flag, on in flags.items() if on is True)
     case = _case(f"{_name(kernel)} {precision or element}{which}", kernel, types, constexprs, config.options)
+    case = case._replace(hopper_options=config.hopper_options)
     # ROCm has no TF32 and no such split of it: `fp32_precision` never asks for them there.
     return case if precision in (None, "ieee") else case._replace(backends=("cuda",))
 
@@ -248,7 +250,7 @@ def _virtual_matmul() -> list[AheadOfTime]:
 def _decoder_gradient() -> list[AheadOfTime]:
     kernel, tile = decoder_gradient.decoder_gradient_kernel, decoder_gradient.TILE
     types = {"out": "*fp32:16", "squares": "*fp32:16", "touched": "*u8:16", "D": "i32:16"}
-    types |= {"passes": "*i64:16", "readers": "*i64:16", "counts": "*i64:16"}
+    types |= {"table": "*i64:16"}
     kernels = []
     for dtype, stored in itertools.product(FEW_ELEMENTS, (True, False)):
         element = decoder_gradient.ELEMENTS[ELEMENTS[dtype]]

@@ -31,7 +31,7 @@ from .transpose import Transpose, transpose
 class Match(LaunchConfig):
     """How many pairs are compared at a time with how many selected latents."""
 
-    block: int = 64
+    block: int = 32
     selected: int = 64
 
     @property

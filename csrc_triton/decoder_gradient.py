@@ -52,9 +52,10 @@ class RowTile(LaunchConfig):
 
 TILE = RowTile(num_warps=4)
 ELEMENTS = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
-PER_PASS, PER_READER = 5, 7  # numbers of a pass in the table, before its targets; of a reader
-# Columns of the table. A pass: addresses of its values, order and starts; N*K; K; then those of its targets' gradients.
-# A reader: addresses of dV, order, starts, W_enc and offsets (0: none); F*C; C. All 0: no reader there.
+PER_READER = 8
+# The table: the readers, 8 numbers each, then the passes. A reader: addresses of dV, order, starts, W_enc and offsets
+# (0: none); F*C; C; U. All 0: no reader there. A pass: addresses of its values, order and starts; N*K; K; then those of
+# its targets' gradients.
 
 
 @triton.jit
@@ -75,9 +76,7 @@ def decoder_gradient_kernel(
     out,  # [R, T, D] fp32 (STORED)
     squares,  # [R, T, blocks] fp32 (not STORED)
     touched,  # [R] uint8: whether anything touches the row (STORED)
-    passes,  # [P, 5 + T] int64
-    readers,  # [Q, 7] int64: that of target t meets the sum up to t
-    counts,  # [Q] int64: upstream latents of each reader
+    table,  # [Q 8 + P (5 + T)] int64: the readers, of which that of target t meets the sum up to t, and the passes
     P, Q, T, F, D,
     row,  # the first row in the decoder
     first,  # its latent's id among the upstream latents of a reader
@@ -96,16 +95,17 @@ def decoder_gradient_kernel(
     inside = columns < D
     behind = tl.zeros([SLOTS, COLUMNS], tl.float32)
     entries = tl.zeros((), tl.int64)
+    passes = table + Q * 8
     for back in range(Q):
         t = Q - 1 - back
-        reader = readers + t * 7
+        reader = table + t * 8
         total = tl.load(reader + 5)
         if total > 0:
             dV = _address(reader, 0, WEIGHT)
             order = _address(reader, 1, INDEX)
             W_enc = _address(reader, 3, ENCODER)
             C = tl.load(reader + 6)
-            low, high = _list(_address(reader, 2, INDEX), first + r, total, tl.load(counts + t))
+            low, high = _list(_address(reader, 2, INDEX), first + r, total, tl.load(reader + 7))
             entries += high - low
             for start in range(low, high, SLOTS):
                 slot = start + tl.arange(0, SLOTS)
@@ -175,10 +175,8 @@ class Decoder:
         self.device = (written[0].values if written else read[0].dV).device
         passes = [self._pass(w) for w in written]
         rows = [self._reader(r) for r in readers] + [[0] * PER_READER] * (self.T - len(readers))
-        counts = [0 if r is None else len(r.by_upstream.starts) - 1 for r in readers]
         self.sizes = len(passes), len(rows)
-        self.passes, self.readers = self._table(passes or [[0] * (PER_PASS + self.T)]), self._table(rows)
-        self.counts = self._table([counts + [0] * (len(rows) - len(counts))])
+        self.table = self._on_device([number for row in (*rows, *passes) for number in row])
 
     @staticmethod
     def _index_dtype(transposes: Sequence[Transpose]) -> torch.dtype:
@@ -204,10 +202,11 @@ class Decoder:
             offsets = self._at(none, torch.float32)
         indices = [self._at(tensor, self.index) for tensor in r.by_upstream]
         W_enc = self._at(r.W_enc, self.encoder)
-        return [self._at(r.dV, self.weight), *indices, W_enc, offsets, r.dV.numel(), r.dV.shape[1]]
+        upstream = len(r.by_upstream.starts) - 1
+        return [self._at(r.dV, self.weight), *indices, W_enc, offsets, r.dV.numel(), r.dV.shape[1], upstream]
 
-    def _table(self, rows: list[list[int]]) -> Tensor:
-        table = torch.tensor(rows, dtype=torch.int64)
+    def _on_device(self, numbers: list[int]) -> Tensor:
+        table = torch.tensor(numbers, dtype=torch.int64)
         if self.device.type != "cuda":
             return table.to(self.device)
         return table.pin_memory().to(self.device, non_blocking=True)  # does not wait for the device
@@ -234,7 +233,7 @@ class Decoder:
     def _launch(self, outputs: tuple[Tensor, Tensor, Tensor], row: int, size: int, stored: bool) -> None:
         if size:
             _decoder_gradient(
-                self.passes, self.readers, self.counts, outputs, size,
+                self.table, outputs, size,
                 (*self.sizes, self.T, self.F, self.D, row, self.first + row), self._tile,
                 {
                     "STORED": stored, "OFFSETS": self.offsets, "WEIGHT": ELEMENTS[self.weight],
@@ -246,9 +245,7 @@ class Decoder:
 
 @launcher
 def _decoder_gradient(
-    passes: Tensor,
-    readers: Tensor,
-    counts: Tensor,
+    table: Tensor,
     outputs: tuple[Tensor, Tensor, Tensor],
     size: int,
     numbers: tuple[int, ...],
@@ -257,5 +254,5 @@ def _decoder_gradient(
 ) -> None:
     D = numbers[4]
     decoder_gradient_kernel[size, cdiv(D, tile.columns)](
-        *outputs, passes, readers, counts, *numbers, **flags, **tile.constexprs, **tile.options
+        *outputs, table, *numbers, **flags, **tile.constexprs, **tile.options
     )

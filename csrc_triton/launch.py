@@ -33,12 +33,21 @@ class LaunchConfig:
 
     num_warps: int = 4
     num_stages: int = 3
-    max_registers: int | None = None  # per thread; NVIDIA only
+    max_registers: int | None = None  # per thread, on NVIDIA GPUs from Hopper on; others would spill
 
     @property
     def options(self) -> dict[str, int]:
-        limit = {} if self.max_registers is None or torch.version.hip else {"maxnreg": self.max_registers}
+        limit = self.hopper_options if _on_hopper() else {}
         return {"num_warps": self.num_warps, "num_stages": self.num_stages, **limit}
+
+    @property
+    def hopper_options(self) -> dict[str, int]:
+        """What `options` has more from Hopper on."""
+        return {} if self.max_registers is None else {"maxnreg": self.max_registers}
+
+
+def _on_hopper() -> bool:
+    return torch.version.hip is None and torch.cuda.is_available() and torch.cuda.get_device_capability()[0] >= 9
 
 
 def free_share(device: torch.device) -> int:

@@ -225,7 +225,9 @@ class LanguageModel:
         return None if name is None else _gain_and_bias(self.bridge.blocks[layer].get_submodule(name))
 
     def _live(self, tokens: Tensor) -> Activations:
-        return Activations(tokens, torch.empty(0), counted=all_but_first(tokens), mlp_input=self.shape.mlp_input)
+        live = Activations(tokens, torch.empty(0), counted=all_but_first(tokens), mlp_input=self.shape.mlp_input)
+        live.counted_tokens = tokens.numel() - len(tokens)
+        return live
 
     def _run(self, tokens: Tensor, hooks: list[Hook]) -> Tensor:
         with patterns_in_time(self.bridge, hooks) as hooks:

@@ -1,7 +1,8 @@
 """The activations of a language model that a CLT reads and reconstructs."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -39,9 +40,9 @@ class Activations:
     counted: Tensor | None = None  # [B, S] bool
     mlp_input: str | None = None  # the hook of x (`ModelShape.mlp_input`); None: not noted
 
-    @property
+    @cached_property
     def counted_tokens(self) -> int:
-        """How many tokens count."""
+        """How many tokens count. Whoever makes a batch may set it: to count them waits for the device."""
         return self.tokens.numel() if self.counted is None else int(self.counted.sum())
 
     @property
@@ -85,7 +86,8 @@ class Activations:
         """A view of `count` rows from `first` on, or of fewer at the end."""
         rows = slice(first, first + count)
         values: dict[str, Any] = {}
-        for name, value in vars(self).items():
+        for name in (f.name for f in fields(self)):
+            value = getattr(self, name)
             values[name] = [tensor[rows] for tensor in value] if isinstance(value, list) else value
             if isinstance(value, Tensor):
                 values[name] = value[rows]

@@ -56,8 +56,9 @@ class _RunningDecoders:
 
     def up_to(self, layer: int) -> None:
         while self.layer < layer:
-            for u, target in self.slices(self.layer):
-                self.E[u] += self.decoders[u][:, target]
+            if written := list(self.slices(self.layer)):
+                places, parts = zip(*((self.E[u], self.decoders[u][:, t]) for u, t in written), strict=True)
+                torch._foreach_add_(places, parts)  # one launch on a GPU
             self.layer += 1
 
     def at(self, reader: Reader) -> Tensor:

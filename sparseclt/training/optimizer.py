@@ -1,7 +1,7 @@
 """Adam that updates some rows of a parameter at a time, so that a decoder's gradient need never be whole."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
@@ -53,6 +53,8 @@ class RowAdam:
         self.columns = clt.transcoder(0).columns
         self.parameters = dict(clt.named_parameters())
         self.step = 0
+        self._scaled: tuple[object, Tensor] = (None, torch.empty(0))
+        self._steps: tuple[int, list[Tensor]] | None = None
         self.state = {name: self._moments(name, parameter) for name, parameter in self.parameters.items()}
         self.scales = {name: _ones(name, p) for name, p in self.parameters.items() if name.endswith(SCALED)}
 
@@ -135,24 +137,42 @@ class RowAdam:
         if small:
             D = weights.shape[-1] * group.size
             offset = eight_bit.offsets(D, self.step, weights.device)[slice(None) if group.alone else self.columns]
-        generator = torch.Generator(weights.device)
-        seed = self.seed + (0 if name.endswith("b_dec") else self.ranks.latents.rank)  # b_dec is the same on all ranks
-        generator.manual_seed(hash((seed, self.step, list(self.parameters).index(name), row)) & (2**63 - 1))
+        generator, scale = self._generator(name, row) if weights.dtype != wide else None, self.scales.get(name)
         for rows in chunks(len(weights), 4 * weights[:1].numel(), PIECE_BYTES.on(weights.device)):
             exact, part = weights[rows].to(wide), {key: tensor[rows] for key, tensor in moments.items()}
             moment = {
                 k: eight_bit.decode(c, part[k], part[f"{k}_scale"]) if small else part[k] for k, c in CODES.items()
             }
             own = gradient[rows].to(wide)
-            scale = self.scales.get(name)
             if scale is not None or factor != 1:
-                own.mul_(factor if scale is None else scale * factor)
+                own.mul_(factor if scale is None else self._scale_times(name, factor))
             self._exact(exact, own, moment["mean"], moment["square"], learning_rate, scale)
             if offset is not None:
                 for key, code in CODES.items():
                     eight_bit.encode(code, moment[key], part[key], part[f"{key}_scale"], offset, group)
-            if weights.dtype != wide:
+            if generator is not None:
                 round_stochastically(exact, weights[rows], generator)
+
+    def _scale_times(self, name: str, factor: float) -> Tensor:
+        """A parameter's scale times `factor`, for all rows of one step."""
+        key = name, self.step, factor
+        if self._scaled[0] != key:
+            self._scaled = key, self.scales[name] * factor
+        return self._scaled[1]
+
+    def _before(self, device: torch.device) -> Tensor:
+        """The number of steps before this one, as Adam's function takes it, which counts it up: out of many that are
+        filled on the device at once."""
+        if self._steps is None or self._steps[0] != self.step or not self._steps[1]:
+            self._steps = self.step, list(torch.full((256,), self.step - 1.0, device=device).unbind())
+        return self._steps[1].pop()
+
+    def _generator(self, name: str, row: int) -> torch.Generator:
+        """Of random bits that follow from the seed, the step, the parameter and the row, and from the rank, unless all
+        ranks have the same parameter."""
+        generator = torch.Generator(self.parameters[name].device)
+        seed = self.seed + (0 if name.endswith("b_dec") else self.ranks.latents.rank)
+        return generator.manual_seed(hash((seed, self.step, list(self.parameters).index(name), row)) & (2**63 - 1))
 
     def _exact(
         self,
@@ -165,7 +185,7 @@ class RowAdam:
     ) -> None:
         """`gradient` is in Adam's units."""
         beta1, beta2 = self.config.betas
-        steps = torch.full((), self.step - 1.0, device=weights.device)  # filled there: nothing waits
+        steps = self._before(weights.device)
         # With a scale: the step in Adam's units, which begins at 0.
         moved = weights if scale is None else torch.zeros_like(weights)
         adam(
@@ -202,6 +222,14 @@ def round_stochastically(exact: Tensor, out: Tensor, generator: torch.Generator)
     out.copy_(rounded)
 
 
+def _together(squares: Iterable[Tensor]) -> Tensor:
+    """In float64, by one conversion per dtype."""
+    by_dtype: dict[torch.dtype, list[Tensor]] = {}
+    for square in squares:
+        by_dtype.setdefault(square.dtype, []).append(square)
+    return torch.cat([torch.stack(same).to(torch.float64) for same in by_dtype.values()])
+
+
 @torch.no_grad()
 def clip_and_step(
     clt: Transcoders,
@@ -233,7 +261,7 @@ def clip_and_step(
             squares[name] = torch.stack([optimizer.square_sum(name, chunk.gradient) for chunk in kept[name]]).sum()
         else:
             squares[name] = optimizer.square_sum_of_targets(name, gradients.squares(decoders[name]))
-    total = torch.stack([square.to(torch.float64) for square in squares.values()])
+    total = _together(squares.values())
     if clt.ranks.latents.rank:
         total *= torch.tensor([not name.endswith("b_dec") for name in squares], device=total.device)  # counted once
     total = clt.ranks.latents.sum_(total)

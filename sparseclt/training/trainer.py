@@ -151,20 +151,19 @@ class Trainer:
         """
         config, step = self.config, self.step
         with self._explaining_out_of_memory():
-            finite.check_activations(activations, step)
+            checks = finite.Checks(activations, step)
             if step == 0:
+                finite.check_activations(activations, step)  # the first step measures them
                 normalise(self.clt, self.optimizer, activations, self._untrained)
                 if self._untrained:
                     thresholds.calibrate(self.clt, activations, config.compute.backend)
             if self.policy and schedule.connections_may_change(config, step):
                 self.policy.update(self.clt, self.activity["vanilla"], step)
             rho = schedule.sparse_weight(config, step)
-            backward = self.objective.backward(
-                activations, rho, lambda total, terms: finite.check_loss(total, terms, step)
-            )
+            backward = self.objective.backward(activations, rho, checks.note_loss)
             rate = schedule.learning_rate(config, step)
             norm, spoiled = clip_and_step(
-                self.clt, backward.gradients, self.optimizer, rate, config.optimizer.clip_norm
+                self.clt, backward.gradients, self.optimizer, rate, config.optimizer.clip_norm, checks.settle
             )
         finite.check_gradient(spoiled, step)
         data = self.ranks.data
