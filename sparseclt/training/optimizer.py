@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -223,11 +224,10 @@ def round_stochastically(exact: Tensor, out: Tensor, generator: torch.Generator)
 
 
 def _together(squares: Iterable[Tensor]) -> Tensor:
-    """In float64, by one conversion per dtype."""
-    by_dtype: dict[torch.dtype, list[Tensor]] = {}
-    for square in squares:
-        by_dtype.setdefault(square.dtype, []).append(square)
-    return torch.cat([torch.stack(same).to(torch.float64) for same in by_dtype.values()])
+    """One after another, in float64."""
+    parts = list(squares)
+    wide = reduce(torch.promote_types, (part.dtype for part in parts))
+    return torch.stack([part.to(wide) for part in parts]).to(torch.float64)
 
 
 @torch.no_grad()
