@@ -47,7 +47,7 @@ class WarningSigns:
             if f"fvu_{mode}" not in metrics:
                 continue
             settled = long_enough if mode == "vanilla" else ramped
-            self._look_at_dead(mode, step, metrics[f"dead_{mode}"], long_enough)
+            self._look_at_dead(mode, step, metrics[f"dead_{mode}"], settled)
             self._look_for_rise(f"FVU in {MODE_NAMES[mode]}", step, metrics[f"fvu_{mode}"], settled)
             for name in metrics:
                 if name.startswith(f"fvu_{mode}/"):
