@@ -14,9 +14,9 @@ from typing import Any
 
 from sparseclt.atlas.build import write_atlas
 from sparseclt.evaluation.metrics import evaluate
-from sparseclt.measurement import held_out_rows
 from sparseclt.observations.gather import gather
 from sparseclt.runs import load_run
+from sparseclt.runs.measurement import held_out_rows
 from sparseclt.storage.run_config import read_config
 
 

@@ -1,6 +1,7 @@
 """The `sparseclt` command."""
 
 import io
+import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -9,9 +10,12 @@ from pathlib import Path
 
 import tyro
 
-from sparseclt.config.strict import ConfigError
-from sparseclt.flags import COMMANDS, Config, Run, Work, resume
+from sparseclt.experiments.experiment import refusal
+from sparseclt.experiments.registry import find
+from sparseclt.flags import COMMANDS, Config, Run, Work, experiment, resume
 from sparseclt.storage.run_config import read_config
+
+ON_SEVERAL_PROCESSES = ("train", "resume", "repeat")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -22,7 +26,9 @@ def main(arguments: list[str] | None = None) -> int:
     """
     try:
         with _short_warnings():
-            return _parse(sys.argv[1:] if arguments is None else arguments)() or 0
+            arguments = sys.argv[1:] if arguments is None else arguments
+            _check_processes(arguments)
+            return _parse(arguments)() or 0
     except (ValueError, TypeError) as error:
         print(f"sparseclt: {error}", file=sys.stderr)
         return 2
@@ -32,6 +38,14 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt as stop:  # that of a training run has written a checkpoint, and says so
         print(f"sparseclt: {stop or 'interrupted'}", file=sys.stderr)
         return getattr(stop, "exit_status", 130)
+
+
+def _check_processes(arguments: list[str]) -> None:
+    processes, command = os.environ.get("WORLD_SIZE", "1"), next(iter(arguments), "")
+    if processes != "1" and command in COMMANDS and command not in ON_SEVERAL_PROCESSES:
+        raise ValueError(
+            f"{command}: expected a single process, got {processes}; only train, resume and repeat run on several"
+        )
 
 
 @contextmanager
@@ -56,18 +70,15 @@ def _parse(arguments: list[str]) -> Work:
     """The work that the arguments ask for. tyro frames and wraps the errors of a configuration; they are raised as
     they are instead."""
     messages = io.StringIO()
-    known = COMMANDS | {"resume": _resume_of(arguments)}
+    known = COMMANDS | {"resume": _resume_of(arguments), "experiment": _experiment_of(arguments)}
     try:
         with redirect_stderr(messages):
             work: Work = tyro.extras.subcommand_cli_from_dict(
                 known, prog="sparseclt", description="Sparsely-connected cross-layer transcoders.", args=arguments
             )
     except SystemExit as stop:
-        cause: BaseException | None = stop
-        while cause is not None and not isinstance(cause, ConfigError):
-            cause = cause.__context__
-        if cause is not None:
-            raise cause from None
+        if (error := refusal(stop)) is not None:
+            raise error from None
         sys.stderr.write(messages.getvalue())
         raise
     sys.stderr.write(messages.getvalue())
@@ -87,6 +98,27 @@ def _resume_of(arguments: list[str]) -> Callable[..., Work]:
 
     of_run.__doc__ = resume.__doc__
     return of_run
+
+
+def _experiment_of(arguments: list[str]) -> Callable[..., Work]:
+    """`experiment` with the configuration of the experiment that is named first as its defaults."""
+    if arguments[:1] != ["experiment"] or len(arguments) < 2 or arguments[1].startswith("-"):
+        if arguments[:1] == ["experiment"] and not {"--list", "-h", "--help"} & {*arguments}:
+            raise ValueError("experiment: expected the name of one before all options; --list shows them")
+        return experiment
+    named = find(arguments[1]).config()
+
+    def of_name(
+        name: tyro.conf.Positional[str],
+        seeds: int = 3,
+        only: tuple[str, ...] = (),
+        list: bool = False,
+        config: Config = named,
+    ) -> Work:
+        return experiment(name, seeds, only, list, config)
+
+    of_name.__doc__ = experiment.__doc__
+    return of_name
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from sparseclt.config import TrainConfig
+from sparseclt.experiments.experiment import Experiment
 from sparseclt.export import FormatName
 from sparseclt.model.shape import ModelShape
 from sparseclt.storage.run_config import check_trained, read_config
@@ -52,25 +53,46 @@ def import_clt(path: Path, config: TrainConfig, input_hook: str | None) -> None:
     print(f"\nRun directory: {config.out}")
 
 
-def evaluate(run: Path, device: str | None, checkpoint: Path | None, faithfulness: bool) -> None:
-    """Evaluate a run and print its table, and with `faithfulness` whether its connections matter."""
+def evaluate(
+    run: Path, device: str | None, checkpoint: Path | None, faithfulness: bool, interaction_sparsity: bool
+) -> None:
+    """Evaluate a run and print its table, with `faithfulness` also whether its connections matter, and with
+    `interaction_sparsity` how few of them are needed."""
     from sparseclt import runs
     from sparseclt.evaluation import report
 
-    if faithfulness and checkpoint is not None:
-        raise ValueError(f"faithfulness: expected a finished run without --checkpoint, got {checkpoint}")
+    for name, asked in (("faithfulness", faithfulness), ("interaction_sparsity", interaction_sparsity)):
+        if asked and checkpoint is not None:
+            raise ValueError(f"{name}: expected a finished run without --checkpoint, got {checkpoint}")
     result = runs.evaluate_run(run, device=device, checkpoint=checkpoint)
     print(report.evaluation_table(result.to_dict()))
     if faithfulness:
         print(f"\n{report.faithfulness_table(runs.faithfulness_of_run(run, device=device))}")
+    if interaction_sparsity:
+        print(f"\n{report.interaction_table(runs.interaction_of_run(run, device=device))}")
 
 
 def sweep(config: TrainConfig, connections: tuple[int, ...], random: bool) -> None:
     """Train for each number of connections and print FVU against C."""
-    from sparseclt import sweeps
     from sparseclt.evaluation import report
+    from sparseclt.experiments import sweeps
 
     print(report.sweep_table(sweeps.sweep(config, connections, random=random)))
+    print(f"\nRun directories: {config.out}")
+
+
+def experiments(name: str) -> None:
+    """Print the experiments there are, or the variants of one."""
+    from sparseclt.experiments.registry import listing
+
+    print(listing(name))
+
+
+def experiment(experiment: Experiment, config: TrainConfig, seeds: int, only: tuple[str, ...]) -> None:
+    """Carry out an experiment and print its table."""
+    from sparseclt.experiments.conduct import conduct
+
+    print(conduct(experiment, config, seeds=seeds, only=only))
     print(f"\nRun directories: {config.out}")
 
 

@@ -10,6 +10,7 @@ import tyro
 from sparseclt import commands
 from sparseclt.commands import Split
 from sparseclt.config import ConnectionConfig, DataConfig, ModelConfig, TrainConfig
+from sparseclt.experiments.registry import find
 from sparseclt.export import FormatName
 from sparseclt.model.shape import ModelShape
 from sparseclt.model.sites import Mode
@@ -71,7 +72,13 @@ def import_clt(
     return partial(commands.import_clt, path, config, input_hook)
 
 
-def evaluate(run: Run, device: str | None = None, checkpoint: Path | None = None, faithfulness: bool = False) -> Work:
+def evaluate(
+    run: Run,
+    device: str | None = None,
+    checkpoint: Path | None = None,
+    faithfulness: bool = False,
+    interaction_sparsity: bool = False,
+) -> Work:
     """Evaluate a finished run on its held-out text and print the table.
 
     Args:
@@ -79,8 +86,9 @@ def evaluate(run: Run, device: str | None = None, checkpoint: Path | None = None
         device: 'cpu', 'cuda', ... None: that of the run.
         checkpoint: One of its checkpoints, such as step_00000500, to evaluate instead.
         faithfulness: Also measure whether connections matter: ablations, shuffled connections, KL, scores of graphs.
+        interaction_sparsity: Also measure how few connections the predictions need: KL against connections kept.
     """
-    return partial(commands.evaluate, run, device, checkpoint, faithfulness)
+    return partial(commands.evaluate, run, device, checkpoint, faithfulness, interaction_sparsity)
 
 
 def sweep(
@@ -96,6 +104,28 @@ def sweep(
         random: Train another run for each C, with random connections.
     """
     return partial(commands.sweep, config, connections, random)
+
+
+def experiment(
+    name: tyro.conf.Positional[str] = "",
+    seeds: int = 3,
+    only: tuple[str, ...] = (),
+    list: bool = False,
+    config: Config = TrainConfig(out="runs/experiments/NAME"),  # noqa: B008
+) -> Work:
+    """Train the variants of a named experiment with several seeds each, and write one table of them. Goes on where it
+    was stopped. The options of `train` are what all runs have in common.
+
+    Args:
+        name: The experiment.
+        seeds: How many runs each variant has: with seeds 0, 1, ...
+        only: Train only the variants with these labels.
+        list: Only list the experiments and their questions, or, with a name, the labels of its variants.
+        config: The configuration of the runs.
+    """
+    if list:
+        return partial(commands.experiments, name)
+    return partial(commands.experiment, find(name), config, seeds, only)
 
 
 def atlas(
@@ -238,6 +268,7 @@ COMMANDS: dict[str, Callable[..., Work]] = {
     "import": import_clt,
     "eval": evaluate,
     "sweep": sweep,
+    "experiment": experiment,
     "atlas": atlas,
     "plan": plan,
     "graph": graph,

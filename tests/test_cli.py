@@ -15,8 +15,8 @@ from sparseclt.cli import main
 from sparseclt.training.loggers import read_metrics
 
 COMMANDS = (
-    "train", "resume", "repeat", "import", "eval", "sweep", "atlas", "plan", "graph", "intervene", "export", "push",
-    "selftest",
+    "train", "resume", "repeat", "import", "eval", "sweep", "experiment", "atlas", "plan", "graph", "intervene",
+    "export", "push", "selftest",
 )  # fmt: skip
 
 
@@ -64,6 +64,17 @@ def test_eval_with_faithfulness_says_whether_connections_matter(run, capsys):
     assert json.loads((run / "faithfulness.json").read_text())["agreement"]["sparse"]["kl"] > 0
     assert main(["eval", str(run), "--faithfulness", "--checkpoint", "step_00000006"]) == 2
     assert "faithfulness: expected a finished run without --checkpoint" in capsys.readouterr().err
+
+
+def test_eval_with_interaction_sparsity_says_how_few_connections_are_needed(run, capsys):
+    assert main(["eval", str(run), "--interaction-sparsity"]) == 0
+    out = capsys.readouterr().out
+    assert "connections kept per latent" in out and (run / "interaction.md").read_text() in out
+    figures = json.loads((run / "interaction.json").read_text())
+    assert figures["edges"] == "own" and figures["curve"][0]["kl"] > 0
+    assert (run / "interaction.png").stat().st_size > 0
+    assert main(["eval", str(run), "--interaction-sparsity", "--checkpoint", "step_00000006"]) == 2
+    assert "interaction_sparsity: expected a finished run without --checkpoint" in capsys.readouterr().err
 
 
 def test_a_run_directory_reproduces_its_own_run(run, tmp_path):
@@ -224,19 +235,19 @@ def test_a_graph_of_bad_input_is_one_clear_line(run, capsys, arguments, message)
 
 FLAGS = """
     --activations.cache --activations.cache-dtype --activations.shuffle-bytes --batch-rows --checkpoints.every-minutes
-    --checkpoints.every-steps --checkpoints.keep --clt.activation --clt.active --clt.attention --clt.bandwidth
-    --clt.dtype --clt.latents --clt.targets
+    --checkpoints.every-steps --checkpoints.keep --clt.activation --clt.active --clt.active-ratio
+    --clt.attention --clt.bandwidth --clt.dtype --clt.latents --clt.targets
     --compute.backend --compute.micro-batch-rows --connections.anneal-share --connections.candidates-after-steps
     --connections.freeze-after-share --connections.importance --connections.per-latent --connections.policy
     --connections.pressure-weight --connections.recent-tokens --connections.refresh-steps
     --connections.start-per-latent --data.bos --data.cache --data.held-out-share --data.held-out-tokens
     --data.max-tokens --data.row-tokens --data.source --data.text-field --device --help --logging.every-steps
     --logging.loggers --logging.no-progress --logging.progress
-    --loss.cross-entropy-weight --loss.l0-weight --loss.latent-agreement-weight --loss.sparse-ramp-share
-    --loss.sparse-start-share --model.dtype --model.layers --model.path --optimizer.betas --optimizer.clip-norm
-    --optimizer.dead-after-tokens --optimizer.decay-share --optimizer.learning-rate --optimizer.revival-rate
-    --optimizer.rows --optimizer.state --optimizer.warmup-share
-    --out --seed --steps
+    --loss.cross-entropy-weight --loss.interaction-weight --loss.l0-weight --loss.latent-agreement-weight
+    --loss.sparse-ramp-share --loss.sparse-start-share --model.dtype --model.layers --model.path --optimizer.betas
+    --optimizer.clip-norm --optimizer.dead-after-tokens --optimizer.decay-share --optimizer.learning-rate
+    --optimizer.revival-rate --optimizer.rows --optimizer.state --optimizer.warmup-share --out --parallel.data
+    --parallel.latents --parallel.timeout-seconds --seed --steps
 """.split()
 
 
@@ -256,7 +267,7 @@ def test_the_help_begins_with_the_fields_that_every_run_sets(capsys, monkeypatch
     monkeypatch.setenv("COLUMNS", "80")
     text = help_of("train", capsys)
     order = ["--out", "--steps", "--device", "--model.path", "--data.source", "--clt.latents", "--connections.policy"]
-    experts = ["--loss.", "--optimizer.", "--activations.", "--compute.", "--logging.", "--checkpoints."]
+    experts = ["--loss.", "--optimizer.", "--activations.", "--compute.", "--logging.", "--checkpoints.", "--parallel."]
     places = [text.index(flag) for flag in order + experts]
     assert places == sorted(places)
     assert text.count("For experts:") == len(experts)

@@ -76,6 +76,7 @@ BAD = {
     "data.cache": [""],
     "clt.latents": [0, -512, 31],
     "clt.active": [0, -1, 1025],
+    "clt.active_ratio": [0.0, -2.0],
     "clt.activation": ["relu", "TopK", ""],
     "clt.bandwidth": [0.0, -0.1],
     "clt.targets": ["later", ""],
@@ -222,8 +223,8 @@ def test_every_problem_has_its_line():
         from_dict({"steps": 0, "clt": {"width": 3}, "optimizer": {"state": "8-bit", "betas": [0.9, 1]}, "loss": None})
     assert str(error.value).splitlines() == [
         "steps: expected at least 1, got 0",
-        "config: unknown field clt.width; expected one of latents, active, activation, bandwidth, targets, attention, "
-        "dtype",
+        "config: unknown field clt.width; expected one of latents, active, active_ratio, activation, bandwidth, "
+        "targets, attention, dtype",
         "loss: expected the fields of a LossConfig, got None",
         "optimizer.betas[1]: expected less than 1, got 1",
         "optimizer.state: expected 'fp32' or '8bit', got '8-bit'",

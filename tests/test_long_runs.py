@@ -16,12 +16,13 @@ import pytest
 import torch
 from test_cli import material  # noqa: F401  the fixture
 
-from sparseclt import measurement, runs
+from sparseclt import runs
 from sparseclt.cli import main
 from sparseclt.config import TrainConfig
 from sparseclt.evaluation import plots
 from sparseclt.language_model import language_model
 from sparseclt.language_model.language_model import LanguageModel
+from sparseclt.runs import measurement
 from sparseclt.storage.run_config import read_config
 from sparseclt.training.loggers import read_metrics
 from sparseclt.training.trainer import Trainer

@@ -30,7 +30,10 @@ def run(*command: object, **options) -> subprocess.CompletedProcess:
 def built(tmp_path_factory):
     """Sdist and wheel, the wheel built from the sdist; of a copy, because builds leave files beside the source."""
     source, out = tmp_path_factory.mktemp("source") / "sparseclt", tmp_path_factory.mktemp("dist")
-    shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", *GENERATED))
+    everywhere = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info")
+    shutil.copytree(
+        ROOT, source, ignore=lambda at, names: {*everywhere(at, names), *(GENERATED if Path(at) == ROOT else ())}
+    )
     done = run(sys.executable, "-m", "build", "--no-isolation", "--outdir", out, source)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     (sdist,), (wheel,) = out.glob("*.tar.gz"), out.glob("*.whl")

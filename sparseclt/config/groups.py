@@ -67,7 +67,10 @@ class CLTConfig:
     latents: Positive = 1024
     """Latents per module (F)."""
     active: Positive = 32
-    """Active latents per token and module (K); except with activation topk, their mean over tokens."""
+    """Active latents per token and module (K), in the mean over layers, and over tokens except with activation topk."""
+    active_ratio: Annotated[float, Field(gt=0)] = 2.0
+    """K of the first layer over that of the last, between which it falls geometrically. Later layers inherit in
+    sparsely-connected mode what earlier ones fail to reconstruct."""
     activation: Literal["topk", "batchtopk", "jumprelu"] = "topk"
     """topk: the K strongest latents of each token. batchtopk: the N K strongest of a batch of N tokens. jumprelu: those
     above a trained threshold per latent. With the latter two, K on average and at most 4 K per token."""
@@ -134,7 +137,11 @@ class LossConfig:
     latent_agreement_weight: Weight = 0.2
     """Weight of the FVU of the sparsely-connected latents against the vanilla ones."""
     l0_weight: Weight = 1.0
-    """With activation jumprelu, weight of (active latents per token / clt.active - 1)^2 of each module and mode."""
+    """With activation jumprelu, weight of (active latents per token / K - 1)^2 of each module and mode."""
+    interaction_weight: Weight = 0.0
+    """Weight of the mean |Jacobian| between latents that are active together, in vanilla mode, summed over MLP modules;
+    it grows with the terms of sparsely-connected mode. A baseline after Jacobian SAEs for small models: the memory
+    plan leaves out what it takes. 0: not computed."""
     cross_entropy_weight: Weight = 0.0
     """Weight of the replaced model's next-token cross-entropy, in each mode. 0: not computed."""
 
@@ -151,11 +158,12 @@ class OptimizerConfig:
     """Share of the steps, at the end, over which it falls to zero."""
     betas: tuple[Beta, Beta] = (0.9, 0.95)
     """Decay rates of Adam's two running means."""
-    revival_rate: Weight = 10.0
-    """The bias of a dead latent rises by so many peak learning rates per step, until it fires. 0: never."""
+    revival_rate: Weight = 5.0
+    """The bias of a dead latent rises by so many peak learning rates per step, until it fires. 0: never. Of attention
+    modules only latents that are dead in vanilla mode."""
     dead_after_tokens: Positive | None = None
     """A latent is dead after so many tokens on which it did not fire, in either mode. None: 150 times those on which an
-    average latent fires once, clt.latents / clt.active."""
+    average latent of its module fires once."""
     clip_norm: Annotated[float, Field(gt=0)] | None = 1.0
     """Scale gradients down to this norm at most, in units in which every site's inputs and outputs have size 1. None:
     never."""

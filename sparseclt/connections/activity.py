@@ -86,8 +86,9 @@ class Activity:
         means = self.magnitude("mean").flatten()[ids] * self.recent.mixed(module)
         return torch.where(fired[:, None] < RARE, means, sums.div_(fired.clamp_min(1)[:, None]))
 
-    def dead(self, after_tokens: int) -> Tensor:
-        """Boolean [M, F]: latents that have not fired for `after_tokens` tokens."""
+    def dead(self, after_tokens: int | Tensor) -> Tensor:
+        """Boolean [M, F]: latents that have not fired for `after_tokens` tokens, of which each module may have its own
+        number [M, 1]."""
         return self.tokens_since_fired >= after_tokens
 
     def state(self) -> dict[str, Tensor]:
@@ -102,8 +103,8 @@ class Activity:
 
 
 class RecentLatents:
-    """The active latents of the last `tokens` tokens of every module, a ring: values and ids [M, tokens, K]; and what
-    the attention modules among `sites` attended to there."""
+    """The active latents of the last `tokens` tokens of every module, a ring: values and ids [M, tokens, K], where K is
+    the most that a module has; and what the attention modules among `sites` attended to there."""
 
     def __init__(self, sites: Sequence[Site], active: int, tokens: int, device: str | torch.device = "cpu"):
         self.values = torch.zeros(len(sites), tokens, active, device=device)
@@ -121,8 +122,9 @@ class RecentLatents:
         taken = (every if counted is None else every[counted])[-capacity:]
         places = (int(self.seen) + torch.arange(len(taken), device=device)) % capacity
         for m, (values, indices) in enumerate(latents):
-            self.values[m, places] = values.detach()[taken].float()
-            self.indices[m, places] = indices[taken].clamp_min(0).int()
+            K = values.shape[1]  # of this module; the others may have more
+            self.values[m, places, :K] = values.detach()[taken].float()
+            self.indices[m, places, :K] = indices[taken].clamp_min(0).int()
         self.attended.add(keys, taken, places)
         self.seen += len(taken)
 

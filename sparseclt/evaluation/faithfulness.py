@@ -1,8 +1,7 @@
 """Whether a CLT's figures mean what they seem to: what is connected must matter, what is not must not, and shuffled
 connections must be worse."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -11,7 +10,9 @@ from torch import Tensor
 
 from sparseclt import ops
 from sparseclt.connections.selection import random_connections
+from sparseclt.evaluation.agreement import Agreement, AgreementSums
 from sparseclt.evaluation.metrics import captures, modes_of
+from sparseclt.evaluation.reconnected import checked, connected
 from sparseclt.evaluation.statistics import ModeStatistics, Variance
 from sparseclt.language_model.language_model import LanguageModel
 from sparseclt.model.activations import Activations
@@ -22,16 +23,6 @@ from sparseclt.model.sites import Mode
 from sparseclt.model.stream import UnmaskedStream
 from sparseclt.model.upstream import UpstreamLatents
 from sparseclt.ops.rows import row_dots
-
-
-@dataclass(frozen=True, kw_only=True)
-class Agreement:
-    """A replaced model against the language model, over the tokens that `LanguageModel.cross_entropy` counts."""
-
-    kl: float
-    """Mean KL divergence from the language model's next-token probabilities to the replaced model's, in nats."""
-    top1: float
-    """Share of tokens behind which both find the same next token likeliest."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,13 +83,13 @@ def faithfulness(
     if len(modes_of(clt)) < 2:
         raise ValueError("clt: expected a CLT with connections, whose faithfulness can be measured, got one without")
     C = max(module.connections.C for module in clt if module.connections)
-    shuffled, variance = random_connections(clt, C, seed), Variance(clt)
+    shuffled, variance = checked(clt, random_connections(clt, C, seed)), Variance(clt)
     statistics = {name: ModeStatistics(clt) for name in ("sparse", "shuffled")}
-    sums, upstream = _AgreementSums(), _UpstreamParts(clt)
+    sums, upstream = AgreementSums(), _UpstreamParts(clt)
     chosen = {"connected": None, "random": shuffled}
     weights = {}  # the same for every batch
     for name, connections in chosen.items():
-        with _connected(clt, connections):
+        with connected(clt, connections):
             weights[name] = clt.virtual_weights(backend)
     for batch, activations in captures(clt, language_model, rows, batch_rows):
         real = activations.outputs(clt.sites)
@@ -106,14 +97,14 @@ def faithfulness(
         logits = language_model.replaced_logits(batch)
         for name in ("vanilla", "sparse", "shuffled"):
             mode: Mode = "vanilla" if name == "vanilla" else "sparse"
-            with _connected(clt, shuffled if name == "shuffled" else None):
+            with connected(clt, shuffled if name == "shuffled" else None):
                 hooks = replacement(clt, mode, backend)
                 sums.add(name, logits, language_model.replaced_logits(batch, **hooks))
                 if mode == "sparse":
                     statistics[name].add(clt(activations, mode, backend=backend), real)
         all_open = clt(activations, "sparse", backend=backend, open_connections="all")
         for name, connections in chosen.items():
-            with _connected(clt, connections):
+            with connected(clt, connections):
                 upstream.add(name, all_open, activations, weights[name], backend)
     return Faithfulness(
         tokens=variance.tokens,
@@ -122,46 +113,6 @@ def faithfulness(
         fvu_shuffled=(statistics["shuffled"].squared_error / variance.value()).mean().item(),
         ablations=upstream.ablations(),
     )
-
-
-@contextmanager
-def _connected(clt: SparseCLT, connections: Sequence[Tensor | None] | None) -> Iterator[None]:
-    """With `connections` instead of the CLT's own and without learned masks; None: as it is."""
-    if connections is None:
-        yield
-        return
-    own = [(module.connections, module.logits) for module in clt]
-    try:
-        for module in clt:
-            module.logits = None
-        clt.connect(connections)
-        yield
-    finally:
-        for module, (mine, logits) in zip(clt, own, strict=True):
-            module.connections, module.logits = mine, logits
-
-
-class _AgreementSums:
-    """KL divergences and agreeing tokens, by name, summed up."""
-
-    def __init__(self) -> None:
-        self.sums: dict[str, Tensor] = {}
-
-    def add(self, name: str, real: Tensor, replaced: Tensor) -> None:
-        """Take in the logits [B, S, V] of both models. The predictions behind position 0 and the last one do not
-        count, as in cross-entropy."""
-        total = torch.zeros(3, dtype=torch.float64)
-        for p, q in zip(real, replaced, strict=True):  # a row at a time: no further tensors of their size
-            p, q = p[1:-1].double().log_softmax(-1), q[1:-1].double().log_softmax(-1)
-            same = (p.argmax(-1) == q.argmax(-1)).sum()
-            total += torch.stack([(p.exp() * (p - q)).sum(), same, same.new_tensor(len(p))]).double().cpu()
-        self.sums[name] = self.sums.get(name, 0) + total
-
-    def means(self) -> dict[str, Agreement]:
-        return {
-            name: Agreement(kl=(kl / tokens).item(), top1=(same / tokens).item())
-            for name, (kl, same, tokens) in self.sums.items()
-        }
 
 
 class _UpstreamParts:
@@ -183,7 +134,7 @@ class _UpstreamParts:
         clt = self.clt
         outputs = {site: forward.output(site) for site in clt.sites}
         given, whole = UnmaskedStream(clt, False), UnmaskedStream(clt, False, all_open=True)
-        before = UpstreamLatents(len(clt.sites), clt.architecture.latents)
+        before = UpstreamLatents(clt.architecture, clt.sites)
         for m, (module, latents) in enumerate(zip(clt, forward.latents, strict=True)):
             site = module.site
             written = whole.before(site, activations, outputs) - given.before(site, activations, outputs)

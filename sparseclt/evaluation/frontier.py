@@ -22,12 +22,16 @@ def with_explained(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return [{**row, "explained_by_connections": _explained(without, row)} for row in rows]
 
 
-def _explained(without: float | None, row: Mapping[str, Any]) -> float | None:
-    sparse, all_open = row.get("fvu_sparse"), row.get("fvu_all_open")
-    if without is None or sparse is None or all_open is None:
-        return None
-    if row["C"] == 0:
-        return 0.0
-    if all_open >= without:
+def explained(without: float | None, sparse: float | None, all_open: float | None) -> float | None:
+    """The share of the way from a FVU `without` connections to that with all of them open at which `sparse` is; None if
+    one of them is not known, or if opening all is no better than having none."""
+    if without is None or sparse is None or all_open is None or all_open >= without:
         return None
     return float((without - sparse) / (without - all_open))
+
+
+def _explained(without: float | None, row: Mapping[str, Any]) -> float | None:
+    sparse, all_open = row.get("fvu_sparse"), row.get("fvu_all_open")
+    if row["C"] == 0 and sparse is not None and all_open is not None:
+        return 0.0
+    return explained(without, sparse, all_open)

@@ -125,6 +125,37 @@ def fvu_against_c(
     _save(figure, path)
 
 
+def interaction(curves: Mapping[str, Sequence[Mapping[str, Any]]], path: str | Path) -> None:
+    """Plot the KL divergence of replaced models against the connections kept per latent.
+
+    curves: by label of a run, the points of `InteractionSparsity.curve` as dictionaries ("kept", "kl").
+    path: where to save; its suffix chooses the format (.png, .pdf, .svg).
+
+    Raises ValueError if there is no curve.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import NullLocator
+
+    if not curves:
+        raise ValueError("curves must hold at least one run, got none")
+    figure = Figure(figsize=(8, 5.5), layout="constrained")
+    axes = figure.subplots()
+    styles = list(_STYLE.values())
+    for i, (label, points) in enumerate(curves.items()):
+        shade = {"alpha": 1.0 if i < len(styles) else 0.5}  # more runs than colours: paler ones
+        places = [(math.log2(1 + point["kept"]), point["kl"]) for point in points]
+        _draw(axes, places, linewidth=2, markersize=6, label=label, **styles[i % len(styles)], **shade)
+    ticks = sorted({point["kept"] for points in curves.values() for point in points})
+    axes.set_xticks([math.log2(1 + kept) for kept in ticks], [str(kept) for kept in ticks])
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.set_xlabel("connections kept per latent, the most important ones (scale: log2(1 + kept))")
+    axes.set_yscale("log")
+    axes.set_ylabel("KL divergence from the language model\n(nats per token, log scale)")
+    axes.set_title("Interaction sparsity: predictions against connections kept")
+    figure.legend(loc="outside lower center", ncols=2, frameon=False)
+    _save(figure, path)
+
+
 def densities(evaluation: Mapping[str, Any], path: str | Path) -> None:
     """Plot how often latents fire: for each module and mode, how many latents have each firing rate.
 

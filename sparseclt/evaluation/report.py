@@ -67,6 +67,12 @@ _ABLATIONS = {
     "carried": ("carried by the connected", ".1%"),
     "carried_random": ("carried by the random", ".1%"),
 }
+_INTERACTION = {
+    "kept": ("connections kept per latent", "d"),
+    "edges": ("edges", ",d"),
+    "kl": ("KL, nats per token", ".4f"),
+    "top1": ("same top token", ".1%"),
+}
 _CROSS_ENTROPY = {
     "model": "the model itself",
     "vanilla": "replaced, vanilla mode",
@@ -118,6 +124,17 @@ def faithfulness_table(result: Mapping[str, Any]) -> str:
     return "\n\n".join(parts)
 
 
+def interaction_table(result: Mapping[str, Any]) -> str:
+    """An `InteractionSparsity` as Markdown."""
+    edges = {"own": "its connections", "all": "all pairs of a latent with an upstream one"}[result["edges"]]
+    relative = "-" if result["relative_area"] is None else f"{result['relative_area']:.3f}"
+    return (
+        f"{markdown_table(result['curve'], _INTERACTION)}\n\n"
+        f"Edges: {edges}. Area under the KL divergence {result['area']:.4f} nats, relative {relative}; all edges "
+        f"{result['kl_all']:.4f}, vanilla mode {result['kl_vanilla']:.4f}; {result['tokens']:,} held-out tokens."
+    )
+
+
 def sweep_table(rows: Sequence[Mapping[str, Any]]) -> str:
     """A sweep over C as a Markdown table, one row per C in rising order.
 
@@ -137,20 +154,25 @@ def sweep_table(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _cross_entropy_table(entropies: Mapping[str, float | None]) -> str:
-    best, worst = entropies.get("model"), entropies.get("zero_ablated")
-    rows = []
-    for key, label in _CROSS_ENTROPY.items():
-        value = entropies.get(key)
-        recovered = None
-        if value is not None and best is not None and worst is not None and worst != best:
-            recovered = (worst - value) / (worst - best)
-        rows.append({"run": label, "nats": value, "recovered": recovered})
+    rows = [
+        {"run": label, "nats": entropies.get(key), "recovered": loss_recovered(entropies, key)}
+        for key, label in _CROSS_ENTROPY.items()
+    ]
     columns = {
         "run": ("next-token cross-entropy", ""),
         "nats": ("nats per token", ".4f"),
         "recovered": ("loss recovered", ".1%"),
     }
     return markdown_table(rows, columns)
+
+
+def loss_recovered(entropies: Mapping[str, float | None], model: str) -> float | None:
+    """The share of the way from zero ablation (0) to the model itself (1) at which the cross-entropy of `model` is, one
+    of the fields of `metrics.CrossEntropies`; None if it was not measured."""
+    value, best, worst = (entropies.get(key) for key in (model, "model", "zero_ablated"))
+    if value is None or best is None or worst is None or worst == best:
+        return None
+    return (worst - value) / (worst - best)
 
 
 def markdown_table(rows: Sequence[Mapping[str, Any]], columns: Mapping[str, tuple[str, str]]) -> str:

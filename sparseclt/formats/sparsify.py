@@ -191,8 +191,9 @@ def _stored(module: Transcoder, language_model: LanguageModel, across: bool) -> 
 def _config(clt: SparseCLT, layer: int) -> dict[str, Any]:
     a = clt.architecture
     config = {
-        "activation": "topk", "k": a.active, "num_latents": a.latents, "d_in": a.model.d_model, "expansion_factor": 1,
-        "normalize_decoder": False, "skip_connection": False, "transcode": True, "multi_topk": False,
+        "activation": "topk", "k": a.active_of(layer), "num_latents": a.latents, "d_in": a.model.d_model,
+        "expansion_factor": 1, "normalize_decoder": False, "skip_connection": False, "transcode": True,
+        "multi_topk": False,
     }  # fmt: skip
     if a.targets == "own":
         return config

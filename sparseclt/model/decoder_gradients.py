@@ -131,7 +131,17 @@ class DecoderGradients:
             gradient, touched = self._sum(sections, size, T * D)
             gradient = self.clt.ranks.data.sum_(gradient).view(size, T, D)
             touched = self.clt.ranks.data.max_(touched) | self._add_read(gradient, index, rows)
+            touched |= self._add_direct(gradient, index, rows)
             yield Chunk(rows, gradient, touched)
+
+    def _add_direct(self, gradient: Tensor, index: int, rows: slice) -> Tensor:
+        """Add, in place, what autograd left in `.grad`: that of a loss which reads the decoder itself. Which rows it
+        touches."""
+        direct = self.clt.transcoder(index).W_dec.grad
+        if direct is None:
+            return torch.zeros(len(gradient), dtype=torch.bool, device=gradient.device)
+        gradient += direct[rows]
+        return direct[rows].flatten(1).ne(0).any(1)
 
     def _heads(self, reader: Reader) -> Iterator[tuple[Callable[[Tensor], Tensor], Tensor]]:
         """(what carries encoder rows [R, D] to where they meet a decoder row, dV [F, C]): one, or one per head of an

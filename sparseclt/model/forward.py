@@ -47,7 +47,7 @@ class ForwardPass:
         elif mode == "sparse":
             self.virtual_weights = clt.virtual_weights(backend) if gradients is None else gradients.virtual_weights()
         self._stream = UnmaskedStream(clt, error_nodes, all_open=open_connections == "all")
-        self._upstream = UpstreamLatents(len(clt.sites), clt.architecture.latents)
+        self._upstream = UpstreamLatents(clt.architecture, clt.sites)
         self._outputs: dict[Site, Tensor] = {}
         self._readings: list[Tensor] = []  # [N, D] per module
 
@@ -110,20 +110,21 @@ class ForwardPass:
         """The active latents of module `index`, whose reading must have been taken by `advance`."""
         a = self.clt.architecture
         latents = self._active(index, self._candidates(index))
-        if self.clt.warns_when_full and a.activation != "topk" and a.slots < a.latents:
+        if self.clt.warns_when_full and a.activation != "topk" and latents.values.shape[1] < a.latents:
             nonlinearity.warn_if_full(latents, a.active, self.clt.sites[index])
         return latents
 
     def _candidates(self, index: int) -> Latents:
         """Those latents of module `index` that the activation function chooses from."""
         a, module = self.clt.architecture, self.clt.transcoder(index)
+        slots = a.slots_of(module.site.layer)
         if a.activation == "topk" or a.activation == "batchtopk" and self.clt.training:
-            return self._strongest(index, a.slots)
+            return self._strongest(index, slots)
         bandwidth = a.bandwidth if a.activation == "jumprelu" else 0.0
         floor, lowered = nonlinearity.floor(module.threshold_of(self.mode), bandwidth, module.b_enc)
         b_enc = lowered + (module.b_enc - module.b_enc.detach())  # of its value, with the gradient of the bias
         floor = parallel.all_rows(floor, module.group)
-        return nonlinearity.above_floor(self._strongest(index, a.slots, b_enc=b_enc), floor)
+        return nonlinearity.above_floor(self._strongest(index, slots, b_enc=b_enc), floor)
 
     def _active(self, index: int, candidates: Latents) -> Latents:
         """Those of the strongest latents of module `index` that the activation function keeps."""
@@ -134,7 +135,8 @@ class ForwardPass:
             # Emptied first: tokens that do not count take no part in the selection.
             values = self.activations.where_counted(candidates.values, 0.0)
             counted = self.activations.counted_tokens
-            return nonlinearity.batch_top_k(candidates._replace(values=values), a.active, counted)
+            active = a.active_of(module.site.layer)
+            return nonlinearity.batch_top_k(candidates._replace(values=values), active, counted)
         threshold = parallel.all_rows(module.threshold_of(self.mode), module.group)
         if a.activation == "batchtopk":
             return nonlinearity.above(candidates, threshold)

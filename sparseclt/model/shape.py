@@ -1,6 +1,7 @@
 """The shapes of the language model and of the CLT on top of it: stated once, read by everything else."""
 
 from dataclasses import asdict
+from itertools import accumulate, pairwise
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
@@ -39,8 +40,16 @@ class ModelShape:
 ROOM = 4  # the most active latents of a token over their mean
 
 
+def active_by_layer(active: int, ratio: float, layers: int, latents: int) -> list[int]:
+    """K of each layer's modules: falling geometrically, the first `ratio` times the last, `active` in the mean."""
+    weights = [ratio ** (-layer / max(1, layers - 1)) for layer in range(layers)]
+    shares = [active * layers * weight / sum(weights) for weight in weights]
+    until = [round(total) for total in accumulate(shares, initial=0.0)]  # so that the sum is exact
+    return [min(max(1, b - a), latents) for a, b in pairwise(until)]
+
+
 def active_slots(activation: str, active: int, latents: int, room: int = ROOM) -> int:
-    """The most active latents of a token, for K = `active` and F = `latents`: see `Architecture.slots`."""
+    """The most active latents of a token, for K = `active` and F = `latents`: see `Architecture.slots_of`."""
     return active if activation == "topk" else min(room * active, latents)
 
 
@@ -49,8 +58,11 @@ class Architecture:
     """The shape of a CLT: that of its language model, F latents per module, K of them active per token.
 
     `activation`: with "topk" each token has its K strongest latents. With "batchtopk" and "jumprelu" K is a mean, and a
-    token has at most `slots`, `room` times K: see `model.nonlinearity`. `bandwidth`: that of `ops.jumprelu_encode`, for
-    training.
+    token has at most `slots_of`, `room` times K: see `model.nonlinearity`. `bandwidth`: that of `ops.jumprelu_encode`,
+    for training.
+
+    `active`: K, in the mean over layers. `active_ratio`: K of the first layer over that of the last (`active_of`). What
+    an early layer fails to reconstruct, all later ones inherit in sparsely-connected mode.
 
     `attention`: what stands for attention in sparsely-connected mode. "frozen": the model's real attention outputs;
     "latents": modules of their own.
@@ -69,11 +81,21 @@ class Architecture:
     bandwidth: float = 0.1
     room: int = ROOM
     targets: Literal["all", "own"] = "all"
+    active_ratio: float = 1.0
+
+    def active_of(self, layer: int) -> int:
+        """K of the modules of `layer`."""
+        return active_by_layer(self.active, self.active_ratio, self.model.layers, self.latents)[layer]
+
+    def slots_of(self, layer: int) -> int:
+        """The most active latents of a token in `layer`: K with "topk", otherwise `room` times K, or F if that is
+        less."""
+        return active_slots(self.activation, self.active_of(layer), self.latents, self.room)
 
     @property
     def slots(self) -> int:
-        """The most active latents of a token: K with "topk", otherwise `room` times K, or F if that is less."""
-        return active_slots(self.activation, self.active, self.latents, self.room)
+        """The most active latents of a token in any layer."""
+        return max(map(self.slots_of, range(self.model.layers)))
 
     def targets_of(self, layer: int) -> int:
         """T, the number of MLP outputs that the MLP module of `layer` writes to."""
@@ -86,6 +108,8 @@ class Architecture:
                 raise ValueError(f"{name}: expected at least 1, got {size}")
         if self.active > self.latents:
             raise ValueError(f"active: expected at most latents = {self.latents}, got {self.active}")
+        if not self.active_ratio > 0:
+            raise ValueError(f"active_ratio: expected more than 0, got {self.active_ratio}")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as they are written beside the weights."""

@@ -21,6 +21,7 @@ from sparseclt.model.replacement import replacement
 from sparseclt.model.sites import Mode, Site
 from sparseclt.parallel import Group, sum_over
 from sparseclt.training import losses
+from sparseclt.training.interactions import jacobian_sums
 from sparseclt.training.memory import is_out_of_memory
 
 Values = dict[str, Tensor]
@@ -36,6 +37,7 @@ class ModePass:
     latents: list[Latents]  # one entry per module
     l0: list[Tensor]  # [N] per module, with a gradient; empty except with JumpReLU
     cross_entropy: Tensor | None = None  # of the replaced model, a mean over tokens
+    jacobian: Sequence[Tensor] = ()  # per MLP reader, a sum over tokens; only of vanilla mode, if it is penalised
 
     def detached_latents(self) -> list[Latents]:
         """The latents without their graph."""
@@ -96,6 +98,8 @@ class Objective:
         c, backend = self.config.loss, self.config.compute.backend
         forward = self.clt(activations, mode, backend=backend, gradients=gradients)
         result = ModePass({site: forward.output(site) for site in self.clt.sites}, forward.latents, forward.l0)
+        if c.interaction_weight and mode == "vanilla":
+            result.jacobian = jacobian_sums(self.clt, forward.latents, activations)
         if c.cross_entropy_weight:
             hooks = replacement(self.clt, mode, backend, gradients=gradients)
             result.cross_entropy = self.language_model.cross_entropy(activations.tokens, **hooks)
@@ -119,15 +123,22 @@ class Objective:
     def _terms_of_mode(
         self, mode: Mode, result: ModePass, activations: Activations, real: dict[Site, Tensor], means: Means
     ) -> Iterator[tuple[str, LossTerm]]:
-        """FVU of every site, L0, cross-entropy."""
+        """FVU of every site, L0, the Jacobian between latents, cross-entropy."""
         c, outputs, counted = self.config.loss, result.outputs, activations.counted_flat
         for site in self.clt.sites:
             sums = losses.fvu_sums(real[site], outputs[site], means[site], counted)
             yield f"fvu_{mode}/{site.name}", LossTerm(mode, 1, [sums])
         if result.l0 and c.l0_weight:
-            shares = [l0[self._tokens_of(len(l0))] for l0 in result.l0]
-            L0s = [losses.L0Sum(l0.sum() / self.clt.architecture.active) for l0 in shares]
+            a = self.clt.architecture
+            L0s = [
+                losses.L0Sum(l0[self._tokens_of(len(l0))].sum() / a.active_of(site.layer))
+                for l0, site in zip(result.l0, self.clt.sites, strict=True)
+            ]
             yield f"l0_penalty_{mode}", LossTerm(mode, c.l0_weight, L0s)
+        if result.jacobian:
+            # Weighted as a term of sparsely-connected mode: it comes in when that does.
+            jacobians = [losses.TokenSum(total) for total in result.jacobian]
+            yield "interaction", LossTerm("sparse", c.interaction_weight, jacobians)
         if result.cross_entropy is not None:
             total = losses.TokenSum(result.cross_entropy * activations.counted_tokens / self.clt.ranks.latents.size)
             yield f"cross_entropy_{mode}", LossTerm(mode, c.cross_entropy_weight, [total])

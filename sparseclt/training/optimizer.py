@@ -230,9 +230,9 @@ def clip_and_step(
         for chunk in kept.pop(name, None) or gradients.chunks(index):
             optimizer.update(name, clipped(chunk.gradient), learning_rate, chunk.rows, chunk.touched)
     for name, parameter in optimizer.parameters.items():
-        if parameter.grad is not None:
+        if parameter.grad is not None and name not in decoders:  # whose gradient the chunks hold
             optimizer.update(name, clipped(parameter.grad), learning_rate)
-            parameter.grad = None
+        parameter.grad = None
     return norm, None
 
 

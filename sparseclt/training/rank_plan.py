@@ -52,17 +52,18 @@ def step_exchanges(x: RunSizes) -> list[Sent]:
 
 
 def _over_latents(x: RunSizes) -> list[Sent]:
-    n, k = x.ranks, min(x.K, x.F // x.ranks)
+    n, e = x.ranks, max(FLOAT, x.w)
     if n == 1:
         return []
-    e, passes = max(FLOAT, x.w), x.modes * x.M
+    found = x.modes * (n - 1) * x.N * (x.w + INT32) * sum(min(k, x.F // n) for k in x.K_of_modules)
+    chosen = x.modes * sum(_reduced(x.w * x.N * k, n) for k in x.K_of_modules)
     heads = x.heads_of_readers
     dV = (n - 1) * x.w * sum(h * (x.F // n) * c for h, c in zip(heads, x.connections, strict=True))
     columns = x.F // n * x.D * (n - 1) // n
     V = sum(h * (e * x.F * c * (n - 1) // n) for h, c in zip(heads, x.connections, strict=True))
     return [
-        Sent("latents", "all_gather", passes * (n - 1) * x.N * k * (x.w + INT32), "modes x M (n - 1) N K (w + 4)"),
-        Sent("gradients of latents", "all_reduce", passes * _reduced(x.w * x.N * x.K, n), "modes x M 2 w N K"),
+        Sent("latents", "all_gather", found, "modes x M (n - 1) N K (w + 4)"),
+        Sent("gradients of latents", "all_reduce", chosen, "modes x M 2 w N K"),
         Sent("encoder rows for virtual weights", "all_to_all", sum(heads) * e * columns, "4 F D / n per reader"),
         Sent("virtual weights", "reduce_scatter", V, "4 F C per reader"),
         Sent("gradients of virtual weights", "all_gather", dV, "w F C per reader"),
@@ -77,7 +78,7 @@ def _over_data(x: RunSizes) -> list[Sent]:
     if d == 1:
         return []
     own = x.F // x.ranks
-    latents = x.modes * (d - 1) * (x.M * x.N * x.K * (x.w + ID) + x.N)
+    latents = x.modes * (d - 1) * (x.N * sum(x.K_of_modules) * (x.w + ID) + x.N)
     encoders = x.M * (_reduced(x.w * own * x.D, d) + _reduced(x.w * own, d))
     decoders = sum(_reduced(max(FLOAT, x.w) * x.F * T * x.D // x.ranks, d) + _reduced(x.F, d) for T in x.size.targets)
     if FLOAT * x.size.decoder_vectors * x.D // x.ranks > KEPT_BYTES:

@@ -5,24 +5,42 @@ in each step, brings it back on the tokens that suit it best, and from there its
 "Auxiliary-Loss-Free Load Balancing Strategy for Mixture-of-Experts" (2024), balance experts by such a bias.
 """
 
+from collections.abc import Mapping, Sequence
+
 import torch
 from torch import Tensor
 
-from sparseclt.config import OptimizerConfig, TrainConfig
+from sparseclt.config import OptimizerConfig
+from sparseclt.model.sites import Mode, Site
 from sparseclt.model.transcoders import Transcoders
 
 PATIENCE = 150  # times a latent that fires as often as others should have fired before it counts as dead
 
 
-def dead_after_tokens(config: TrainConfig) -> int:
-    """Tokens without firing after which a latent is dead."""
-    return config.optimizer.dead_after_tokens or round(PATIENCE * config.clt.latents / config.clt.active)
+def dead_after_tokens(config: OptimizerConfig, clt: Transcoders) -> Tensor:
+    """Tokens without firing after which a latent is dead, per module [M, 1]."""
+    a, own = clt.architecture, config.dead_after_tokens
+    after = [own or round(PATIENCE * a.latents / a.active_of(site.layer)) for site in clt.sites]
+    return torch.tensor(after, device=clt.transcoder(0).b_enc.device)[:, None]
 
 
 def amount(config: OptimizerConfig) -> float:
     """By how much a dead latent's bias rises in a step. It stays the same while the learning rate falls: latents die
     until the end."""
     return config.revival_rate * config.learning_rate
+
+
+def to_revive(dead: Mapping[Mode, Tensor], sites: Sequence[Site]) -> Tensor:
+    """Of the latents that are `dead` in each mode, boolean [M, F], those whose biases are to rise.
+
+    A latent of attention that only sparsely-connected mode has no use for is left alone: attention outputs vary in few
+    directions, so that many dead latents rise together, fire on most tokens and drive the useful ones out.
+    """
+    chosen = dead["vanilla"]
+    if "sparse" not in dead:
+        return chosen
+    attention = torch.tensor([site.kind == "attn" for site in sites], device=chosen.device)
+    return chosen | (dead["sparse"] & ~attention[:, None])
 
 
 @torch.no_grad()

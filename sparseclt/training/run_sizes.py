@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from sparseclt.config import TrainConfig
 from sparseclt.costs import BYTES, FLOAT, ID, CLTSize
 from sparseclt.data.activation_stream import number_bytes
-from sparseclt.model.shape import ModelShape, active_slots
+from sparseclt.model.shape import ModelShape, active_by_layer, active_slots
 from sparseclt.model.sites import model_sites, upstream_modules
 
 # The phases of a run. "selection": connections are chosen, at the start of a step; "encoders": their gradient through
@@ -51,7 +51,11 @@ class RunSizes:
     def __init__(self, config: TrainConfig, shape: ModelShape):
         self.config, self.shape, self.size = config, shape, clt_size(config, shape)
         self.L, self.D, self.F = shape.layers, shape.d_model, config.clt.latents
-        self.K = active_slots(config.clt.activation, config.clt.active, self.F)
+        most = max(active_by_layer(config.clt.active, config.clt.active_ratio, self.L, self.F))
+        self.K = active_slots(config.clt.activation, most, self.F)
+        sites = model_sites(shape.layers, config.clt.attention == "latents")
+        active = active_by_layer(config.clt.active, config.clt.active_ratio, self.L, self.F)
+        self.K_of_modules = [active_slots(config.clt.activation, active[site.layer], self.F) for site in sites]
         self.M = self.size.modules
         self.S = config.data.row_tokens
         self.ranks, self.data = config.parallel.latents or 1, config.parallel.data or 1
@@ -77,7 +81,6 @@ class RunSizes:
         self.learned = c.policy in ("learned", "dense-learned")
         self.connections = [min(C, u * self.F) for u in self.readers]  # per latent of each reader
         self.slots = self.F * sum(self.connections)
-        kinds = [site.kind for site in model_sites(shape.layers, config.clt.attention == "latents")]
-        read = [kind for kind, u in zip(kinds, self.size.upstream, strict=True) if u]
-        self.heads_of_readers = [shape.heads if kind == "attn" else 1 for kind in read]
+        read = [site for site, u in zip(sites, self.size.upstream, strict=True) if u]
+        self.heads_of_readers = [shape.heads if site.kind == "attn" else 1 for site in read]
         self.gradients = 4 * self.M + self.learned * len(self.readers)  # tensors of parameters that have one

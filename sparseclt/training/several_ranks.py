@@ -69,6 +69,11 @@ def check_supported(config: TrainConfig, data: int) -> None:
     """A ValueError for what would need more exchanges between `data` ranks than there are."""
     if config.batch_rows % data:
         raise ValueError(f"batch_rows: expected a multiple of parallel.data = {data}, got {config.batch_rows}")
+    if config.loss.interaction_weight:
+        raise ValueError(
+            f"loss.interaction_weight: expected 0 on several ranks, of which none has the rows of whole decoders, got "
+            f"{config.loss.interaction_weight}"
+        )
     if data == 1:
         return
     if config.activations.shuffle_bytes:

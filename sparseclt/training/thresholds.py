@@ -22,7 +22,7 @@ def calibrate(clt: SparseCLT, activations: Activations, backend: str | None = No
     for module, latents in zip(clt, clt(activations, "vanilla", backend=backend).latents, strict=True):
         found = latents.values.flatten()
         module.threshold_of("vanilla").fill_(
-            found.topk(activations.counted_tokens * clt.architecture.active).values[-1]
+            found.topk(activations.counted_tokens * clt.architecture.active_of(module.site.layer)).values[-1]
         )
 
 

@@ -1,7 +1,7 @@
 """Training: both modes from one activation capture, checkpoints that continue bit-exactly."""
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import cached_property
@@ -50,7 +50,10 @@ def build_clt(config: TrainConfig, language_model: LanguageModel, ranks: Ranks =
     """The untrained CLT of `config` for `language_model`; the same for the same seed, on any number of `ranks`."""
     shape = language_model.shape
     c = config.clt
-    architecture = Architecture(shape, c.latents, c.active, c.attention, c.activation, c.bandwidth, targets=c.targets)
+    architecture = Architecture(
+        shape, c.latents, c.active, c.attention, c.activation, c.bandwidth, targets=c.targets,
+        active_ratio=c.active_ratio,
+    )  # fmt: skip
     attention = None
     if config.clt.attention == "latents":
         attention = [language_model.attention_weights(layer) for layer in range(shape.layers)]
@@ -111,6 +114,7 @@ class Trainer:
                 torch.manual_seed(config.seed + 1)
                 self.policy.prepare(self.clt)
         self.activity = self._make_activity()
+        self._dead_after = revival.dead_after_tokens(config.optimizer, self.clt)
         self.optimizer = RowAdam(self.clt, config.optimizer, config.seed)
         self.objective = Objective(config, self.clt, self.policy, self.language_model)
         self.state = TrainingState(self.clt, self.optimizer, self.activity)
@@ -168,12 +172,13 @@ class Trainer:
         for mode, found in latents.items():
             self.activity[mode].observe(found, activations, data)
         thresholds.follow(self.clt, latents)
-        revival.raise_biases(self.clt, self._dead(latents), revival.amount(config.optimizer))
+        dead = {mode: self.activity[mode].dead(self._dead_after) for mode in latents}
+        revival.raise_biases(self.clt, revival.to_revive(dead, self.clt.sites), revival.amount(config.optimizer))
         self.step += 1
         counts = {}
         if config.clt.activation != "topk":
             counts = thresholds.metrics(self.clt, latents, self.objective.tokens(activations))
-        return self._metrics(backward.terms, norm) | counts
+        return self._metrics(backward.terms, norm, dead) | counts
 
     @contextmanager
     def _explaining_out_of_memory(self) -> Iterator[None]:
@@ -186,22 +191,15 @@ class Trainer:
             config = on_ranks(replace(self.config, compute=compute), self.ranks)
             raise memory.OutOfMemory(f"step {self.step}: {memory.explain(config, self.shape)}") from error
 
-    def _metrics(self, terms: dict[str, Tensor], norm: Tensor) -> dict[str, float]:
+    def _metrics(self, terms: dict[str, Tensor], norm: Tensor, dead: dict[Mode, Tensor]) -> dict[str, float]:
         # All numbers at once: each by itself would wait for the device.
-        named = terms | {"gradient_norm": norm}
+        named = terms | {"gradient_norm": norm} | {f"dead_{mode}": d.to(norm).mean() for mode, d in dead.items()}
         metrics: dict[str, float] = dict(zip(named, torch.stack([*named.values()]).tolist(), strict=True))
         metrics["tokens"] = self.step * self.batches.tokens
-        for mode in MODES:
+        for mode in dead:
             values = [v for name, v in metrics.items() if name.startswith(f"fvu_{mode}/")]
-            if values:
-                metrics[f"fvu_{mode}"] = sum(values) / len(values)
-                metrics[f"dead_{mode}"] = self._dead([mode]).float().mean().item()
+            metrics[f"fvu_{mode}"] = sum(values) / len(values)
         return metrics
-
-    def _dead(self, modes: Iterable[Mode]) -> Tensor:
-        """Boolean [M, F]: latents that are dead in any of `modes`."""
-        after = revival.dead_after_tokens(self.config)
-        return torch.stack([self.activity[mode].dead(after) for mode in modes]).any(0)
 
     @cached_property
     def identity(self) -> Identity:

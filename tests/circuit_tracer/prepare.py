@@ -15,7 +15,7 @@ from linearised import linearised_graph
 from safetensors.torch import save_file
 from torch import Tensor
 
-from sparseclt import measurement, runs
+from sparseclt import runs
 from sparseclt.config import CheckpointConfig, CLTConfig, DataConfig, LoggingConfig, TrainConfig
 from sparseclt.evaluation.metrics import evaluate
 from sparseclt.export import circuit_tracer
@@ -27,6 +27,7 @@ from sparseclt.graph.graph_json import write_graph
 from sparseclt.graph.influence import scores
 from sparseclt.language_model.language_model import LanguageModel
 from sparseclt.model.clt import SparseCLT
+from sparseclt.runs import measurement
 from sparseclt.storage.run_config import read_config
 
 PROMPTS, PROMPT_TOKENS, ROWS = 20, 16, 24

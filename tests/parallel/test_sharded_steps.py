@@ -2,7 +2,10 @@
 
 import pytest
 import torch
-from steps import gradients, joined, run_of_steps
+from steps import F, K, L, gradients, joined, run_of_steps
+
+from sparseclt.config import CLTConfig
+from sparseclt.model.shape import active_by_layer
 
 GRIDS = {
     "2 x latents": {"latents": 2, "data": 1},
@@ -41,7 +44,8 @@ def test_latents_loss_and_gradients_are_those_of_one_rank(ranks, grid, kind):
             torch.testing.assert_close(torch.cat([v for v, _ in of_data]), values, rtol=0, atol=1e-12)
             assert torch.equal(torch.cat([i for _, i in of_data])[values > 0], indices[values > 0])
         if kind == "batchtopk" and mode == "vanilla":
-            assert all(int((values > 0).sum()) == 20 * 5 for values, _ in modules)  # N K, position 0 left out
+            kept = [int((values > 0).sum()) for values, _ in modules]
+            assert kept == [20 * k for k in active_by_layer(K, CLTConfig().active_ratio, L, F)]  # 20 tokens count
     grads = joined(results, "grads")
     assert grads.keys() == expected["grads"].keys()
     for name, grad in expected["grads"].items():

@@ -1,7 +1,5 @@
 """Latents that are dead in either mode get a higher bias until they fire."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 from clts import language_model, tokens
@@ -15,7 +13,8 @@ from sparseclt.config import (
     OptimizerConfig,
     TrainConfig,
 )
-from sparseclt.training.revival import dead_after_tokens
+from sparseclt.model.sites import Site
+from sparseclt.training.revival import dead_after_tokens, to_revive
 from sparseclt.training.trainer import Trainer
 
 ROWS, LENGTH = 4, 12
@@ -59,6 +58,14 @@ def test_fewer_latents_stay_silent(tmp_path):
 
 
 def test_by_default_a_latent_is_dead_after_150_times_the_tokens_between_two_firings(tmp_path):
-    config = trainer(tmp_path).config
-    assert dead_after_tokens(config) == 150 * 48 // 3
-    assert dead_after_tokens(replace(config, optimizer=OptimizerConfig(dead_after_tokens=7))) == 7
+    t = trainer(tmp_path)
+    K = [t.clt.architecture.active_of(site.layer) for site in t.clt.sites]
+    assert dead_after_tokens(OptimizerConfig(), t.clt).flatten().tolist() == [150 * 48 // k for k in K]
+    assert (dead_after_tokens(OptimizerConfig(dead_after_tokens=7), t.clt) == 7).all()
+
+
+def test_attention_latents_rise_for_vanilla_mode_only():
+    sites = [Site("attn", 0), Site("mlp", 0)]
+    dead = {"vanilla": torch.tensor([[True, False], [False, False]]), "sparse": torch.tensor([[False, True]] * 2)}
+    assert to_revive(dead, sites).tolist() == [[True, False], [False, True]]
+    assert to_revive({"vanilla": dead["vanilla"]}, sites).tolist() == dead["vanilla"].tolist()

@@ -1,31 +1,19 @@
 """Sweeps over C: a vanilla baseline, a run for each C, and their controls."""
 
-import gc
 import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from sparseclt.config import TrainConfig
 from sparseclt.connections.policies import check_connections
 from sparseclt.evaluation import plots, report
 from sparseclt.evaluation.frontier import ROW, with_explained
-from sparseclt.language_model.language_model import LanguageModel
-from sparseclt.measurement import held_out_rows, measure, pruned
-from sparseclt.model.clt import SparseCLT
+from sparseclt.runs.measurement import measure, pruned
+from sparseclt.runs.series import Series
 from sparseclt.storage.json_files import replace_file
-from sparseclt.storage.run_config import (
-    CONFIG,
-    check_changes,
-    check_unused,
-    read_config,
-)
-from sparseclt.training import memory
-from sparseclt.training.trainer import Trainer
+from sparseclt.training.trainer import build_clt
 
 
 def sweep(config: TrainConfig, Cs: Sequence[int], *, random: bool = True) -> list[dict[str, Any]]:
@@ -42,28 +30,24 @@ def sweep(config: TrainConfig, Cs: Sequence[int], *, random: bool = True) -> lis
     """
     baseline, runs, controls = _planned(config, Cs, random)
     out, planned = Path(config.out), (baseline, *runs.values(), *controls.values())
-    for run in planned:
-        _check_begun(run)
-    model = LanguageModel.of(config)
-    rows = held_out_rows(config, model)
-    shape, available = replace(model.shape, parameters=0), memory.available_bytes(model.device)
-    for run in planned:
-        memory.check_fits(run, shape, available)
-    trainer = Trainer(baseline, language_model=model)
+    series = Series(planned)
+    series.check_fits(planned)
+    model, rows = series.language_model(config), series.held_out(config)
+    untrained = build_clt(baseline, model)
     for C in Cs:
-        check_connections(trainer.clt, C)
-    train_rows = trainer.batches.rows
-    clt = _fit_or_resume(trainer)
+        check_connections(untrained, C)
+    del untrained
+    clt = series.fit(baseline)
     base = measure(baseline, clt, model, rows).mean.fvu_vanilla
     after_pruning = {row["C"]: row["fvu_sparse"] for row in pruned(config, clt, model, rows, Cs)}
-    del trainer, clt
+    del clt
     table: list[dict[str, Any]] = []
     for C, run in runs.items():
-        row = _sweep_row(run, model, train_rows, rows)
+        row = _sweep_row(run, series)
         excess = None if row["fvu_sparse"] is None else row["fvu_sparse"] - base
         row |= {"C": C, "excess_over_baseline": excess, "fvu_pruned": after_pruning[C]}
         if C in controls:
-            row["fvu_random"] = _sweep_row(controls[C], model, train_rows, rows)["fvu_sparse"]
+            row["fvu_random"] = _sweep_row(controls[C], series)["fvu_sparse"]
         table = with_explained([*table, row])
         replace_file(out / "sweep.json", json.dumps({"baseline_fvu": base, "rows": table}, indent=2) + "\n")
     replace_file(out / "sweep.md", report.sweep_table(table) + "\n")
@@ -92,32 +76,8 @@ def _planned(config: TrainConfig, Cs: Sequence[int], random: bool) -> tuple[Trai
     return replace(config, out=str(out / "baseline"), connections=replace(c, policy="none")), runs, controls
 
 
-def _check_begun(config: TrainConfig) -> None:
-    """A ValueError if `config.out` holds a run with other options, or something else that is no directory."""
-    if not (Path(config.out) / CONFIG).exists():
-        check_unused(config.out)
-        return
-    stored = read_config(config.out)
-    check_changes(stored, config, config.out)
-    if stored.steps != config.steps:
-        raise ValueError(f"steps: expected the {stored.steps} that {config.out} was begun with, got {config.steps}")
-
-
-def _fit_or_resume(trainer: Trainer) -> SparseCLT:
-    begun = (trainer.out / CONFIG).exists()
-    return trainer.fit(resume=trainer.out if begun else None)
-
-
-def _sweep_row(config: TrainConfig, model: LanguageModel, train_rows: Tensor, rows: Tensor) -> dict[str, Any]:
+def _sweep_row(config: TrainConfig, series: Series) -> dict[str, Any]:
     """What a sweep shows of one run."""
-    _release_memory(model.device)
-    clt = _fit_or_resume(Trainer(config, language_model=model, rows=train_rows))
-    mean = measure(config, clt, model, rows).mean
+    clt = series.fit(config)
+    mean = measure(config, clt, series.language_model(config), series.held_out(config)).mean
     return {name: getattr(mean, name) for name in ROW}
-
-
-def _release_memory(device: torch.device) -> None:
-    """Give back what the last run held, which the check of the next one would count as taken."""
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()

@@ -16,11 +16,14 @@ from sparseclt.connections.selection import select_top_connections
 from sparseclt.data.sources import Split
 from sparseclt.data.text import load_rows
 from sparseclt.data.tokens import check_token_ids
-from sparseclt.evaluation.metrics import captures
+from sparseclt.evaluation.metrics import Evaluation, captures
 from sparseclt.formats.registry import SparseCLT, read_foreign
 from sparseclt.language_model.language_model import LanguageModel
 from sparseclt.model.nonlinearity import full_rows
 from sparseclt.model.sites import Mode
+from sparseclt.runs.measurement import held_out_rows, measure
+from sparseclt.storage.run_config import CLT, check_unused, note_import, write_config
+from sparseclt.training.run_directory import Identity, run_directory, write_identity
 
 BATCH_ROWS = 4
 SPLITS: tuple[Split, ...] = ("train", "held_out")
@@ -71,7 +74,10 @@ def import_clt(path: str | Path, config: TrainConfig, input_hook: str | None = N
         _give_room(clt, model, (some, held_out), "sparse", config)
     a = clt.architecture
     dtype: Literal["fp32", "bf16"] = "bf16" if half else "fp32"
-    shape = CLTConfig(latents=a.latents, active=a.active, activation=a.activation, targets=a.targets, dtype=dtype)
+    shape = CLTConfig(
+        latents=a.latents, active=a.active, active_ratio=a.active_ratio, activation=a.activation, targets=a.targets,
+        dtype=dtype,
+    )  # fmt: skip
     return Imported(replace(config, clt=shape), clt, model, train)
 
 
@@ -101,3 +107,17 @@ def _give_room(
                     full_rows(latents) for latents in clt(activations, mode, backend=config.compute.backend).latents
                 ):
                     clt.architecture = replace(a, active=min(2 * a.active, a.latents))
+
+
+def import_run(path: str | Path, config: TrainConfig, input_hook: str | None = None) -> Evaluation:
+    """Make a finished run of the CLT in directory `path`, which another tool wrote, in directory `config.out`, on the
+    model and text of `config`, and evaluate it. Connections are chosen for it, nothing is trained."""
+    check_unused(config.out)
+    config, clt, model, rows = import_clt(path, config, input_hook)
+    run = Path(config.out)
+    with run_directory(run, begun=lambda: (run / CLT).is_dir()):
+        write_identity(run, Identity.of(model, rows))
+        write_config(run, config)
+        note_import(run, path, model.shape.mlp_input)
+        clt.save_pretrained(run / CLT)
+    return measure(config, clt, model, held_out_rows(config, model))
