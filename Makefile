@@ -9,7 +9,7 @@ export NO_MKDOCS_2_WARNING = 1
 # The tests are small: one thread is fastest, two processes side by side. Nothing is timed in them.
 TEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --benchmark-disable
 
-.PHONY: demo sweep test test-circuit-tracer check docs tutorial bench clean
+.PHONY: demo sweep test test-circuit-tracer check docs tutorial bench gpu clean
 
 demo: .venv/demo  ## train on the embedded model and text, evaluate, print the table
 	$(BIN)/sparseclt train --out $(RUN)
@@ -43,6 +43,9 @@ bench: .venv/test  ## measure (the quick set; ARGS=--full: all of it) and refres
 	mkdir -p build
 	$(BIN)/python -m pytest benchmarks/ $(ARGS) --benchmark-json build/benchmarks.json; status=$$?; \
 	  $(BIN)/python benchmarks/report.py build/benchmarks.json && exit $$status
+
+gpu:  ## on a GPU, in ten minutes: are the kernels right there, and how fast are they? Uses $(PYTHON)'s own torch and triton
+	$(PYTHON) benchmarks/gpu.py $(ARGS)
 
 # torch first and exactly: an open range would pull a CUDA build of several GB.
 .venv/torch: constraints.txt

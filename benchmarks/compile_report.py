@@ -53,11 +53,14 @@ class Row:
     shared: int = -1  # bytes
     wide_loads: int = -1  # 16-byte loads, instructions
     tensor_core: int = -1  # instructions
+    warps: int = -1  # of a block
+    loop: int = -1  # instructions of the longest loop; only on NVIDIA
+    loop_barriers: int = -1  # of those, how many wait for other warps
     fault: str = ""
 
 
 def compile_one(case: AheadOfTime, target: str) -> Row:
-    row = Row(case.name, target)
+    row = Row(case.name, target, warps=case.options["num_warps"])
     gpu, limit = TARGETS[target]
     signature, attributes = {}, {}
     for i, name in enumerate(case.kernel.arg_names):
@@ -93,6 +96,11 @@ def measure_nvidia(row: Row, assembly: dict) -> None:
     row.registers = int(re.findall(r"REG:(\d+)", usage)[0])
     row.spills = len(re.findall(r"\b(?:STL|LDL)\b", code))
     count_instructions(row, code)
+    lines = [(int(place, 16), text) for place, text in re.findall(r"/\*([0-9a-f]{4,})\*/\s+([^;]*);", code)]
+    jumps = ((place, int(to, 16)) for place, text in lines for to in re.findall(r"\bBRA\b.*?0x([0-9a-f]+)", text))
+    loops = [[text for at, text in lines if to <= at <= place] for place, to in jumps if to < place]
+    longest = max(loops, key=len, default=[])
+    row.loop, row.loop_barriers = len(longest), sum("BAR.SYNC" in text or "BAR.RED" in text for text in longest)
 
 
 def measure_amd(row: Row, assembly: dict) -> None:
@@ -140,7 +148,7 @@ def main() -> int:
     if args.write and (args.only or args.target != list(TARGETS)):
         parser.error("--write: the page holds all kernels and targets; drop --only and --target")
     chosen = [i for i, case in enumerate(cases()) if re.search(args.only, case.name)]
-    jobs = [(i, target) for i in chosen for target in args.target]
+    jobs = [(i, target) for i in chosen for target in args.target if TARGETS[target][0].backend in cases()[i].backends]
     rows = []
     print(HEADER)
     with concurrent.futures.ProcessPoolExecutor(args.jobs) as pool:

@@ -8,6 +8,7 @@ in `rows` and the sort in `transpose`. Where a launcher takes `scratch_bytes`, `
 from . import (
     batchtopk_encode,
     connected_encode,
+    decoder_gradient,
     jumprelu_encode,
     rows,
     select_connections,
@@ -23,6 +24,7 @@ __all__ = [
     "SCRATCH_BYTES",
     "batchtopk_encode",
     "connected_encode",
+    "decoder_gradient",
     "jumprelu_encode",
     "rows",
     "select_connections",

@@ -13,6 +13,7 @@ from . import (
     add_upstream,
     batchtopk_encode,
     connected_encode,
+    decoder_gradient,
     ragged_slots,
     rows,
     scores,
@@ -38,6 +39,7 @@ class AheadOfTime(NamedTuple):
     signature: dict[str, str]
     constexprs: dict[str, Any]
     options: dict[str, int]
+    backends: tuple[str, ...] = ("cuda", "hip")  # that have it
 
 
 def cases() -> list[AheadOfTime]:
@@ -54,6 +56,7 @@ def cases() -> list[AheadOfTime]:
         _encoder_score("bf16", HAS_SCALE=False, ABSOLUTE=True),
         *_groupmax(),
         *_virtual_matmul(),
+        *_decoder_gradient(),
     ]
 
 
@@ -73,15 +76,18 @@ def _case(
 
 
 def _encoder_scores(HAS_SCALE: bool) -> list[AheadOfTime]:
-    return [_encoder_score(element, HAS_SCALE) for element in ELEMENTS]
+    return [
+        *(_encoder_score(element, HAS_SCALE) for element in ELEMENTS if element != "fp32"),
+        *(_encoder_score("fp32", HAS_SCALE, precision=precision) for precision in scores.FLOAT32),
+    ]
 
 
-def _encoder_score(element: str, HAS_SCALE: bool, ABSOLUTE: bool = False) -> AheadOfTime:
+def _encoder_score(element: str, HAS_SCALE: bool, ABSOLUTE: bool = False, precision: str | None = None) -> AheadOfTime:
     pointers = {"x": "", "W_enc": "", "b_enc": "", "scale": "fp32", "scores": "fp32", "maxima": "i32"}
     integers = {"n": "i32", "F": "i32", "D": "i32:16"}
     integers |= dict.fromkeys(("x_row", "W_row", "scores_row", "maxima_row"), "i32:16")
     flags = {"HAS_BIAS": True, "HAS_SCALE": HAS_SCALE, "ABSOLUTE": ABSOLUTE, "GROUP": 16}
-    return _product(scores.encoder_scores_kernel, element, pointers, integers, flags)
+    return _product(scores.encoder_scores_kernel, element, pointers, integers, flags, precision)
 
 
 def _connection_scores() -> list[AheadOfTime]:
@@ -90,21 +96,29 @@ def _connection_scores() -> list[AheadOfTime]:
     integers |= dict.fromkeys(("W_row", "E_row", "scores_row", "maxima_row"), "i32:16")
     kernel = select_connections.connection_scores_kernel
     return [
-        _product(kernel, element, pointers, integers, {"GROUP": 16, "MANY_HEADS": many})
+        _product(kernel, element, pointers, integers, {"GROUP": 16, "MANY_HEADS": many}, precision)
         for element, many in itertools.product(ELEMENTS, (False, True))
+        for precision in (scores.FLOAT32 if element == "fp32" else (None,))
     ]
 
 
 def _product(
-    kernel: Any, element: str, pointers: dict[str, str], integers: dict[str, str], flags: dict[str, Any]
+    kernel: Any,
+    element: str,
+    pointers: dict[str, str],
+    integers: dict[str, str],
+    flags: dict[str, Any],
+    precision: str | None,
 ) -> AheadOfTime:
-    """A kernel with a matrix product of `element`s; pointers of kind "" are to those as well."""
-    config = scores.tile_config(ELEMENTS[element])
+    """A kernel with a matrix product of `element`s; pointers of kind "" are to those as well. `precision`: of fp32."""
+    config = scores.HALF if precision is None else scores.FLOAT32[precision]
     types = {name: f"*{kind or element}:16" for name, kind in pointers.items()} | integers
     constexprs = {**flags, **config.constexprs, "UPCAST": False}
     constexprs |= {name: 1 for name in kernel.arg_names if name not in types and name not in constexprs}
     which = "".join(f" {flag.lower()}" for flag, on in flags.items() if on is True)
-    return _case(f"{_name(kernel)} {element}{which}", kernel, types, constexprs, config.options)
+    case = _case(f"{_name(kernel)} {precision or element}{which}", kernel, types, constexprs, config.options)
+    # ROCm has no TF32 and no such split of it: `fp32_precision` never asks for them there.
+    return case if precision in (None, "ieee") else case._replace(backends=("cuda",))
 
 
 def _name(kernel: Any) -> str:
@@ -151,13 +165,15 @@ def _place() -> list[AheadOfTime]:
 
 def _connected() -> list[AheadOfTime]:
     kernels, match = [], connected_encode.MATCH
-    for dtype in FEW_ELEMENTS:
-        types = {"out": "*fp32:16", "grad": "*fp32:16", "slots": "*i64:16", "connections": "*i64:16"}
-        types |= {"z_indices": "*i64:16", "z_values": f"*{dtype}:16", "V": f"*{dtype}:16", "dz": f"*{dtype}:16"}
-        for kernel in (connected_encode.read_kernel, connected_encode.d_upstream_kernel):
-            steps = {arg: 1 for arg in kernel.arg_names if arg.endswith(("_k", "_c", "_s"))}
-            name = f"connected {_name(kernel)} {dtype}"
-            kernels.append(_case(name, kernel, types, steps | match.constexprs, match.options))
+    kernel = connected_encode.d_upstream_kernel
+    for dtype, which in itertools.product(FEW_ELEMENTS, ("dz", "read", "dz read")):
+        types = {"dz": "*fp32:16", "read": "*fp32:16", "grad": "*fp32:16", "slots": "*i64:16", "order": "*i32:16"}
+        types |= {"z_values": f"*{dtype}:16", "weights": f"*{dtype}:16", "targets": "*i32:16"}
+        types |= {"ends": "*i32:16", "shifts": "*i32:16"}
+        flags = {"HAS_DZ": "dz" in which, "HAS_READ": "read" in which, "STEPS": 11}
+        steps = {arg: 1 for arg in kernel.arg_names if arg.endswith(("_k", "_s"))}
+        constexprs = steps | flags | match.constexprs
+        kernels.append(_case(f"connected d_upstream {dtype} {which}", kernel, types, constexprs, match.options))
     return kernels
 
 
@@ -207,17 +223,17 @@ def _groupmax() -> list[AheadOfTime]:
 
 
 def _virtual_matmul() -> list[AheadOfTime]:
-    """The sums of bfloat16 in a float32 scratch."""
-    kernels = []
+    slots = add_upstream.SLOTS
+    types = {"ends": "*i32:16", "shifts": "*i32:16", "z_indices": "*i64:16", "starts": "*i32:16"}
+    constexprs = {"index_s": 1} | slots.constexprs
+    kernels = [_case("token_pairs", add_upstream.token_pairs_kernel, types, constexprs, slots.options)]
     for dtype in FEW_ELEMENTS:
         data, wide, int32, int64, size = f"*{dtype}:16", "*fp32:16", "*i32:16", "*i64:16", "i32:16"
-        add = [wide, data, data, int64, data, int32, int32] + [size] * 8
-        unit = {"pre_f": 1, "out_f": 1, "value_s": 1, "index_s": 1}
-        walk, values, weights = add_upstream.WALK, virtual_matmul.D_VALUES, virtual_matmul.D_WEIGHTS
-        for start in ("kept", "zero") if dtype == "fp32" else ("copy", "zero"):
-            flags = unit | {"START": start, "CAST": dtype != "fp32"}
-            name = f"add_upstream {dtype} {start}"
-            kernels.append(_case(name, add_upstream.add_upstream_kernel, add, flags | walk.constexprs, walk.options))
+        add = {"pre": wide, "z_values": data, "ends": int32, "shifts": int32, "weights": data, "targets": int32}
+        values, weights = virtual_matmul.D_VALUES, virtual_matmul.D_WEIGHTS
+        pairs, flags = add_upstream.PAIRS, {"pre_f": 1, "value_s": 1, "STEPS": 11}
+        name, kernel = f"add_upstream {dtype}", add_upstream.add_upstream_kernel
+        kernels.append(_case(name, kernel, add, flags | pairs.constexprs, pairs.options))
         types = [data, data, int64, data, int32, int32] + [size] * 6
         steps = {"dz_s": 1, "grad_f": 1, "index_s": 1}
         kernel = virtual_matmul.d_values_kernel
@@ -226,4 +242,18 @@ def _virtual_matmul() -> list[AheadOfTime]:
         steps = {"grad_f": 1, "value_s": 1, "connection_c": 1}
         kernel = virtual_matmul.d_weights_kernel
         kernels.append(_case(f"d_weights {dtype}", kernel, types, steps | weights.constexprs, weights.options))
+    return kernels
+
+
+def _decoder_gradient() -> list[AheadOfTime]:
+    kernel, tile = decoder_gradient.decoder_gradient_kernel, decoder_gradient.TILE
+    types = {"out": "*fp32:16", "squares": "*fp32:16", "touched": "*u8:16", "D": "i32:16"}
+    types |= {"passes": "*i64:16", "readers": "*i64:16", "counts": "*i64:16"}
+    kernels = []
+    for dtype, stored in itertools.product(FEW_ELEMENTS, (True, False)):
+        element = decoder_gradient.ELEMENTS[ELEMENTS[dtype]]
+        flags = {"STORED": stored, "OFFSETS": True, "WEIGHT": element, "GRADIENT": element, "ENCODER": element}
+        name = f"decoder_gradient {dtype} {'rows' if stored else 'squares'}"
+        constexprs = {**flags, "INDEX": decoder_gradient.tl.int32, **tile.constexprs}
+        kernels.append(_case(name, kernel, types, constexprs, tile.options))
     return kernels

@@ -2,11 +2,12 @@
 
 forward:  pre[n, i] = <r0[n], W_enc[i]> / scale[n] + b_enc[i] + sum_c V[i, c] z[n, connections[i, c]] / scale[n],
           one block of tokens at a time; relu of the k largest
-backward: only a token's active slots and their kept connections are read:
+backward: only a token's active slots and their kept connections count:
           dV[i, c] = sum over the tokens that selected i of g z[n, connections[i, c]] / scale[n]
           dz[n, s] = sum over the selected i, and the c that read the latent of slot s, of g V[i, c] / scale[n]
 
-The product is encoder_scores (scores.py), the walk add_upstream, the selection that of topk_encode (stream.py).
+The product is encoder_scores (scores.py), the pairs are those of add_upstream.py, the selection that of topk_encode
+(stream.py).
 """
 
 from collections.abc import Sequence
@@ -17,25 +18,25 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .add_upstream import add_upstream, out_lists
+from .add_upstream import OutLists, add_upstream, added_up, block_of_pairs, out_lists, search_steps, token_pairs
 from .launch import LaunchConfig, cdiv, check_range, launcher, spans
 from .rows import transposed_gather_sum
 from .scores import LOWEST, encoder_scores, float_key
 from .stream import streamed_topk
 from .topk_encode import check_encoder, encoder_gradients
-from .transpose import transpose
+from .transpose import Transpose, transpose
 
 
 @dataclass(frozen=True)
 class Match(LaunchConfig):
-    """How many reads (connections of selected latents) and upstream slots of a token are compared at a time."""
+    """How many pairs are compared at a time with how many selected latents."""
 
-    reads: int = 64
-    slots: int = 64
+    block: int = 64
+    selected: int = 64
 
     @property
     def constexprs(self) -> dict[str, int]:
-        return {"READS": self.reads, "SLOTS": self.slots}
+        return {"BLOCK": self.block, "SELECTED": self.selected}
 
 
 @dataclass(frozen=True)
@@ -50,8 +51,9 @@ class MaximaTile(LaunchConfig):
         return {"ROWS": self.rows, "COLUMNS": self.columns}
 
 
-MATCH = Match(num_warps=8, reads=64, slots=64)
+MATCH = Match(num_warps=2)
 MAXIMA = MaximaTile(num_warps=8)
+READ_BYTES = 512 << 20  # upstream values read for dV at a time. Fixed: blocks of tokens decide how dV is rounded.
 
 
 @triton.jit
@@ -103,20 +105,23 @@ def forward(
     values = torch.empty(N, k, dtype=r0.dtype, device=r0.device)
     indices = torch.empty(N, k, dtype=torch.int64, device=r0.device)
     lists = None if 0 in (z_values.shape[1], upstream, V.numel()) else out_lists(V, order, starts)
+    # Scaling the few upstream values saves another pass over all pre-activations.
+    z = z_values.float() / scale.float()[:, None]
 
     def fill(rows: slice, columns: slice, scores: Tensor, maxima: Tensor | None, group: int) -> None:
         if lists is None:
             encoder_scores(r0[rows], W_enc, b_enc, scale[rows], scores, maxima, group)
             return
         encoder_scores(r0[rows], W_enc, b_enc, scale[rows], scores, None, 1)
-        # Scaling the few upstream values saves another pass over all pre-activations.
-        z = z_values[rows].float() / scale[rows, None].float()
-        add_upstream(scores, z, z_indices[rows], lists, upstream, "copy", scratch_bytes)
+        add_upstream(scores, z[rows], z_indices[rows], lists, upstream)
         if maxima is not None:
             _group_maxima(scores, maxima, group)
 
-    # The walk of an upstream latent meets latents all over a row, hence whole rows.
-    streamed_topk(fill, N, F, k, scratch_bytes, values, indices, relu=True, whole_rows=True)
+    # The pairs of a token meet latents all over its row, hence whole rows.
+    slot_bytes = 0 if lists is None else z_values.shape[1] * (4 + lists.starts.element_size())
+    streamed_topk(
+        fill, N, F, k, scratch_bytes, values, indices, relu=True, whole_rows=True, row_bytes=slot_bytes
+    )  # fmt: skip
     return values, indices
 
 
@@ -129,74 +134,65 @@ def _group_maxima(scores: Tensor, maxima: Tensor, group: int) -> None:
 
 
 @triton.jit
-def _read(
-    slots, connections, n, reads, K, C,
-    slots_n, slots_k, connections_f, connections_c,
-):  # fmt: skip
-    """The selected latent and the upstream latent of each of `reads`, the token's K*C connections; -1: none."""
-    there = reads < K * C
-    latent = tl.load(slots + n * slots_n + (reads // C) * slots_k, mask=there, other=-1).to(tl.int64)
-    place = connections + latent * connections_f + (reads % C).to(tl.int64) * connections_c
-    upstream = tl.load(place, mask=latent >= 0, other=-1).to(tl.int64)
-    return latent, upstream
-
-
-@triton.jit
-def read_kernel(
-    out,  # [N, K*C] fp32
-    slots,  # [N, K] selected latents, -1 where inactive
-    connections,  # [F, C]
-    z_values,  # [N, S]
-    z_indices,  # [N, S]
-    K, C, S,
-    slots_n, slots_k, connections_f, connections_c, value_n, value_s, index_n, index_s,
-    READS: tl.constexpr,
-    SLOTS: tl.constexpr,
-):  # fmt: skip
-    """The upstream values that the connections of a token's selected latents read, found by comparing all ids.
-
-    The K x C x S comparisons stay in registers; a dense row of z would be U wide.
-    """
-    n = tl.program_id(0).to(tl.int64)
-    reads = tl.program_id(1) * READS + tl.arange(0, READS)
-    _latent, upstream = _read(slots, connections, n, reads, K, C, slots_n, slots_k, connections_f, connections_c)
-    sums = tl.zeros((READS, SLOTS), tl.float32)
-    for start in range(0, S, SLOTS):
-        s = start + tl.arange(0, SLOTS).to(tl.int64)
-        id = tl.load(z_indices + n * index_n + s * index_s, mask=s < S, other=-1).to(tl.int64)
-        value = tl.load(z_values + n * value_n + s * value_s, mask=id >= 0, other=0.0).to(tl.float32)
-        same = (upstream[:, None] == id[None, :]) & (id >= 0)[None, :]
-        sums += tl.where(same, value[None, :], 0.0)
-    tl.store(out + n * (K * C) + reads, tl.sum(sums, axis=1), mask=reads < K * C)
-
-
-@triton.jit
 def d_upstream_kernel(
-    dz,  # [N, S] out
+    dz,  # [N, S] fp32, zeros (HAS_DZ)
+    read,  # [N, K*C] fp32, zeros (HAS_READ)
     grad,  # [N, K] fp32
     slots,  # [N, K] selected latents, -1 where inactive
-    connections,  # [F, C]
-    V,  # [F, C]
-    z_indices,  # [N, S]
+    z_values,  # [N, S]
+    ends,  # [N, S]
+    shifts,  # [N, S]
+    weights,  # [F*C]
+    targets,  # [F*C]
+    order,  # [F*C]
     K, C, S,
-    dz_n, dz_s, grad_n, grad_k, slots_n, slots_k, connections_f, connections_c, V_f, V_c, index_n, index_s,
-    READS: tl.constexpr,
-    SLOTS: tl.constexpr,
+    grad_n, grad_k, slots_n, slots_k, value_n, value_s,
+    HAS_DZ: tl.constexpr,
+    HAS_READ: tl.constexpr,
+    STEPS: tl.constexpr,
+    SELECTED: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """SLOTS upstream slots of a token; each adds up the connections of the selected latents that read it."""
+    """The pairs of a token whose downstream latent it selected: what they add to the gradient of their upstream slot,
+    and the upstream values that the connections of selected latents read.
+
+    Pairs are few (S C F / U), and each is compared with the K selected latents only.
+    """
     n = tl.program_id(0).to(tl.int64)
-    s = tl.program_id(1).to(tl.int64) * SLOTS + tl.arange(0, SLOTS)
-    id = tl.load(z_indices + n * index_n + s * index_s, mask=s < S, other=-1).to(tl.int64)
-    sums = tl.zeros((READS, SLOTS), tl.float32)
-    for start in range(0, K * C, READS):
-        reads = start + tl.arange(0, READS)
-        latent, upstream = _read(slots, connections, n, reads, K, C, slots_n, slots_k, connections_f, connections_c)
-        used = upstream >= 0
-        weight = tl.load(V + latent * V_f + (reads % C).to(tl.int64) * V_c, mask=used, other=0.0).to(tl.float32)
-        weight *= tl.load(grad + n * grad_n + (reads // C) * grad_k, mask=used, other=0.0)
-        same = (upstream[:, None] == id[None, :]) & used[:, None]
-        sums += tl.where(same, weight[:, None], 0.0)
-    tl.store(dz + n * dz_n + s * dz_s, tl.sum(sums, axis=0).to(dz.dtype.element_ty), mask=s < S)
+    ends += n * S
+    shifts += n * S
+    grad += n * grad_n
+    slots += n * slots_n
+    place = tl.arange(0, SELECTED)
+    chosen = tl.load(slots + place.to(tl.int64) * slots_k, mask=place < K, other=-1).to(tl.int32)
+    count = tl.load(ends + S - 1)
+    for first in range(0, count, BLOCK):
+        slot, entry, used = block_of_pairs(ends, shifts, first, count, S, STEPS, BLOCK)
+        i = tl.load(targets + entry, mask=used, other=-2).to(tl.int32)
+        number = tl.max(tl.where(i[None, :] == chosen[:, None], place[:, None] + 1, 0), axis=0)
+        for start in range(SELECTED, K, SELECTED):
+            later = start + place
+            others = tl.load(slots + later.to(tl.int64) * slots_k, mask=later < K, other=-1).to(tl.int32)
+            more = tl.where(i[None, :] == others[:, None], later[:, None] + 1, 0)
+            number = tl.maximum(number, tl.max(more, axis=0))
+        if tl.max(number, axis=0) > 0:
+            hit = number > 0
+            k = (number - 1).to(tl.int64)
+            if HAS_DZ:
+                part = tl.load(weights + entry, mask=hit, other=0).to(tl.float32)
+                part *= tl.load(grad + k * grad_k, mask=hit, other=0)
+                sums, writes = added_up(slot, part, hit)
+                at_slot = dz + n * S + slot
+                tl.store(at_slot, tl.load(at_slot, mask=writes, other=0) + sums, mask=writes)
+            if HAS_READ:
+                position = tl.load(order + entry, mask=hit, other=0).to(tl.int64)
+                value = tl.load(z_values + n * value_n + slot.to(tl.int64) * value_s, mask=hit, other=0)
+                at = (k * C + position % C).to(tl.int32)
+                # A latent that is in two slots of the token meets the same connection twice.
+                sums, writes = added_up(at, value.to(tl.float32), hit)
+                at_read = read + n * (K * C) + at
+                tl.store(at_read, tl.load(at_read, mask=writes, other=0) + sums, mask=writes)
+            tl.debug_barrier()
 
 
 @launcher
@@ -210,8 +206,8 @@ def backward(
     z_indices: Tensor,
     V: Tensor,
     connections: Tensor,
-    order: Tensor | None,
-    starts: Tensor | None,
+    order: Tensor,
+    starts: Tensor,
     upstream: int,
     scale: Tensor,
     scratch_bytes: int,
@@ -219,60 +215,56 @@ def backward(
 ) -> tuple[Tensor | None, ...]:
     """dr0 [N, D], dW [F, D], db [F], dz [N, S] and dV [F, C] from `grad_values` [N, K]; None where not `needed`.
 
-    Only active slots and kept connections carry gradient. `order` and `starts` are not read. `scratch_bytes` bounds
-    the upstream values read for dV. Other arguments as in `forward`.
+    Only active slots and kept connections carry gradient. `scratch_bytes` is not read: READ_BYTES bounds the upstream
+    values read for dV. Other arguments as in `forward`.
     """
     active = values != 0  # a NaN slot is active: its gradient is not dropped
     grad = torch.where(active, grad_values, 0)
     slots = indices.masked_fill(~active, -1)
     scaled = grad.float() / scale.float()[:, None]
-    gradients = encoder_gradients(grad, scaled, slots, r0, W_enc, needed[:3])
-    connected = 0 not in (slots.numel(), z_values.numel(), V.numel())
-    dz = dV = None
-    if needed[3]:
-        dz = torch.zeros_like(z_values)
-        if connected:
-            _d_upstream(dz, scaled, slots, connections, V, z_indices)
-    if needed[4]:
-        dV = torch.zeros_like(V)
-        if connected:
-            dV.copy_(_d_virtual(scaled, slots, connections, z_values, z_indices, len(V), scratch_bytes))
+    by_latent = transpose(slots, len(W_enc)) if needed[1] or needed[2] else None
+    gradients = encoder_gradients(grad, scaled, slots, r0, W_enc, needed[:3], by_latent)
+    dz = torch.zeros_like(z_values) if needed[3] else None
+    dV = torch.zeros_like(V) if needed[4] else None
+    if (needed[3] or needed[4]) and 0 not in (slots.numel(), z_values.numel(), V.numel()):
+        lists = out_lists(V, order, starts)
+        _upstream_gradients(dz, dV, scaled, slots, lists, order, z_values, z_indices, upstream, by_latent)
     return *gradients, dz, dV
 
 
-def _d_upstream(dz: Tensor, grad: Tensor, slots: Tensor, connections: Tensor, V: Tensor, z_indices: Tensor) -> None:
-    (N, K), C, S = slots.shape, connections.shape[1], dz.shape[1]
-    d_upstream_kernel[N, cdiv(S, MATCH.slots)](
-        dz, grad, slots, connections, V, z_indices, K, C, S,
-        *dz.stride(), *grad.stride(), *slots.stride(), *connections.stride(), *V.stride(), *z_indices.stride(),
-        **MATCH.constexprs, **MATCH.options,
-    )  # fmt: skip
-
-
-def _d_virtual(
+def _upstream_gradients(
+    dz: Tensor | None,
+    dV: Tensor | None,
     grad: Tensor,
     slots: Tensor,
-    connections: Tensor,
+    lists: OutLists,
+    order: Tensor,
     z_values: Tensor,
     z_indices: Tensor,
-    F: int,
-    scratch_bytes: int,
-) -> Tensor:
-    """dV in fp32: the values read by a block of tokens are written out, then summed by latent like any gradient."""
-    (N, K), C, S = slots.shape, connections.shape[1], z_values.shape[1]
-    size = min(N, max(1, scratch_bytes // (4 * K * C)))
-    scratch = torch.empty(size * K * C, dtype=torch.float32, device=grad.device)
-    dV: Tensor | None = None
+    upstream: int,
+    by_latent: Transpose | None,
+) -> None:
+    """Fills dz [N, S] and dV [F, C]. The values that tokens read are written out for a block of tokens, then summed by
+    latent like any gradient."""
+    (N, K), S = slots.shape, z_values.shape[1]
+    C = 0 if dV is None else dV.shape[1]
+    size = N if dV is None else min(N, max(1, READ_BYTES // (4 * K * C)))
+    total: Tensor | None = None
     for tokens in spans(N, size):
-        part, z, ids = slots[tokens], z_values[tokens], z_indices[tokens]
-        read = scratch[: len(part) * K * C]
-        read_kernel[len(part), cdiv(K * C, MATCH.reads)](
-            read, part, connections, z, ids, K, C, S,
-            *part.stride(), *connections.stride(), *z.stride(), *ids.stride(),
+        part, g, z, ids = slots[tokens], grad[tokens], z_values[tokens], z_indices[tokens]
+        sums = g.new_zeros(len(part), S if dz is not None else 0)
+        read = g.new_zeros(len(part) * K, C)
+        d_upstream_kernel[(len(part),)](
+            sums, read, g, part, z, *token_pairs(ids, lists, upstream), lists.weights, lists.targets, order, K, C, S,
+            *g.stride(), *part.stride(), *z.stride(),
+            HAS_DZ=dz is not None, HAS_READ=dV is not None, STEPS=search_steps(S),
             **MATCH.constexprs, **MATCH.options,
         )  # fmt: skip
-        by_latent = transpose(part, F)
-        sums = transposed_gather_sum(grad[tokens].reshape(-1, 1), *by_latent, read.view(-1, C))
-        dV = sums if dV is None else dV.add_(sums)
-    assert dV is not None, "called without tokens"
-    return dV
+        if dz is not None:
+            dz[tokens] = sums
+        if dV is not None:
+            of_part = by_latent if by_latent is not None and size == N else transpose(part, len(dV))
+            added = transposed_gather_sum(g.reshape(-1, 1), *of_part, read)
+            total = added if total is None else total.add_(added)
+    if dV is not None and total is not None:
+        dV.copy_(total)

@@ -12,7 +12,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-SCRATCH_BYTES = 64 << 20  # a good `scratch_bytes` on a GPU, and the bound on partial sums of hot rows
+SCRATCH_BYTES = 64 << 20  # a `scratch_bytes` for small GPUs and the interpreter: see `free_share`
+GPU_SHARE = 1 / 32  # of a GPU's free memory, as scratch
+# Bound on partial sums. Not a share of free memory: how a sum is cut decides how it is rounded.
+PARTS_BYTES = 256 << 20
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 INTEGERS = (torch.int32, torch.int64)
@@ -30,10 +33,20 @@ class LaunchConfig:
 
     num_warps: int = 4
     num_stages: int = 3
+    max_registers: int | None = None  # per thread; NVIDIA only
 
     @property
     def options(self) -> dict[str, int]:
-        return {"num_warps": self.num_warps, "num_stages": self.num_stages}
+        limit = {} if self.max_registers is None or torch.version.hip else {"maxnreg": self.max_registers}
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages, **limit}
+
+
+def free_share(device: torch.device) -> int:
+    """A good `scratch_bytes`: a share of what is free on a GPU, the free blocks of torch's allocator included."""
+    if device.type != "cuda":
+        return SCRATCH_BYTES
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return max(SCRATCH_BYTES, int(GPU_SHARE * (torch.cuda.mem_get_info(device)[0] + unused)))
 
 
 def cdiv(a: int, b: int) -> int:

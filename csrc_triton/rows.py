@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import SCRATCH_BYTES, LaunchConfig, cdiv, check_range, launcher
+from .launch import PARTS_BYTES, LaunchConfig, cdiv, check_range, launcher
 
 PART = 256  # slots of a list that one program sums; longer lists (hot latents) are cut into such parts
 
@@ -257,7 +257,7 @@ def transposed_gather_sum(weights: Tensor, order: Tensor, starts: Tensor, bags: 
     firsts = torch.arange(blocks, dtype=starts.dtype, device=starts.device) * PART
     edges = torch.stack([firsts, (firsts + (PART - 1)).clamp_max(total - 1)])
     entries = torch.searchsorted(starts, edges, right=True) - 1
-    width = min(D, max(tile.columns, SCRATCH_BYTES // (blocks * 8) // tile.columns * tile.columns))
+    width = min(D, max(tile.columns, PARTS_BYTES // (blocks * 8) // tile.columns * tile.columns))
     parts = torch.empty(blocks * 2 * width, dtype=torch.float32, device=bags.device)
     for column in range(0, D, width):
         columns = slice(column, column + width)

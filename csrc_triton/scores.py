@@ -26,6 +26,7 @@ class TileConfig(LaunchConfig):
     columns: int = 128
     depth: int = 64
     precision: str = "tf32"  # of fp32 products; halves ignore it
+    run: int = 0  # steps of `depth` that are summed before they are added to the rest; 0: all
 
     @property
     def constexprs(self) -> dict[str, int | str | bool]:
@@ -35,19 +36,35 @@ class TileConfig(LaunchConfig):
             "DEPTH": self.depth,
             "PRECISION": self.precision,
             "UPCAST": INTERPRETED,
+            "RUN": self.run,
         }
 
 
-# TF32 tensor cores (10 bits of mantissa) would miss the error bound of fp32 products, so those run on the CUDA cores:
-# 67 TFLOP/s on an H100 against about 990 for bf16. Encoding fp32 inputs is bound by this product. Three TF32 products
-# ("tf32x3") would be nearly as exact and several times faster. They compile for NVIDIA (170 registers, no spill) but
-# not for gfx942, and their error cannot be measured without a GPU, so they are not used yet.
-FLOAT32 = TileConfig(num_warps=8, rows=64, columns=128, depth=16, precision="ieee")
-HALF = TileConfig(num_warps=8, rows=128, columns=128, depth=64)
+# "tf32x3": three TF32 products on tensor cores, in sums over 256 of D: at most twice the error of torch's own fp32
+# product, by exact emulation. "ieee": the CUDA cores. "tf32": one product, with 10 bits of mantissa.
+FLOAT32 = {
+    "tf32x3": TileConfig(num_warps=8, rows=128, columns=64, depth=32, precision="tf32x3", run=8),
+    "ieee": TileConfig(num_warps=8, rows=64, columns=128, depth=16, precision="ieee"),
+    "tf32": TileConfig(num_warps=8, rows=128, columns=128, depth=32, precision="tf32"),
+}
+# 128 registers a thread: two blocks share an SM, and one multiplies while the other writes its scores.
+HALF = TileConfig(num_warps=8, rows=128, columns=128, depth=64, max_registers=128)
+
+
+def fp32_precision() -> str:
+    """How fp32 is multiplied: a name in FLOAT32. torch's own setting decides: "tf32" or "ieee" where
+    `torch.backends.cuda.matmul.fp32_precision` says so (or `allow_tf32`), otherwise "tf32x3"; on ROCm always "ieee"."""
+    if torch.version.hip is not None:
+        return "ieee"
+    matmul = torch.backends.cuda.matmul
+    asked = getattr(matmul, "fp32_precision", "none")  # torch 2.9 and later
+    if asked == "none" and matmul.allow_tf32:
+        return "tf32"
+    return asked if asked in FLOAT32 else "tf32x3"
 
 
 def tile_config(dtype: torch.dtype) -> TileConfig:
-    return FLOAT32 if dtype == torch.float32 else HALF
+    return FLOAT32[fp32_precision()] if dtype == torch.float32 else HALF
 
 
 @triton.jit
@@ -68,14 +85,19 @@ def dot_tile(
     DEPTH: tl.constexpr,
     PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
+    RUN: tl.constexpr,
 ):  # fmt: skip
-    """fp32 tile of a @ b.T. Rows and columns past the end repeat the last one; `store_tile` drops them."""
+    """fp32 tile of a @ b.T. Rows and columns past the end repeat the last one; `store_tile` drops them.
+
+    RUN: how many steps of DEPTH are summed before they are added to the rest, 0 for all: shorter sums round less.
+    """
     depth = tl.arange(0, DEPTH)
     a_tile = a + tl.minimum(rows, n - 1).to(tl.int64)[:, None] * a_row + depth.to(tl.int64)[None, :] * a_col
     b_tile = b + tl.minimum(columns, F - 1).to(tl.int64)[None, :] * b_row + depth.to(tl.int64)[:, None] * b_col
     a_step = tl.full((), DEPTH, tl.int64) * a_col
     b_step = tl.full((), DEPTH, tl.int64) * b_col
     total = tl.zeros((rows.shape[0], columns.shape[0]), tl.float32)
+    runs = tl.zeros((rows.shape[0], columns.shape[0]), tl.float32)
     for start in range(0, D, DEPTH):
         inside = depth < D - start
         a_part = tl.load(a_tile, mask=inside[None, :], other=0.0)
@@ -86,7 +108,11 @@ def dot_tile(
         total = tl.dot(a_part, b_part, total, input_precision=PRECISION)
         a_tile += a_step
         b_tile += b_step
-    return total
+        if RUN > 0:
+            if (start // DEPTH) % RUN == RUN - 1:
+                runs += total
+                total = tl.zeros((rows.shape[0], columns.shape[0]), tl.float32)
+    return total + runs if RUN > 0 else total
 
 
 @triton.jit
@@ -131,6 +157,7 @@ def encoder_scores_kernel(
     DEPTH: tl.constexpr,
     PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
+    RUN: tl.constexpr,
 ):  # fmt: skip
     """One tile of pre-activations: x @ W_enc.T / scale + b_enc."""
     # Rows vary fastest: programs that run together share a tile of W_enc, and all rows of x stay in L2.
@@ -138,7 +165,7 @@ def encoder_scores_kernel(
     row_tiles = tl.cdiv(n, ROWS)
     rows = (tile % row_tiles) * ROWS + tl.arange(0, ROWS)
     columns = (tile // row_tiles) * COLUMNS + tl.arange(0, COLUMNS)
-    total = dot_tile(x, W_enc, rows, columns, n, F, D, x_row, x_col, W_row, W_col, DEPTH, PRECISION, UPCAST)
+    total = dot_tile(x, W_enc, rows, columns, n, F, D, x_row, x_col, W_row, W_col, DEPTH, PRECISION, UPCAST, RUN)
     if HAS_SCALE:
         total /= tl.load(scale + rows * scale_step, mask=rows < n, other=1.0).to(tl.float32)[:, None]
     if HAS_BIAS:

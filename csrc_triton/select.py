@@ -18,11 +18,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import LaunchConfig, cdiv, pow2
+from .launch import INTERPRETED, LaunchConfig, cdiv, pow2
 from .scores import LOWEST, float_key
 
 MAX_BLOCK = 2048  # keys of a row held in registers at a time; longer rows are read again for every bit
 MIN_TILE = 2048  # keys per program: short rows share one
+ONE_WARP = 512  # keys that one warp counts without waiting for others; more would not fit into its registers
 LONG = 1024  # above this k, torch.sort orders the survivors: counting takes k x k comparisons
 PLACE_TILE = 4096  # comparisons at a time when the survivors are ordered
 
@@ -44,6 +45,8 @@ class SelectConfig(LaunchConfig):
 
 def select_config(candidates: int) -> SelectConfig:
     block = pow2(candidates, 16, MAX_BLOCK)
+    if candidates <= ONE_WARP and not INTERPRETED:  # the interpreter likes few programs
+        return SelectConfig(1, rows=max(1, 128 // block), block=block, one_block=True)
     warps = 16 if block == MAX_BLOCK else 8  # 8 keys per thread
     return SelectConfig(warps, rows=max(1, MIN_TILE // block), block=block, one_block=candidates <= block)
 

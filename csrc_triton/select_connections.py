@@ -29,6 +29,7 @@ def connection_scores_kernel(
     DEPTH: tl.constexpr,
     PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
+    RUN: tl.constexpr,
     MANY_HEADS: tl.constexpr,
 ):  # fmt: skip
     """One tile of importance x |W_enc @ E.T|; with many heads, x the norm over heads."""
@@ -39,12 +40,14 @@ def connection_scores_kernel(
     if MANY_HEADS:
         squares = tl.zeros((ROWS, COLUMNS), tl.float32)
         for _ in range(H):
-            part = dot_tile(W_enc, E, rows, columns, n, U, D, W_row, W_col, E_row, E_col, DEPTH, PRECISION, UPCAST)
+            part = dot_tile(W_enc, E, rows, columns, n, U, D, W_row, W_col, E_row, E_col, DEPTH, PRECISION, UPCAST, RUN)
             squares += part * part
             W_enc += W_head
         size = tl.sqrt_rn(squares)
     else:
-        size = tl.abs(dot_tile(W_enc, E, rows, columns, n, U, D, W_row, W_col, E_row, E_col, DEPTH, PRECISION, UPCAST))
+        size = tl.abs(
+            dot_tile(W_enc, E, rows, columns, n, U, D, W_row, W_col, E_row, E_col, DEPTH, PRECISION, UPCAST, RUN)
+        )
     weight = tl.load(
         importance + rows.to(tl.int64)[:, None] * importance_row + columns.to(tl.int64)[None, :] * importance_col,
         mask=(rows < n)[:, None] & (columns < U)[None, :],

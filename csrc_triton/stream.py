@@ -30,13 +30,13 @@ class Blocks:
     pieces: int
 
 
-def plan(N: int, columns: int, k: int, scratch_bytes: int, whole_rows: bool = False) -> Blocks:
-    """The largest blocks within the budget (at least one row and 4 k columns)."""
+def plan(N: int, columns: int, k: int, scratch_bytes: int, whole_rows: bool = False, more_bytes: int = 0) -> Blocks:
+    """The largest blocks within the budget (at least one row and 4 k columns); `more_bytes`: other scratch per row."""
     piece = max(scratch_bytes // (4 * ROWS_WANTED), 4 * k) // ALIGNMENT * ALIGNMENT
     piece = columns if whole_rows else min(max(piece, ALIGNMENT, k), columns)
     pieces = cdiv(columns, piece)
     row_bytes = 4 * (piece + _most_groups(piece, columns, k) + k + 2 * k * (pieces + (pieces > 1)))
-    row_bytes += 32 * k if k > LONG else 0  # torch.sort
+    row_bytes += more_bytes + (32 * k if k > LONG else 0)  # torch.sort
     rows = min(max(scratch_bytes // row_bytes, 1), N)
     return Blocks(rows if rows in (N, 1) or rows < ALIGNMENT else rows // ALIGNMENT * ALIGNMENT, piece, pieces)
 
@@ -63,14 +63,16 @@ def streamed_topk(
     relu: bool = False,
     absolute: bool = False,
     whole_rows: bool = False,
+    row_bytes: int = 0,
 ) -> None:
     """Writes the k largest of each row, descending, to `out_values` [N, k] (if given) and `out_ids` [N, k] int64.
 
     `relu` stores negative values as 0, `absolute` ranks by magnitude, `whole_rows` keeps rows in one piece.
+    `row_bytes`: scratch that `fill` needs per row.
     """
     if N == 0 or k == 0:
         return
-    blocks = plan(N, columns, k, scratch_bytes, whole_rows)
+    blocks = plan(N, columns, k, scratch_bytes, whole_rows, row_bytes)
 
     def scratch(width: int, dtype: torch.dtype) -> Tensor:
         return torch.empty(blocks.rows * width, dtype=dtype, device=out_ids.device)

@@ -21,7 +21,7 @@ from .launch import LaunchConfig, cdiv, launcher, pow2, spans
 from .rows import gather_sum, transposed_gather_sum
 from .scores import LOWEST, encoder_scores, float_key
 from .stream import plan, streamed_topk
-from .transpose import transpose
+from .transpose import Transpose, transpose
 
 ACTIVATIONS = ("topk", "abstopk", "groupmax")
 GROUP_TILE = 2048  # scores that a program of groupmax holds
@@ -153,17 +153,23 @@ def backward(
 
 
 def encoder_gradients(
-    grad: Tensor, grad_linear: Tensor, slots: Tensor, x: Tensor, W_enc: Tensor, needed: Sequence[bool]
+    grad: Tensor,
+    grad_linear: Tensor,
+    slots: Tensor,
+    x: Tensor,
+    W_enc: Tensor,
+    needed: Sequence[bool],
+    by_latent: Transpose | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of x, W_enc and b_enc from those of the pre-activations, and of `x @ W_enc.T` (`grad_linear`), [N, K].
 
     `slots` [N, K] are latents, or -1 where inactive. Inactive slots are never read, so an infinite row of weights
-    behind one does no harm.
+    behind one does no harm. `by_latent`: their transpose, where it is known.
     """
     dx = gather_sum(grad_linear, slots, W_enc) if needed[0] else None
     dW = db = None
     if needed[1] or needed[2]:
-        order, starts = transpose(slots, len(W_enc))
+        order, starts = by_latent or transpose(slots, len(W_enc))
         dW = transposed_gather_sum(grad_linear, order, starts, x) if needed[1] else None
         db = _sum_by_latent(grad, order, starts, x.dtype) if needed[2] else None
     return dx, dW, db

@@ -1,7 +1,7 @@
 """Sparse latents through sparse virtual weights: the upstream part of pre-activations.
 
-forward:  pre[n, i] = sum_c V[i, c] z[n, connections[i, c]], in the order of upstream latents (CSC): each active
-          upstream latent of a token walks the list of connections that read it (add_upstream.py)
+forward:  pre[n, i] = sum_c V[i, c] z[n, connections[i, c]], over the pairs of an active upstream latent and a
+          connection that reads it (add_upstream.py)
 backward: dz[n, s] = sum over that list of V x grad[n, i], and dV[i, c] = sum of z x grad[n, i] over the tokens
           in which the upstream latent of (i, c) is active
 """
@@ -14,8 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .add_upstream import OutLists, add_upstream, list_bounds, out_lists
-from .launch import LaunchConfig, cdiv, check_range, launcher
+from .add_upstream import OutLists, list_bounds, out_lists, upstream_part
+from .launch import PARTS_BYTES, LaunchConfig, cdiv, check_range, launcher
 from .transpose import transpose
 
 PART = 4096  # tokens of one connection that one program sums
@@ -55,7 +55,7 @@ def forward(
     `scratch_bytes` bounds the float32 sums of halves (at least one token's).
     """
     pre = V.new_empty(len(z_values), len(V))
-    add_upstream(pre, z_values, z_indices, out_lists(V, order, starts), upstream, "zero", scratch_bytes)
+    upstream_part(pre, z_values, z_indices, out_lists(V, order, starts), upstream, scratch_bytes)
     return pre
 
 
@@ -142,7 +142,7 @@ def backward(
 ) -> tuple[Tensor | None, Tensor | None]:
     """dz [N, S] and dV [F, C] from `grad` [N, F], 0 in empty slots; None where not `needed`.
 
-    Other arguments as in `forward`; `scratch_bytes` bounds the partial sums of dV.
+    Other arguments as in `forward`.
     """
     check_range("z_indices", z_indices, upstream)
     nothing = 0 in (grad.numel(), z_values.numel(), V.numel(), upstream)
@@ -152,7 +152,7 @@ def backward(
             torch.zeros_like(z_values) if nothing else _d_values(grad, z_indices, out_lists(V, order, starts), upstream)
         )
     if needed[1]:
-        sums = z_values, z_indices, connections, order, upstream, scratch_bytes
+        sums = z_values, z_indices, connections, order, upstream
         dV = torch.zeros_like(V) if nothing else _d_weights(grad, *sums)
     return dz, dV
 
@@ -175,12 +175,11 @@ def _d_weights(
     connections: Tensor,
     order: Tensor,
     upstream: int,
-    scratch_bytes: int,
 ) -> Tensor:
     """With many tokens in parts, which are added in order: a hot latent's list is as long as the batch."""
     (N, S), (F, C) = z_values.shape, connections.shape
     z_order, z_starts = transpose(z_indices, upstream)
-    parts = max(1, min(cdiv(N, PART), scratch_bytes // (4 * F * C)))
+    parts = max(1, min(cdiv(N, PART), PARTS_BYTES // (4 * F * C)))
     sums = grad.new_empty(parts, F * C, dtype=grad.dtype if parts == 1 else torch.float32)
     d_weights_kernel[cdiv(F * C, D_WEIGHTS.lists), parts](
         sums, grad, z_values, z_order, z_starts, connections, order,

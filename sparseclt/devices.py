@@ -27,10 +27,16 @@ def usable(name: str) -> torch.device:
 
 
 class Budget(NamedTuple):
-    """Bytes to work in: on a CPU about what its caches hold, on a GPU enough to keep it busy."""
+    """Bytes to work in: on a CPU about what its caches hold; on a GPU a share of its memory, and at least `gpu`.
+
+    Of all its memory, not of what is free: some results depend on where chunks begin.
+    """
 
     cpu: int
     gpu: int
+    gpu_share: float = 0.0
 
     def on(self, device: torch.device) -> int:
+        if device.type == "cuda" and torch.cuda.is_available():
+            return max(self.gpu, int(self.gpu_share * torch.cuda.get_device_properties(device).total_memory))
         return self.cpu if device.type == "cpu" else self.gpu

@@ -90,12 +90,15 @@ BAD = {
     "connections.anneal_share": [-0.1, 1.1],
     "connections.refresh_steps": [0, -50],
     "connections.freeze_after_share": [-0.1, 1.1],
+    "connections.exchange_share": [-0.1, 1.1],
+    "connections.open_per_latent": [0.0, -1.0],
     "connections.candidates_after_steps": [-1],
     "connections.pressure_weight": [-1e-3],
     "loss.sparse_start_share": [-0.1, 1.1],
     "loss.sparse_ramp_share": [-0.1, 1.1],
     "loss.latent_agreement_weight": [-0.2],
     "loss.l0_weight": [-0.1],
+    "loss.interaction_weight": [-1.0],
     "loss.cross_entropy_weight": [-1.0],
     "optimizer.learning_rate": [-2e-3],
     "optimizer.warmup_share": [-0.1, 1.1],
@@ -117,6 +120,9 @@ BAD = {
     "checkpoints.every_steps": [0, -500],
     "checkpoints.every_minutes": [0.0, -1.0],
     "checkpoints.keep": [0, -2],
+    "parallel.latents": [0, -1],
+    "parallel.data": [0, -1],
+    "parallel.timeout_seconds": [0, -1],
 }
 
 

@@ -96,8 +96,9 @@ class ConnectionConfig:
     """The upstream latents that each latent may read in sparsely-connected mode; the first two fields matter most."""
 
     policy: Literal["top", "learned", "dense-learned", "random", "none"] = "top"
-    """top: the C most important latents, chosen again and again. learned: a trained gate for each of C candidates.
-    dense-learned: a gate for each pair of latents (small models only). random: C at random. none: vanilla mode only."""
+    """top: the C most important latents, chosen again and again. learned: a trained gate for each of C candidates,
+    which give way to better ones. dense-learned: a gate for each pair of latents (small models only). random: C at
+    random. none: vanilla mode only."""
     per_latent: Natural = 8
     """Connections per latent (C), 0 for none at all; with policy learned, candidates per latent."""
     importance: Importance = "coactivation"
@@ -110,9 +111,18 @@ class ConnectionConfig:
     anneal_share: Share = 0.5
     """With policy top, share of the steps over which C falls."""
     refresh_steps: Positive = 50
-    """With policy top, steps from one choice of connections to the next."""
+    """With policy top, steps from one choice of connections to the next; with policy learned, from one exchange of
+    candidates."""
     freeze_after_share: Share = 1.0
-    """With policy top, share of the steps after which the connections no longer change."""
+    """With policy top, share of the steps after which the connections no longer change, and with policy learned the
+    candidates."""
+    exchange_share: Share = 0.5
+    """With policy learned, largest share of a latent's candidates that are exchanged every refresh_steps, for upstream
+    latents whose connection would lower the loss by more than its price. None are in the last quarter of the steps.
+    0: the first candidates stay."""
+    open_per_latent: Annotated[float, Field(gt=0)] | None = None
+    """With the learned policies, connections per latent that should be open in the end, a mean over latents: the
+    pressure is steered towards it. None: pressure_weight stays as it is."""
     candidates_after_steps: Natural = 50
     """With policy learned, steps before the candidates are chosen."""
     pressure_weight: Weight = 1e-3

@@ -2,14 +2,25 @@
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from sparseclt.config import ConnectionConfig, Importance
 from sparseclt.connections.activity import Activity
+from sparseclt.connections.exchange import exchanged_candidates
+from sparseclt.connections.gradients import RecentGradients
 from sparseclt.connections.selection import random_connections, select_top_connections
+from sparseclt.model.activations import Activations
+from sparseclt.model.modules import Latents
 from sparseclt.model.transcoders import Transcoders
+
+FIRST_LOGIT = 0.1
+STEERING = 0.02  # exponent with which the pressure follows, in each step, the connections that are too many
+EXCHANGING = 0.75  # share of the steps up to the freeze in which candidates are exchanged: new gates need time to close
+MOST_EXCESS = 4.0  # times the wanted number, beyond which the pressure rises no faster
 
 
 def check_connections(clt: Transcoders, C: int, least: int = 0) -> None:
@@ -29,15 +40,15 @@ def make_policy(
     if config.policy == "none" or not clt.reads_upstream:
         return None
     if config.policy == "dense-learned":
-        return LearnedConnections(None, pressure=config.pressure_weight, importance=config.importance, backend=backend)
+        return LearnedConnections(
+            None, pressure=config.pressure_weight, open_per_latent=config.open_per_latent,
+            importance=config.importance, backend=backend,
+        )  # fmt: skip
     check_connections(clt, config.per_latent, least=1 if config.policy == "learned" else 0)
     if config.policy == "random":
         return RandomConnections(config.per_latent)
     if config.policy == "learned":
-        return LearnedConnections(
-            config.per_latent, pressure=config.pressure_weight, start_step=config.candidates_after_steps,
-            importance=config.importance, backend=backend,
-        )  # fmt: skip
+        return _learned(config, clt, steps, backend)
     return TopConnections(
         config.per_latent, start=config.start_per_latent, anneal_steps=round(config.anneal_share * steps),
         refresh_every=config.refresh_steps, freeze_at=round(config.freeze_after_share * steps),
@@ -45,8 +56,23 @@ def make_policy(
     )  # fmt: skip
 
 
+def _learned(config: ConnectionConfig, clt: Transcoders, steps: int, backend: str | None) -> "LearnedConnections":
+    a, device = clt.architecture, clt.transcoder(0).W_enc.device
+    last = round(EXCHANGING * config.freeze_after_share * steps)
+    exchange = None
+    if config.exchange_share:
+        recent = RecentGradients(clt.sites, a.slots, config.recent_tokens, a.model.heads, device)
+        exchange = CandidateExchange(recent, config.refresh_steps, last, config.exchange_share)
+    return LearnedConnections(
+        config.per_latent, pressure=config.pressure_weight, open_per_latent=config.open_per_latent,
+        start_step=config.candidates_after_steps, exchange=exchange, importance=config.importance, backend=backend,
+    )  # fmt: skip
+
+
 class ConnectionPolicy(ABC):
     """Chooses connections at the start of a step when they are due."""
+
+    reads_gradients = False  # whether `observe` is called in every step of sparsely-connected mode
 
     def prepare(self, clt: Transcoders) -> None:  # noqa: B027  most policies train nothing of their own
         """Give the modules the parameters that the policy trains, before an optimiser is made."""
@@ -54,6 +80,16 @@ class ConnectionPolicy(ABC):
     @abstractmethod
     def update(self, clt: Transcoders, activity: Activity, step: int) -> bool:
         """Choose connections anew where `step` asks for it; returns whether it did."""
+
+    def observe(  # noqa: B027  most policies need to know no more than the activity of latents
+        self, latents: Sequence[Latents], gradients: Sequence[Tensor], activations: Activations
+    ) -> None:
+        """Take in a step's latents of sparsely-connected mode and the gradient [N, K] of its loss with respect to
+        them, as it would be at full weight."""
+
+    def state(self) -> dict[str, Tensor]:
+        """The tensors that change while the policy works, by name, to be saved, or copied into."""
+        return {}
 
     def pressure(self, clt: Transcoders) -> Tensor | None:
         """The loss term that closes connections, if the policy has one."""
@@ -124,13 +160,29 @@ class RandomConnections(ConnectionPolicy):
         return True
 
 
+@dataclass
+class CandidateExchange:
+    """When and how candidates of learned connections are exchanged (`exchanged_candidates`): every `every` steps up to
+    step `last`, at most a share `share` of those of each latent."""
+
+    recent: RecentGradients
+    every: int
+    last: int
+    share: float
+
+    def due(self, step: int) -> bool:
+        return step % self.every == 0 and step <= self.last and bool(self.recent.seen)
+
+
 class LearnedConnections(ConnectionPolicy):
     """A logit for each candidate connection: open where it is positive, with the sigmoid's gradient.
 
-    An L1 pressure on the probabilities closes connections; how many stay is an outcome. The candidates are the
-    `candidates` most important upstream latents of each latent, chosen once at `start_step`; or, with
-    `candidates=None`, all of them: the post's dense F x U mask, for small models. Logits start at
-    N(0.1, 0.001^2) and stay in fp32.
+    An L1 pressure on the probabilities closes connections; how many stay is an outcome, unless `open_per_latent` says
+    how many should, on average over latents: the pressure then rises while there are more and falls while there are
+    fewer. The candidates are at first the `candidates` most important upstream latents of each latent, at `start_step`.
+    With an `exchange`, closed ones then give way to those whose opening would lower the loss by more than it costs.
+    With `candidates=None` all upstream latents are candidates: the post's dense F x U mask, for small models. Logits
+    start at N(0.1, 0.001^2), those of new candidates at 0.1, and stay in fp32.
     """
 
     def __init__(
@@ -138,29 +190,66 @@ class LearnedConnections(ConnectionPolicy):
         candidates: int | None,
         *,
         pressure: float = 1.0,
+        open_per_latent: float | None = None,
         start_step: int = 0,
+        exchange: CandidateExchange | None = None,
         importance: Importance = "coactivation",
         backend: str | None = None,
     ):
-        self.candidates, self.weight, self.start_step = candidates, pressure, start_step
-        self.importance, self.backend = importance, backend
+        self.candidates, self.start_step, self.exchange = candidates, start_step, exchange
+        self.open_per_latent, self.importance, self.backend = open_per_latent, importance, backend
+        self.weight = torch.tensor(pressure, dtype=torch.float64)
+        self.reads_gradients = exchange is not None
 
     def prepare(self, clt: Transcoders) -> None:
         for module in clt:
             if module.upstream:
                 slots = module.upstream if self.candidates is None else min(self.candidates, module.upstream)
                 # Of all latents: each rank of several takes its own out of the same numbers.
-                logits = torch.empty(module.latents, slots, device=module.W_enc.device).normal_(0.1, 0.001)
+                logits = torch.empty(module.latents, slots, device=module.W_enc.device).normal_(FIRST_LOGIT, 0.001)
                 module.logits = nn.Parameter(logits if module.group.alone else logits[module.rows].clone())
 
     def update(self, clt: Transcoders, activity: Activity, step: int) -> bool:
-        if clt.connected or step < self.start_step or (self.candidates is not None and not activity.weight):
+        if clt.connected:
+            self._steer(clt)
+            if self.exchange is None or not self.exchange.due(step):
+                return False
+            self._exchange(clt, self.exchange)
+            return True
+        if step < self.start_step or (self.candidates is not None and not activity.weight):
             return False
         most = max(module.upstream for module in clt)
         clt.connect(select_top_connections(clt, activity, self.candidates or most, self.importance, self.backend))
         return True
 
+    def _steer(self, clt: Transcoders) -> None:
+        if self.open_per_latent is None:
+            return
+        counts = [(m.logits > 0).sum(1).double().mean() for m in clt if m.logits is not None]
+        excess = float(torch.stack(counts).mean()) / self.open_per_latent
+        self.weight *= min(max(excess, 1 / MOST_EXCESS), MOST_EXCESS) ** STEERING
+
+    @torch.no_grad()
+    def _exchange(self, clt: Transcoders, exchange: CandidateExchange) -> None:
+        most = math.ceil(exchange.share * (self.candidates or 0))
+        for module, chosen in zip(clt, exchanged_candidates(clt, exchange.recent, self.price(clt), most), strict=True):
+            if chosen is not None and module.logits is not None:
+                module.connect(chosen.connections)
+                module.logits.masked_fill_(chosen.new, FIRST_LOGIT)
+
+    def price(self, clt: Transcoders) -> float:
+        """What the pressure charges for the whole probability of one connection."""
+        return float(self.weight) / sum(m.latents for m in clt if m.logits is not None)
+
+    def observe(self, latents: Sequence[Latents], gradients: Sequence[Tensor], activations: Activations) -> None:
+        if self.exchange is not None:
+            self.exchange.recent.add(latents, gradients, activations)
+
+    def state(self) -> dict[str, Tensor]:
+        recent = self.exchange.recent.state() if self.exchange is not None else {}
+        return recent | ({} if self.open_per_latent is None else {"pressure": self.weight})
+
     def pressure(self, clt: Transcoders) -> Tensor | None:
         """The expected number of open connections of a latent, averaged over modules, times the weight."""
         probabilities = [torch.sigmoid(m.logits).sum(1).mean() for m in clt if m.logits is not None]
-        return self.weight * torch.stack(probabilities).mean() if probabilities else None
+        return float(self.weight) * torch.stack(probabilities).mean() if probabilities else None

@@ -43,7 +43,14 @@ def _short(config: TrainConfig, steps: int) -> TrainConfig:
         steps=steps,
         clt=replace(config.clt, activation="jumprelu"),
         activations=replace(config.activations, cache=None),
-        connections=replace(config.connections, freeze_after_share=0.0, candidates_after_steps=0, pressure_weight=0.0),
+        connections=replace(
+            config.connections,
+            freeze_after_share=0.0,
+            exchange_share=0.0,
+            candidates_after_steps=0,
+            open_per_latent=None,
+            pressure_weight=0.0,
+        ),  # fmt: skip
         loss=replace(config.loss, sparse_start_share=0.0, sparse_ramp_share=0.0),
         optimizer=replace(config.optimizer, decay_share=1.0, revival_rate=0.0),
     )

@@ -5,7 +5,7 @@ virtual weights read. The backward pass only notes these parts, which are no lar
 computes the gradient of one decoder some rows at a time, for an optimiser that updates those rows and drops it.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -19,10 +19,11 @@ from sparseclt.model.cross_layer import Reader, effective_decoders
 from sparseclt.model.modules import Latents
 from sparseclt.model.transcoders import Transcoders
 from sparseclt.ops import rows as products
+from sparseclt.ops.backend import choose
 from sparseclt.ops.rows import Transpose, accumulation_dtype, chunks, section, transpose
 from sparseclt.parallel.collectives import columns_of, gather_rows, rows_of
 
-CHUNK_BYTES = Budget(cpu=8 << 20, gpu=64 << 20)  # of gradient in memory at a time, with its parts
+CHUNK_BYTES = Budget(cpu=8 << 20, gpu=64 << 20, gpu_share=1 / 64)  # of gradient in memory at a time, with its parts
 
 
 class Written(NamedTuple):
@@ -52,6 +53,11 @@ class Chunk(NamedTuple):
     touched: Tensor
 
 
+def squares_by_target(gradient: Tensor) -> Tensor:
+    """[T]: the sums of squares of a decoder's gradient [F, T, D], or of some of its rows."""
+    return torch.linalg.vector_norm(gradient, dim=(0, 2)).square()  # without a tensor of squares
+
+
 class DecoderGradients:
     """Gathers the parts of every decoder's gradient during backward passes, for one optimiser step.
 
@@ -70,6 +76,8 @@ class DecoderGradients:
         self.written: list[list[Written]] = [[] for _ in clt]
         self.read: dict[int, Tensor] = {}  # by reader: gradient of its virtual weights
         self._reads: dict[int, list[Read]] = {}  # by reader: the same of all ranks' rows, once that is exchanged
+        self._kernels: dict[int, Any] = {}  # by module: the decoder of csrc_triton.decoder_gradient
+        self._means: dict[int, Tensor] = {}  # by reader: of its encoder's rows
 
     def decode(self, index: int, latents: Latents) -> tuple[Tensor, ...]:
         """What the latents of module `index` write to each target, [N, D] each, without bias."""
@@ -118,9 +126,54 @@ class DecoderGradients:
             return Read(dV, W_enc, carry)
         return Read(gather_rows(dV, reader.group), columns_of(carry(W_enc), reader.group), torch.clone)
 
+    def squares(self, index: int) -> Tensor:
+        """[T]: the sums of squares of module `index`'s decoder gradient, by target."""
+        if (kernel := self._kernel(index)) is not None:
+            squares: Tensor = kernel.squares()
+            return squares
+        return torch.stack([squares_by_target(chunk.gradient) for chunk in self.chunks(index)]).sum(0)
+
+    def _kernel(self, index: int) -> Any:
+        """The kernel that computes module `index`'s gradient in one launch; None on another backend than triton, where
+        attention reads, whose heads it does not carry back, where a loss reads the decoder itself, and on several
+        ranks."""
+        W_dec, readers = self.clt.transcoder(index).W_dec, [r for r in self.readers if r.index in self.read]
+        triton = choose("decoder_gradient", self.backend, W_dec) == "triton"
+        more = W_dec.grad is not None or any(r.attention for r in readers) or not self.clt.ranks.world.alone
+        if not triton or more or not (self.written[index] or readers):
+            return None
+        if index not in self._kernels:
+            self._kernels[index] = self._make_kernel(index, readers)
+        return self._kernels[index]
+
+    def _make_kernel(self, index: int, readers: Sequence[Reader]) -> Any:
+        from csrc_triton.decoder_gradient import Decoder, Read, Written
+
+        shape, site = self.clt.transcoder(index).W_dec.shape, self.clt.sites[index]
+        by_layer = {reader.site.layer: reader for reader in readers if reader.upstream_modules > index}
+        for i in {reader.index for reader in by_layer.values()} - self._means.keys():
+            self._means[i] = self.clt.transcoder(i).W_enc.detach().mean(1, dtype=torch.float32)
+
+        def read(reader: Reader | None) -> Read | None:
+            if reader is None:
+                return None
+            assert reader.connections is not None
+            means = self._means[reader.index] if self.clt.architecture.model.centred else None
+            W_enc = self.clt.transcoder(reader.index).W_enc.detach()
+            return Read(self.read[reader.index], reader.connections.transposed, W_enc, means)
+
+        # A reader of the layer behind a target meets the sum up to that target.
+        behind = range(site.layer + 1, self.clt.architecture.model.layers + 1)
+        written = [Written(w.values, transpose(w.indices, shape[0]), w.grads) for w in self.written[index]]
+        return Decoder(tuple(shape), index * shape[0], written, [read(by_layer.get(layer)) for layer in behind])
+
     def chunks(self, index: int) -> Iterator[Chunk]:
         """The gradient of module `index`'s decoder, all of it, some rows at a time."""
         F, T, D = self.clt.transcoder(index).W_dec.shape
+        if (kernel := self._kernel(index)) is not None:
+            for rows in chunks(F, T * D * 4, self.chunk_bytes):
+                yield Chunk(rows, *kernel.rows(rows))
+            return
         parts = [
             (values.to(self.dtype), transpose(indices, F), torch.stack(grads, 1).flatten(1).to(self.dtype))
             for values, indices, grads in self.written[index]

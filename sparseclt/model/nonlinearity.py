@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sparseclt.model.modules import Latents
 from sparseclt.model.sites import Site
-from sparseclt.ops.batchtopk_encode import largest
+from sparseclt.ops.batchtopk_encode import among_largest
 from sparseclt.ops.rows import accumulation_dtype, add_at_
 
 
@@ -22,8 +22,7 @@ def batch_top_k(candidates: Latents, k: int, tokens: int) -> Latents:
     """BatchTopK (see `ops.batchtopk_encode`): the `tokens * k` largest positive candidates of all rows together, ties
     to the lowest row, then to the lowest latent. The other slots are empty: index -1 and value 0."""
     values = candidates.values.detach().flatten()
-    kept = torch.zeros_like(values, dtype=torch.bool)
-    kept[largest(values, tokens * k)] = True
+    kept = among_largest(values, tokens * k)
     return _only((kept & (values != 0)).view_as(candidates.values), candidates)
 
 

@@ -30,7 +30,7 @@ from sparseclt.ops.checks import (
 )
 from sparseclt.ops.connections import Connections, as_connections, csc
 from sparseclt.ops.registration import Implementation, Operator
-from sparseclt.ops.scratch import SCRATCH_BYTES
+from sparseclt.ops.scratch import default_scratch
 from sparseclt.ops.sparse_decode import OPERATOR as SPARSE_DECODE
 from sparseclt.ops.topk_encode import OPERATOR as TOPK_ENCODE
 from sparseclt.ops.topk_encode import select_reference
@@ -240,7 +240,7 @@ def _check_ids(*inputs: Any) -> None:
 
 def _composed(backend: str) -> Implementation:
     """From other ops of the backend."""
-    matmul, walk_bytes = VIRTUAL_MATMUL.implementation(backend), SCRATCH_BYTES[backend]
+    matmul, walk_bytes = VIRTUAL_MATMUL.implementation(backend), default_scratch("virtual_matmul", backend)
     encode, decode = TOPK_ENCODE.implementation(backend), SPARSE_DECODE.implementation(backend)
     backward = partial(backward_by, encode.gradients, decode.gradients, matmul.gradients, walk_bytes)
     return Implementation(partial(forward_by, matmul.forward, walk_bytes), backward, matmul.reads_order)

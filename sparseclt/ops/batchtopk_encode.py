@@ -9,10 +9,10 @@ from torch import Tensor
 from sparseclt.ops._encode import encode_backward, linear_chunks
 from sparseclt.ops._torch_rows import TORCH, accumulation_dtype
 from sparseclt.ops.backend import choose
-from sparseclt.ops.checks import check_scratch
+from sparseclt.ops.checks import check_k, check_scratch
 from sparseclt.ops.ragged import fill_slots, slot_order
 from sparseclt.ops.registration import Implementation, Operator
-from sparseclt.ops.topk_encode import check_encoder, pre_activations
+from sparseclt.ops.topk_encode import check_encoder, pre_activations, topk_encode
 
 
 def batchtopk_encode(
@@ -21,6 +21,7 @@ def batchtopk_encode(
     b_enc: Tensor | None,
     k: int,
     *,
+    slots: int | None = None,
     backend: str | None = None,
     scratch_bytes: int | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -34,10 +35,19 @@ def batchtopk_encode(
     gradient. After training, a fixed threshold usually takes its place: see `jumprelu_encode`. Source: Bussmann,
     Leask, Nanda, "BatchTopK Sparse Autoencoders" (2024).
 
-    Arguments and errors as in `topk_encode`. `scratch_bytes` bounds the pre-activations that are alive at a time;
+    `slots`: S, fixed, from 1 to F. Then the N * k are chosen among the `slots` largest of each token, which is the same
+    unless a token has more; nothing waits for the device, and CUDA graphs can hold the op.
+
+    Other arguments and errors as in `topk_encode`. `scratch_bytes` bounds the pre-activations that are alive at a time;
     up to 3 N k candidates are kept beside them.
     """
     check_encoder(x, W_enc, b_enc, k)
+    if slots is not None:
+        check_k(slots, len(W_enc), "slots")
+        values, indices = topk_encode(x, W_enc, b_enc, slots, backend=backend, scratch_bytes=scratch_bytes)
+        candidates = values.detach().flatten()
+        kept = (among_largest(candidates, len(x) * k) & (candidates != 0)).view_as(values)
+        return values.masked_fill(~kept, 0), indices.masked_fill(~kept, -1)
     backend = choose("batchtopk_encode", backend, x)
     if backend == "reference":
         return batchtopk_encode_reference(x, W_enc, b_enc, k)
@@ -62,15 +72,21 @@ def slots_of(dense: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
     return dense.gather(1, order).masked_fill(~filled, 0), order.masked_fill(~filled, -1)
 
 
-def largest(candidates: Tensor, limit: int) -> Tensor:
-    """Positions, ascending, of the `limit` largest of `candidates` [M]; ties to the first, NaN largest."""
+def among_largest(candidates: Tensor, limit: int) -> Tensor:
+    """Boolean [M]: which are the `limit` largest of `candidates` [M]; ties to the first, NaN largest. Waits for no
+    device."""
     if len(candidates) <= limit:
-        return torch.arange(len(candidates), device=candidates.device)
+        return torch.ones_like(candidates, dtype=torch.bool)
     # topk is exact in values but free to choose among equals: of those equal to the last value, take the first.
     last = candidates.topk(limit).values[-1]
     better = (candidates > last) | (candidates.isnan() & ~last.isnan())
     equal = (candidates == last) | (candidates.isnan() & last.isnan())
-    return (better | (equal & (equal.cumsum(0) <= limit - better.sum()))).nonzero().flatten()
+    return better | (equal & (equal.cumsum(0) <= limit - better.sum()))
+
+
+def largest(candidates: Tensor, limit: int) -> Tensor:
+    """Their positions, ascending."""
+    return among_largest(candidates, limit).nonzero().flatten()
 
 
 def forward_torch(x: Tensor, W_enc: Tensor, b_enc: Tensor | None, k: int, scratch_bytes: int) -> tuple[Tensor, Tensor]:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from sparseclt.ops.scratch import default_scratch
+from sparseclt.ops.scratch import AUTOMATIC, default_scratch
 
 _INDEX_DTYPES = (torch.int32, torch.int64)
 
@@ -83,11 +83,11 @@ def check_ids(name: str, indices: Tensor, count: int, what: str) -> None:
         check_range(name, indices, count, what)
 
 
-def check_k(k: int, latents: int) -> None:
+def check_k(k: int, latents: int, name: str = "k") -> None:
     if not isinstance(k, int) or isinstance(k, bool):
-        raise TypeError(f"k: expected an int, got {type(k).__name__}")
+        raise TypeError(f"{name}: expected an int, got {type(k).__name__}")
     if not 1 <= k <= latents:
-        raise ValueError(f"k: expected from 1 to F={latents} (latents of W_enc), got {k}")
+        raise ValueError(f"{name}: expected from 1 to F={latents} (latents of W_enc), got {k}")
 
 
 def check_name(argument: str, name: str, names: Sequence[str]) -> None:
@@ -96,9 +96,9 @@ def check_name(argument: str, name: str, names: Sequence[str]) -> None:
 
 
 def check_scratch(scratch_bytes: int | None, op: str, backend: str) -> int:
-    """The scratch asked for or, for None, the default of the op on the backend."""
+    """The scratch asked for or, for None, the default of the op on the backend, or AUTOMATIC."""
     if scratch_bytes is None:
-        return default_scratch(op, backend)
+        return AUTOMATIC if backend == "triton" else default_scratch(op, backend)
     if not isinstance(scratch_bytes, int) or isinstance(scratch_bytes, bool):
         raise TypeError(f"scratch_bytes: expected an int or None, got {type(scratch_bytes).__name__}")
     if scratch_bytes < 0:

@@ -5,13 +5,15 @@ torch._dynamo to keep itself from being traced) and 15 us to each.
 """
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from operator import itemgetter
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from sparseclt.ops.scratch import AUTOMATIC, default_scratch
 
 _library = torch.library.Library("sparseclt", "DEF")
 kernels: dict[str, Callable[..., Any]] = {}  # what runs under each registered name, as "sparseclt::topk_encode"
@@ -68,7 +70,7 @@ class Operator:
         self.backends = dict(backends)
         self._loaded: dict[str, Implementation] = {}
         self._fake, self._check, self._vectors = fake, check, vectors or {}
-        names = list(inputs)
+        self._names = names = list(inputs)
         self._read_forward = _getter(names.index(name) for name in forward.split(", ")) if forward else None
         if backward is not None:
             self._prepare_backward(inputs, outputs, backward)
@@ -85,7 +87,15 @@ class Operator:
             self._loaded[backend] = self.backends[backend]()
         return self._loaded[backend]
 
+    def _with_scratch(self, args: tuple[Any, ...], names: Sequence[str]) -> tuple[Any, ...]:
+        """`args`, named `names` and followed by the backend, with a number for an AUTOMATIC `scratch_bytes`."""
+        if "scratch_bytes" not in names or args[place := names.index("scratch_bytes")] != AUTOMATIC:
+            return args
+        device = next(arg.device for arg in args if isinstance(arg, Tensor))
+        return (*args[:place], default_scratch(self.name, args[-1], device), *args[place + 1 :])
+
     def _run(self, *args: Any) -> Any:
+        args = self._with_scratch(args, self._names)
         inputs = args[:-1]
         if self._check is not None:
             self._check(*inputs)
@@ -134,6 +144,7 @@ class Operator:
         return tuple(result)
 
     def _run_backward(self, *args: Any) -> tuple[Tensor, ...]:
+        args = self._with_scratch(args, self._reads)
         gradients = self.implementation(args[-1]).gradients(*args[:-1])
         return tuple([torch.empty(0) if gradient is None else gradient for gradient in gradients])
 

@@ -139,6 +139,11 @@ def _activity_bytes(x: RunSizes) -> int:
     return 2 * x.M * x.F * (ID + 2 * FLOAT) + recent * (x.M * x.K * 2 * FLOAT + keys)
 
 
+def _recent_gradient_bytes(x: RunSizes) -> int:
+    places = x.shape.heads if x.config.clt.attention == "latents" else 1
+    return x.M * x.config.connections.recent_tokens * (3 * FLOAT * x.K + 2 * FLOAT * places)
+
+
 def _pass_terms(x: RunSizes) -> list[MemoryTerm]:
     """The forward and backward passes, and what they leave behind for the update."""
     encoders = x.w * (x.size.encoder_vectors * x.D + x.size.biases)
@@ -200,5 +205,9 @@ def _connection_terms(x: RunSizes) -> list[MemoryTerm]:
         MemoryTerm("virtual weights and their gradient", 2 * x.w * x.slots, ALWAYS, "2 w F C per reader"),
         MemoryTerm("effective decoders", FLOAT * x.F * x.D * max(x.readers), ("selection", "forward", "encoders"),
                    "4 F D (L - 1)"),
+        MemoryTerm("gradients of recent latents", x.exchanging * _recent_gradient_bytes(x), ALWAYS,
+                   "12 M K x recent tokens + 8 M x recent tokens (attention: 8 M H), if learned and exchanged"),
+        MemoryTerm("gradients of latents", x.exchanging * FLOAT * x.N * x.K * x.M, ("backward", *NOTED),
+                   "4 N K M, if learned and exchanged"),
         MemoryTerm("logits of connections", x.learned * 4 * FLOAT * x.slots, ALWAYS, "16 F C per reader, if learned"),
     ]  # fmt: skip

@@ -65,11 +65,13 @@ class LossTerm(NamedTuple):
 
 
 class BackwardResult(NamedTuple):
-    """The result of a backward pass: decoder gradients, the loss terms, and each mode's latents."""
+    """The result of a backward pass: decoder gradients, the loss terms, each mode's latents, and, if the policy
+    asks for them, the gradients [N, K] of those of sparsely-connected mode."""
 
     gradients: DecoderGradients
     terms: Values
     latents: dict[Mode, list[Latents]]
+    of_latents: list[Tensor]
 
 
 class Objective:
@@ -213,9 +215,20 @@ class Objective:
         # Without a name: kept through the backward pass, the terms would keep its reconstructions, too.
         total, values = self.loss(self.terms(passes, activations, means), self.tokens(activations), rho)
         check(total, values)
+        watched = self._watched(passes)
         total.backward()
         latents = {mode: result.detached_latents() for mode, result in passes.items()}
-        return BackwardResult(gradients, _numbers(values), latents)
+        return BackwardResult(gradients, _numbers(values), latents, _gradients(watched))
+
+    def _watched(self, passes: dict[Mode, ModePass]) -> list[Tensor]:
+        """The values of the latents of sparsely-connected mode, whose gradient the backward pass is to keep; none if
+        the policy does not ask for them."""
+        if self.policy is None or not self.policy.reads_gradients or "sparse" not in passes:
+            return []
+        values = [z.values for z in passes["sparse"].latents]
+        for tensor in values:
+            tensor.retain_grad()
+        return values
 
     def _backward_in_parts(
         self, activations: Activations, parts: list[Activations], rho: float, check: Check
@@ -233,15 +246,18 @@ class Objective:
         total, values = self.loss(terms, self.tokens(activations), rho)
         check(total, values)
         total.backward()
-        latents = []
+        latents, of_latents = [], []
         for part in parts:
             passes = self.passes(part, gradients)
+            watched = self._watched(passes)
             sums = [s for term in self.terms(passes, part, means).values() for s in term.tensors()]
             latents.append({mode: result.detached_latents() for mode, result in passes.items()})
             del passes
             carried = [s.requires_grad for s in sums]
             torch.autograd.backward(list(compress(sums, carried)), [leaf.grad for leaf in compress(leaves, carried)])
-        return BackwardResult(gradients, _numbers(values), _joined(latents))
+            of_latents.append(_gradients(watched))
+        joined = [torch.cat(same) for same in zip(*of_latents, strict=True)]
+        return BackwardResult(gradients, _numbers(values), _joined(latents), joined)
 
 
 def _added_up(terms: dict[str, LossTerm], world: Group) -> dict[str, LossTerm]:
@@ -264,6 +280,11 @@ def _added(terms: dict[str, LossTerm], more: dict[str, LossTerm]) -> dict[str, L
 
 def _numbers(values: Values) -> Values:
     return {name: value.detach() for name, value in values.items()}
+
+
+def _gradients(tensors: list[Tensor]) -> list[Tensor]:
+    """What the backward pass kept; 0 where nothing reached a tensor."""
+    return [torch.zeros_like(tensor) if tensor.grad is None else tensor.grad for tensor in tensors]
 
 
 def _joined(parts: list[dict[Mode, list[Latents]]]) -> dict[Mode, list[Latents]]:

@@ -1,7 +1,7 @@
 """Adam that updates some rows of a parameter at a time, so that a decoder's gradient need never be whole."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -10,7 +10,7 @@ from torch.optim.adam import adam
 
 from sparseclt.config import OptimizerConfig
 from sparseclt.devices import Budget
-from sparseclt.model.decoder_gradients import Chunk, DecoderGradients
+from sparseclt.model.decoder_gradients import Chunk, DecoderGradients, squares_by_target
 from sparseclt.model.transcoders import Transcoders
 from sparseclt.ops.rows import chunks
 from sparseclt.parallel import ALONE
@@ -18,7 +18,7 @@ from sparseclt.storage.parts import Axis
 from sparseclt.training import eight_bit
 
 KEPT_BYTES = 256 << 20  # decoder gradients that are kept for the update; larger ones are computed again for it
-PIECE_BYTES = Budget(cpu=1 << 20, gpu=64 << 20)  # of float32 weights that are widened at a time
+PIECE_BYTES = Budget(cpu=1 << 20, gpu=64 << 20, gpu_share=1 / 64)  # of float32 weights that are widened at a time
 EPSILON = 1e-8
 SCALED = ("W_enc", "W_dec", "b_dec")  # parameters that have a scale; b_enc is in the latents' own units
 CODES = {"mean": eight_bit.MEAN, "square": eight_bit.SQUARE}
@@ -80,8 +80,11 @@ class RowAdam:
         if scale is None or scale.ndim == 0:
             flat = gradient.flatten()
             return torch.dot(flat, flat) if scale is None else torch.dot(flat, flat) * scale.square()
-        by_target = torch.linalg.vector_norm(gradient, dim=(0, 2))  # without a tensor of squares
-        return (by_target * scale[:, 0]).square().sum()
+        return self.square_sum_of_targets(name, squares_by_target(gradient))
+
+    def square_sum_of_targets(self, name: str, squares: Tensor) -> Tensor:
+        """The same, of a decoder's gradient whose squares add up to `squares` [T]."""
+        return (squares * self.scales[name][:, 0].square()).sum()
 
     @torch.no_grad()
     def update(
@@ -91,12 +94,14 @@ class RowAdam:
         learning_rate: float,
         rows: slice = slice(None),
         touched: Tensor | None = None,
+        factor: float = 1.0,
     ) -> None:
-        """One step for `rows` of a parameter; `gradient` is theirs, and is overwritten. `self.step` counts from 1."""
+        """One step for `rows` of a parameter; `gradient` is theirs, and is overwritten; it counts times `factor`.
+        `self.step` counts from 1."""
         weights, first = self.parameters[name].data[rows], rows.start or 0
         part = {key: tensor[rows] for key, tensor in self.state[name].items()}
         if "last" not in part:
-            self._adam(name, weights, gradient, part, learning_rate, first)
+            self._adam(name, weights, gradient, part, learning_rate, first, factor)
             return
         assert touched is not None
         ids = touched.nonzero().flatten()
@@ -106,13 +111,20 @@ class RowAdam:
             moment = few.get(f"{key}_scale", few[key])
             moment.mul_((beta**idle).view(-1, *[1] * (moment.ndim - 1)))
         few["last"].fill_(self.step)
-        self._adam(name, some, gradient[ids], few, learning_rate, first)
+        self._adam(name, some, gradient[ids], few, learning_rate, first, factor)
         weights[ids] = some
         for key, tensor in part.items():
             tensor[ids] = few[key]
 
     def _adam(
-        self, name: str, weights: Tensor, gradient: Tensor, moments: Moments, learning_rate: float, row: int
+        self,
+        name: str,
+        weights: Tensor,
+        gradient: Tensor,
+        moments: Moments,
+        learning_rate: float,
+        row: int,
+        factor: float,
     ) -> None:
         """The step itself, some rows at a time, for which weights and moments are widened where they have to be."""
         wide = torch.promote_types(weights.dtype, torch.float32)
@@ -132,7 +144,10 @@ class RowAdam:
                 k: eight_bit.decode(c, part[k], part[f"{k}_scale"]) if small else part[k] for k, c in CODES.items()
             }
             own = gradient[rows].to(wide)
-            self._exact(exact, own, moment["mean"], moment["square"], learning_rate, self.scales.get(name))
+            scale = self.scales.get(name)
+            if scale is not None or factor != 1:
+                own.mul_(factor if scale is None else scale * factor)
+            self._exact(exact, own, moment["mean"], moment["square"], learning_rate, scale)
             if offset is not None:
                 for key, code in CODES.items():
                     eight_bit.encode(code, moment[key], part[key], part[f"{key}_scale"], offset, group)
@@ -148,12 +163,13 @@ class RowAdam:
         learning_rate: float,
         scale: Tensor | None,
     ) -> None:
-        (beta1, beta2), steps = self.config.betas, torch.tensor(self.step - 1.0, device=weights.device)
+        """`gradient` is in Adam's units."""
+        beta1, beta2 = self.config.betas
+        steps = torch.full((), self.step - 1.0, device=weights.device)  # filled there: nothing waits
         # With a scale: the step in Adam's units, which begins at 0.
         moved = weights if scale is None else torch.zeros_like(weights)
-        own = gradient if scale is None else gradient.mul_(scale)
         adam(
-            [moved], [own], [mean], [square], [], [steps], fused=True, amsgrad=False, beta1=beta1, beta2=beta2,
+            [moved], [gradient], [mean], [square], [], [steps], fused=True, amsgrad=False, beta1=beta1, beta2=beta2,
             lr=learning_rate, weight_decay=0.0, eps=EPSILON, maximize=False,
         )  # fmt: skip
         if scale is not None:
@@ -188,14 +204,19 @@ def round_stochastically(exact: Tensor, out: Tensor, generator: torch.Generator)
 
 @torch.no_grad()
 def clip_and_step(
-    clt: Transcoders, gradients: DecoderGradients, optimizer: RowAdam, learning_rate: float, clip: float | None
+    clt: Transcoders,
+    gradients: DecoderGradients,
+    optimizer: RowAdam,
+    learning_rate: float,
+    clip: float | None,
+    settle: Callable[[Tensor], float] = float,
 ) -> tuple[Tensor, str | None]:
     """One optimiser step from the gathered gradients: their norm in Adam's units, and the name of the first parameter
     whose gradient is not finite (then nothing was updated).
 
     The norm that `clip` bounds is that of the whole gradient, exactly: all of it is computed once for the norm, and
     that of large decoders a second time, for the update. Encoders and biases come last, for the gradient of decoders
-    is made of encoder rows.
+    is made of encoder rows. `settle` reads the norm, which waits for the device, once.
     """
     _add_up(clt)
     gradients.add_to_encoders()
@@ -207,31 +228,27 @@ def clip_and_step(
         if name not in decoders:
             if parameter.grad is not None:
                 squares[name] = optimizer.square_sum(name, parameter.grad)
-            continue
-        chunks: Iterator[Chunk] = gradients.chunks(decoders[name])
-        if size <= KEPT_BYTES:
-            kept[name] = list(chunks)
-            chunks = iter(kept[name])
-        squares[name] = torch.stack([optimizer.square_sum(name, chunk.gradient) for chunk in chunks]).sum()
+        elif size <= KEPT_BYTES:
+            kept[name] = list(gradients.chunks(decoders[name]))
+            squares[name] = torch.stack([optimizer.square_sum(name, chunk.gradient) for chunk in kept[name]]).sum()
+        else:
+            squares[name] = optimizer.square_sum_of_targets(name, gradients.squares(decoders[name]))
     total = torch.stack([square.to(torch.float64) for square in squares.values()])
     if clt.ranks.latents.rank:
         total *= torch.tensor([not name.endswith("b_dec") for name in squares], device=total.device)  # counted once
     total = clt.ranks.latents.sum_(total)
     norm = total.sum().sqrt()
-    if not torch.isfinite(norm):
+    length = settle(norm)
+    if not math.isfinite(length):
         return norm, next(name for name, square in zip(squares, total, strict=True) if not torch.isfinite(square))
-    scale = min(1.0, (math.inf if clip is None else clip) / (float(norm) + 1e-6))
+    factor = min(1.0, (math.inf if clip is None else clip) / (length + 1e-6))
     optimizer.step += 1
-
-    def clipped(gradient: Tensor) -> Tensor:
-        return gradient if scale == 1 else gradient.mul_(scale)
-
     for name, index in decoders.items():
         for chunk in kept.pop(name, None) or gradients.chunks(index):
-            optimizer.update(name, clipped(chunk.gradient), learning_rate, chunk.rows, chunk.touched)
+            optimizer.update(name, chunk.gradient, learning_rate, chunk.rows, chunk.touched, factor)
     for name, parameter in optimizer.parameters.items():
         if parameter.grad is not None and name not in decoders:  # whose gradient the chunks hold
-            optimizer.update(name, clipped(parameter.grad), learning_rate)
+            optimizer.update(name, parameter.grad, learning_rate, factor=factor)
         parameter.grad = None
     return norm, None
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from sparseclt.config import TrainConfig, to_dict
 from sparseclt.connections.activity import Activity
+from sparseclt.connections.policies import ConnectionPolicy
 from sparseclt.data.tokens import rows_digest
 from sparseclt.language_model.identity import tokenizer_digest
 from sparseclt.language_model.language_model import LanguageModel
@@ -175,8 +176,14 @@ def _set_aside(path: Path, reason: str) -> Path:
 class TrainingState:
     """All that changes while a CLT is trained, to be written as a checkpoint and read back exactly."""
 
-    def __init__(self, clt: SparseCLT, optimizer: RowAdam, activity: Mapping[Mode, Activity]):
-        self.clt, self.optimizer, self.activity = clt, optimizer, activity
+    def __init__(
+        self,
+        clt: SparseCLT,
+        optimizer: RowAdam,
+        activity: Mapping[Mode, Activity],
+        policy: ConnectionPolicy | None = None,
+    ):
+        self.clt, self.optimizer, self.activity, self.policy = clt, optimizer, activity, policy
 
     def tensors(self) -> dict[str, Tensor | Part]:
         """Everything beside the CLT, by name, to be saved or copied into."""
@@ -187,7 +194,8 @@ class TrainingState:
         }
         for mode, activity in self.activity.items():
             tensors |= {f"activity/{mode}/{name}": tensor for name, tensor in activity.state().items()}
-        return tensors
+        policy = self.policy.state() if self.policy else {}
+        return tensors | {f"policy/{name}": tensor for name, tensor in policy.items()}
 
     def save(self, run: Path, step: int, micro_rows: int, identity: Identity, keep: int) -> Path:
         """Write checkpoints/step_N of the run directory, whole or not at all, and keep only the `keep` newest ones."""

@@ -84,3 +84,4 @@ class RunSizes:
         read = [site for site, u in zip(sites, self.size.upstream, strict=True) if u]
         self.heads_of_readers = [shape.heads if site.kind == "attn" else 1 for site in read]
         self.gradients = 4 * self.M + self.learned * len(self.readers)  # tensors of parameters that have one
+        self.exchanging = c.policy == "learned" and c.exchange_share > 0

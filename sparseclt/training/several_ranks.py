@@ -74,6 +74,17 @@ def check_supported(config: TrainConfig, data: int) -> None:
             f"loss.interaction_weight: expected 0 on several ranks, of which none has the rows of whole decoders, got "
             f"{config.loss.interaction_weight}"
         )
+    c = config.connections
+    if c.policy == "learned" and c.exchange_share:
+        raise ValueError(
+            f"connections.exchange_share: expected 0 on several ranks, which cannot exchange candidates yet, got "
+            f"{c.exchange_share}"
+        )
+    if c.policy in ("learned", "dense-learned") and c.open_per_latent is not None:
+        raise ValueError(
+            f"connections.open_per_latent: expected None on several ranks, each of which sees only its own latents, "
+            f"got {c.open_per_latent}"
+        )
     if data == 1:
         return
     if config.activations.shuffle_bytes:

@@ -117,7 +117,7 @@ class Trainer:
         self._dead_after = revival.dead_after_tokens(config.optimizer, self.clt)
         self.optimizer = RowAdam(self.clt, config.optimizer, config.seed)
         self.objective = Objective(config, self.clt, self.policy, self.language_model)
-        self.state = TrainingState(self.clt, self.optimizer, self.activity)
+        self.state = TrainingState(self.clt, self.optimizer, self.activity, self.policy)
         self.step = 0
         self._resumed = False  # or `load` took up a run
         self._has_clt = False  # or clt/ is that of the checkpoint taken up, if that is the last one
@@ -171,6 +171,8 @@ class Trainer:
         latents = {mode: of_whole_batch(found, data) for mode, found in backward.latents.items()}
         for mode, found in latents.items():
             self.activity[mode].observe(found, activations, data)
+        if self.policy and backward.of_latents and rho:
+            self.policy.observe(latents["sparse"], [g / rho for g in backward.of_latents], activations)
         thresholds.follow(self.clt, latents)
         dead = {mode: self.activity[mode].dead(self._dead_after) for mode in latents}
         revival.raise_biases(self.clt, revival.to_revive(dead, self.clt.sites), revival.amount(config.optimizer))

@@ -45,16 +45,10 @@ def run(case: dict[str, Tensor], k: int, U: int, scratch_bytes: int = SCRATCH_BY
     return kernels.forward(**case, order=order, starts=starts, upstream=U, k=k, scratch_bytes=scratch_bytes)
 
 
-def gradients(
-    case: dict[str, Tensor], grad: Tensor, values: Tensor, indices: Tensor, scratch_bytes: int = SCRATCH_BYTES
-) -> dict[str, Any]:
+def gradients(case: dict[str, Tensor], grad: Tensor, values: Tensor, indices: Tensor, U: int) -> dict[str, Any]:
+    order, starts = transpose(case["connections"], U)
     arguments = {name: value for name, value in case.items() if name != "b_enc"}
-    arguments |= {
-        "order": None,
-        "starts": None,
-        "upstream": 0,
-        "scratch_bytes": scratch_bytes,
-    }  # the first three: unread
+    arguments |= {"order": order, "starts": starts, "upstream": U, "scratch_bytes": SCRATCH_BYTES}
     ours = kernels.backward(grad, values, indices, **arguments, needed=[True] * 5)
     return dict(zip(GRADIENTS, ours, strict=True))
 
@@ -68,7 +62,7 @@ def test_matches_the_reference_with_gradients(dtype: torch.dtype, scratch_bytes:
     truth, peer = truth_and_peer(connected_encode, case, k=K, upstream=U)
     with Guarded():
         values, indices = run(case, K, U, scratch_bytes)
-        ours = gradients(case, truth["cotangent"], values, indices, scratch_bytes=scratch_bytes)
+        ours = gradients(case, truth["cotangent"], values, indices, U)
     assert_accurate(values, peer["out0"], truth["out0"], "values")
     assert torch.equal(indices[values > 0], truth["out1"][values > 0])
     for name in GRADIENTS:
@@ -81,7 +75,7 @@ def test_more_slots_and_reads_than_a_tile_holds() -> None:
     truth, peer = truth_and_peer(connected_encode, case, k=K, upstream=U)
     with Guarded():
         values, indices = run(case, K, U)
-        ours = gradients(case, truth["cotangent"], values, indices)
+        ours = gradients(case, truth["cotangent"], values, indices, U)
     assert_accurate(values, peer["out0"], truth["out0"], "values")
     for name in GRADIENTS:
         assert_accurate(ours[name], peer[name], truth[name], name)
@@ -101,7 +95,7 @@ def test_gradients_are_zero_outside_active_slots_and_kept_connections() -> None:
     case["b_enc"] -= 3.0
     values, indices = run(case, K, U)
     assert bool(((values > 0).sum(1) < K).any()) and bool((values > 0).any())
-    ours = gradients(case, rows(N, K, seed=7), values, indices)
+    ours = gradients(case, rows(N, K, seed=7), values, indices, U)
     unused = torch.ones(F, dtype=torch.bool, device=DEVICE)
     unused[indices[values > 0]] = False
     for name in ("W_enc", "b_enc", "V"):
@@ -117,7 +111,7 @@ def test_without_upstream_it_is_topk_encode(S: int, C: int, U: int) -> None:
     values, indices = run(case, 4, U)
     pre = case["r0"].double() @ case["W_enc"].double().T + case["b_enc"].double()
     assert torch.equal(indices, pre.topk(4).indices)
-    ours = gradients(case, rows(5, 4, seed=7), values, indices)
+    ours = gradients(case, rows(5, 4, seed=7), values, indices, U)
     assert ours["z_values"].shape == (5, S) and not ours["z_values"].any()
     assert ours["V"].shape == (30, C) and not ours["V"].any()
 
@@ -125,17 +119,17 @@ def test_without_upstream_it_is_topk_encode(S: int, C: int, U: int) -> None:
 def test_strided_inputs_and_no_tokens() -> None:
     case = inputs(4, 6, 10, 5, 4, 9)
     values, indices = run(case, 5, 9)
-    plain = gradients(case, rows(4, 5, seed=7), values, indices)
+    plain = gradients(case, rows(4, 5, seed=7), values, indices, 9)
     views = {name: strided(value) for name, value in case.items()}
     with Guarded():
         outputs = run(views, 5, 9)
-        ours = gradients(views, strided(rows(4, 5, seed=7)), *outputs)
+        ours = gradients(views, strided(rows(4, 5, seed=7)), *outputs, 9)
     assert_same_bits((values, indices, *plain.values()), (*outputs, *ours.values()))
     empty = {name: value[:0] if name in ("r0", "z_values", "z_indices", "scale") else value
              for name, value in case.items()}  # fmt: skip
     values, indices = run(empty, 5, 9)
     assert values.shape == indices.shape == (0, 5)
-    assert not gradients(empty, values, values, indices)["V"].any()
+    assert not gradients(empty, values, values, indices, 9)["V"].any()
 
 
 def test_ids_out_of_range_are_refused() -> None:

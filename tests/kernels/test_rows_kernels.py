@@ -85,7 +85,7 @@ def test_all_slots_name_one_row(monkeypatch):
 
 def test_parts_of_few_columns(monkeypatch):
     inputs = case(9, 4, 3, 150)
-    monkeypatch.setattr(kernels, "SCRATCH_BYTES", 0)
+    monkeypatch.setattr(kernels, "PARTS_BYTES", 0)
     monkeypatch.setattr(kernels, "PART", 5)
     assert_right(three(*inputs), *inputs)
 

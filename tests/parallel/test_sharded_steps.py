@@ -14,7 +14,9 @@ GRIDS = {
     "2 x data, 2 x latents": {"latents": 2, "data": 2},
 }
 ONE = {"latents": 1, "data": 1}
-LEARNED = {"connections__policy": "learned", "connections__candidates_after_steps": 1}
+LEARNED = {
+    "connections__policy": "learned", "connections__candidates_after_steps": 1, "connections__exchange_share": 0.0,
+}  # fmt: skip
 KINDS = {
     "frozen attention": ("frozen", {}),
     "attention latents": ("latents", {}),
@@ -57,7 +59,7 @@ STEPS = 7
 RUNS = {
     "co-activation": ("frozen", {"clt__latents": 32, "connections__start_per_latent": 8}),
     "attention latents": ("latents", {}),
-    "learned": ("frozen", {"connections__policy": "learned", "connections__candidates_after_steps": 2}),
+    "learned": ("frozen", LEARNED | {"connections__candidates_after_steps": 2}),
     "random": ("frozen", {"connections__policy": "random"}),
     "8-bit moments, touched rows": ("frozen", {"optimizer__state": "8bit", "optimizer__rows": "touched"}),
 }

@@ -1,0 +1,111 @@
+"""The loss gradient of recent latents in sparsely-connected mode: from it follows what opening a connection would gain.
+
+In sparsely-connected mode latent i has, at token t, the pre-activation ... + V_ij w(t) z_j(t) + ..., with w the inverse
+of the scale of the reader's norm. The gradient of the loss with respect to V_ij is therefore the sum over tokens of
+dL/dpre_i(t) w(t) z_j(t), whether the connection is open or not, and only tokens on which both latents are active count.
+So it is enough to keep the active latents of recent tokens with their gradients: nothing of size F x U.
+
+An attention reader at t reads w z_j at the tokens up to t, weighted by the pattern of each head. Of these tokens one is
+drawn for each head, with a probability that is its share of the pattern: on average over tokens the sums are right, and
+a head costs as much as an MLP reader.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from sparseclt.model.activations import Activations
+from sparseclt.model.modules import Latents
+from sparseclt.model.sites import Site
+from sparseclt.ops.rows import add_at_
+
+SAVED = ("values", "indices", "gradients", "sources", "weights", "seen", "batch")
+
+
+class RecentGradients:
+    """The latents of sparsely-connected mode on the last `tokens` tokens, a ring.
+
+    `values`, `indices`, `gradients` [M, tokens, K]: the active latents of every module (K: the most that one has), and
+    the gradient of the loss with respect to them. `sources`, `weights` [M, tokens, H]: the place in the ring from which
+    each module reads upstream latents, and what it multiplies them by; one per head of an attention module.
+    """
+
+    def __init__(self, sites: Sequence[Site], active: int, tokens: int, heads: int, device: str | torch.device = "cpu"):
+        self.sites = list(sites)
+        M, H = len(self.sites), heads if any(site.kind == "attn" for site in self.sites) else 1
+        self.values = torch.zeros(M, tokens, active, device=device)
+        self.indices = torch.zeros(M, tokens, active, dtype=torch.int32, device=device)
+        self.gradients = torch.zeros(M, tokens, active, device=device)
+        self.sources = torch.zeros(M, tokens, H, dtype=torch.int32, device=device)
+        self.weights = torch.zeros(M, tokens, H, device=device)
+        self.seen = torch.zeros((), dtype=torch.int64)  # tokens in all; the next one's place is seen % tokens
+        self.batch = torch.zeros((), dtype=torch.int64)  # tokens of the last batch
+
+    @property
+    def batches(self) -> float:
+        """How many batches the ring holds."""
+        return min(int(self.seen), self.values.shape[1]) / max(1, int(self.batch))
+
+    @torch.no_grad()
+    def add(self, latents: Sequence[Latents], gradients: Sequence[Tensor], activations: Activations) -> None:
+        """Put the latents of a batch and their gradients [N, K] in place of the oldest, except tokens that do not
+        count."""
+        device, capacity = self.values.device, self.values.shape[1]
+        counted = activations.counted_flat
+        every = torch.arange(len(latents[0].values), device=device)
+        taken = every if counted is None else every[counted]
+        self.batch.fill_(len(taken))
+        taken = taken[-capacity:]
+        places = (int(self.seen) + torch.arange(len(taken), device=device)) % capacity
+        place_of = torch.full_like(every, -1)
+        place_of[taken] = places
+        for m, (site, (values, indices), gradient) in enumerate(zip(self.sites, latents, gradients, strict=True)):
+            K = values.shape[1]  # of this module; the others may have more
+            self.values[m, places, :K] = values.detach()[taken].float()
+            self.indices[m, places, :K] = indices[taken].clamp_min(0).int()
+            self.gradients[m, places, :K] = gradient[taken].float()
+            if site.kind == "mlp":
+                sources, weights = place_of[:, None], 1 / activations.scale[site.layer].flatten()[:, None].float()
+            else:
+                sources, weights = self._drawn(activations.mix(site.layer).float(), place_of)
+            heads = slice(sources.shape[1])
+            self.sources[m, places, heads], self.weights[m, places, heads] = sources[taken].int(), weights[taken]
+        self.seen += len(taken)
+
+    def _drawn(self, mix: Tensor, place_of: Tensor) -> tuple[Tensor, Tensor]:
+        """One key for each query and head, drawn with the probability of its share of `mix` [B, H, S, S]: its place in
+        the ring, and the sum of the shares, [N, H] each. Keys that have no place have no share."""
+        B, H, S, _ = mix.shape
+        mix = mix * (place_of.view(B, 1, 1, S) >= 0)
+        up_to = mix.cumsum(-1)
+        generator = torch.Generator().manual_seed(int(self.seen))
+        drawn = torch.rand(B, H, S, 1, generator=generator).to(mix.device) * up_to[..., -1:]
+        key = (up_to <= drawn).sum(-1).clamp_max(S - 1)
+        first = torch.arange(B, device=mix.device).view(B, 1, 1) * S
+        place = place_of[first + key].clamp_min(0)
+        return place.transpose(1, 2).flatten(0, 1), up_to[..., -1].transpose(1, 2).flatten(0, 1)
+
+    def gradient(self, module: int, rows: slice, upstream: int, F: int, head: int = 0) -> Tensor:
+        """The gradient of the loss of a batch with respect to V [rows, U], the mean over the recent ones, for the
+        latents `rows` of a module as readers of the F latents of each of the first `upstream` modules. Only active
+        latents are met: K x (upstream x K) pairs per token."""
+        ids = self.indices[module]
+        here = (self.values[module] > 0) & (ids >= rows.start) & (ids < rows.stop)
+        token, slot = here.nonzero(as_tuple=True)
+        row = ids[token, slot].long() - rows.start
+        source = self.sources[module, token, head].long()
+        capacity = self.values.shape[1]
+        age = (int(self.seen) - 1 - torch.arange(capacity, device=ids.device)) % capacity
+        still_there = age[source] >= age[token]  # a source that is younger than its reader has been overwritten
+        gradient = self.gradients[module, token, slot] * self.weights[module, token, head] * still_there
+        n, U = rows.stop - rows.start, upstream * F
+        sums = self.values.new_zeros(n * U)
+        for u in range(upstream):
+            places = (row * U + u * F)[:, None] + self.indices[u, source]
+            add_at_(sums, places.flatten(), (gradient[:, None] * self.values[u, source]).flatten())
+        return sums.view(n, U).div_(max(self.batches, 1e-9))
+
+    def state(self) -> dict[str, Tensor]:
+        """The tensors by name, to be saved, or copied into."""
+        return {f"recent_{name}": getattr(self, name) for name in SAVED}
