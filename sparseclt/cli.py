@@ -1,6 +1,7 @@
 """The `sparseclt` command."""
 
 import io
+import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -14,6 +15,8 @@ from sparseclt.experiments.registry import find
 from sparseclt.flags import COMMANDS, Config, Run, Work, experiment, resume
 from sparseclt.storage.run_config import read_config
 
+ON_SEVERAL_PROCESSES = ("train", "resume", "repeat")
+
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command.
@@ -23,7 +26,9 @@ def main(arguments: list[str] | None = None) -> int:
     """
     try:
         with _short_warnings():
-            return _parse(sys.argv[1:] if arguments is None else arguments)() or 0
+            arguments = sys.argv[1:] if arguments is None else arguments
+            _check_processes(arguments)
+            return _parse(arguments)() or 0
     except (ValueError, TypeError) as error:
         print(f"sparseclt: {error}", file=sys.stderr)
         return 2
@@ -33,6 +38,14 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt as stop:  # that of a training run has written a checkpoint, and says so
         print(f"sparseclt: {stop or 'interrupted'}", file=sys.stderr)
         return getattr(stop, "exit_status", 130)
+
+
+def _check_processes(arguments: list[str]) -> None:
+    processes, command = os.environ.get("WORLD_SIZE", "1"), next(iter(arguments), "")
+    if processes != "1" and command in COMMANDS and command not in ON_SEVERAL_PROCESSES:
+        raise ValueError(
+            f"{command}: expected a single process, got {processes}; only train, resume and repeat run on several"
+        )
 
 
 @contextmanager

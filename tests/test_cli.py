@@ -246,7 +246,8 @@ FLAGS = """
     --loss.cross-entropy-weight --loss.interaction-weight --loss.l0-weight --loss.latent-agreement-weight
     --loss.sparse-ramp-share --loss.sparse-start-share --model.dtype --model.layers --model.path --optimizer.betas
     --optimizer.clip-norm --optimizer.dead-after-tokens --optimizer.decay-share --optimizer.learning-rate
-    --optimizer.revival-rate --optimizer.rows --optimizer.state --optimizer.warmup-share --out --seed --steps
+    --optimizer.revival-rate --optimizer.rows --optimizer.state --optimizer.warmup-share --out --parallel.data
+    --parallel.latents --parallel.timeout-seconds --seed --steps
 """.split()
 
 
@@ -266,7 +267,7 @@ def test_the_help_begins_with_the_fields_that_every_run_sets(capsys, monkeypatch
     monkeypatch.setenv("COLUMNS", "80")
     text = help_of("train", capsys)
     order = ["--out", "--steps", "--device", "--model.path", "--data.source", "--clt.latents", "--connections.policy"]
-    experts = ["--loss.", "--optimizer.", "--activations.", "--compute.", "--logging.", "--checkpoints."]
+    experts = ["--loss.", "--optimizer.", "--activations.", "--compute.", "--logging.", "--checkpoints.", "--parallel."]
     places = [text.index(flag) for flag in order + experts]
     assert places == sorted(places)
     assert text.count("For experts:") == len(experts)

@@ -120,6 +120,9 @@ BAD = {
     "checkpoints.every_steps": [0, -500],
     "checkpoints.every_minutes": [0.0, -1.0],
     "checkpoints.keep": [0, -2],
+    "parallel.latents": [0, -1],
+    "parallel.data": [0, -1],
+    "parallel.timeout_seconds": [0, -1],
 }
 
 

@@ -6,7 +6,7 @@ from sparseclt.config.strict import strict
 
 @strict("parallel")
 class ParallelConfig:
-    """For experts: several GPUs, with one process each, which torchrun --nproc-per-node N -m sparseclt train starts."""
+    """For experts: several GPUs, with one process each, which torchrun starts (docs/several-gpus.md)."""
 
     latents: Positive | None = None
     """Processes that share the CLT: each holds that fraction of every module. None: as many as there are."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sparseclt.evaluation.statistics import DENSITY_EDGES, ModeStatistics, Twins, Variance
-from sparseclt.evaluation.structure import NEAR, TWIN, connection_structure, nearest_decoders
+from sparseclt.evaluation.structure import NEAR, TWIN, connection_structure, nearest_of
 from sparseclt.language_model.language_model import LanguageModel
 from sparseclt.model.activations import Activations
 from sparseclt.model.clt import SparseCLT, in_evaluation_mode
@@ -138,11 +138,13 @@ def evaluate(
 ) -> Evaluation:
     """Measure `clt` on `rows` [R, S] of held-out tokens, `batch_rows` of them at a time, in each mode.
 
+    Of a CLT that is spread over ranks, all of them call this with the same rows.
+
     `cross_entropy=False` leaves out the runs of the language model with replaced outputs, which take most of the time.
     """
     modes, passes = modes_of(clt), passes_of(clt)
     statistics = {name: ModeStatistics(clt) for name in passes}
-    nearest = [nearest_decoders(module.W_dec.flatten(1)) for module in clt]
+    nearest = [nearest_of(module) for module in clt]
     M, variance, twins = len(clt.sites), Variance(clt), Twins([index for _, index in nearest])
     entropies: dict[str, float] = {}
     for batch, activations in captures(clt, language_model, rows, batch_rows):

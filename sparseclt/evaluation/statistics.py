@@ -27,7 +27,8 @@ class ModeStatistics:
     def add(self, forward: ForwardPass, real: dict[Site, Tensor]) -> None:
         """Take in one pass; `real`: the model's own outputs [N, D]."""
         for m, (site, latents) in enumerate(zip(forward.clt.sites, forward.latents, strict=True)):
-            self.squared_error[m] += (real[site] - forward.output(site)).double().square().sum().cpu()
+            error = (forward.clt.own_columns(real[site]) - forward.output(site)).double().square().sum()
+            self.squared_error[m] += forward.clt.ranks.latents.sum_(error).cpu()
             on = latents.values > 0
             self.active[m] += on.sum().cpu()
             self.fired[m] += torch.bincount(latents.indices[on], minlength=self.fired.shape[1]).cpu()

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from sparseclt.evaluation.over_ranks import nearest_decoders_of_ranks, of_all_rows
 from sparseclt.model.modules import Transcoder
 
 VIRTUAL_WEIGHT_IN_EFFECT = 1e-4
@@ -12,21 +13,27 @@ TWIN, NEAR = 0.9, 0.7  # cosine of two decoders
 def connection_structure(module: Transcoder, V: Tensor, live: Tensor) -> dict[str, float]:
     """`connections_in_effect` and `fan_out_top1pct` (see `metrics.Metrics`).
 
-    `V` [F, C] or [H, F, C]: the module's virtual weights; `live` boolean [F]: latents that fire in
-    sparsely-connected mode.
+    `V` [F, C] or [H, F, C]: the module's virtual weights, or this rank's rows of them; `live` boolean [F]: latents that
+    fire in sparsely-connected mode.
     """
     open_connections = module.open_connections()
-    assert open_connections is not None and module.connection_indices is not None
+    assert open_connections is not None and module.all_connections is not None
+    open_connections, V = of_all_rows(module, open_connections), of_all_rows(module, V, -2)
     strength = V.abs() if V.dim() == 2 else V.abs().amax(0)
     live = live.to(V.device)
     used = open_connections & (strength > VIRTUAL_WEIGHT_IN_EFFECT)
     counts = used[live].sum(1)
-    fan_out = torch.bincount(module.connection_indices[used & live[:, None]], minlength=module.upstream)
+    fan_out = torch.bincount(module.all_connections.indices[used & live[:, None]], minlength=module.upstream)
     hubs = fan_out.sort(descending=True).values[: max(1, module.upstream // 100)].sum()
     return {
         "connections_in_effect": counts.double().median().item() if len(counts) else 0.0,
         "fan_out_top1pct": (hubs / fan_out.sum().clamp_min(1)).item(),
     }
+
+
+def nearest_of(module: Transcoder) -> tuple[Tensor, Tensor]:
+    """`nearest_decoders` of a module, wherever its decoders are."""
+    return nearest_decoders(module.W_dec.flatten(1)) if module.group.alone else nearest_decoders_of_ranks(module)
 
 
 def nearest_decoders(decoders: Tensor, tile: int = 1024) -> tuple[Tensor, Tensor]:

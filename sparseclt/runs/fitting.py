@@ -7,7 +7,6 @@ from sparseclt.config import TrainConfig
 from sparseclt.evaluation.metrics import Evaluation
 from sparseclt.runs.measurement import held_out_rows, measure
 from sparseclt.storage.run_config import check_changes, check_trained, check_unused, read_config
-from sparseclt.training.run_directory import finished
 from sparseclt.training.several_ranks import in_turn
 from sparseclt.training.trainer import Trainer
 
@@ -40,5 +39,5 @@ def finish(trainer: Trainer) -> Evaluation | None:
     model = trainer.language_model
     with in_turn(trainer.ranks):
         rows = held_out_rows(trainer.config, model)  # before the training: text that is missing is found at once
-    clt = finished(trainer.fit(), trainer.out)
-    return None if clt is None else measure(trainer.config, clt, model, rows)
+    result = measure(trainer.config, trainer.fit(), model, rows)
+    return result if trainer.ranks.first else None

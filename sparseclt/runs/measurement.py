@@ -20,11 +20,13 @@ from sparseclt.evaluation.pruning import fvu_against_c
 from sparseclt.graph.prompt_scores import prompt_scores
 from sparseclt.language_model.language_model import LanguageModel
 from sparseclt.model.clt import SparseCLT
+from sparseclt.parallel import ONE_RANK, Ranks
 from sparseclt.storage.checkpoint import latest
 from sparseclt.storage.json_files import replace_file
 from sparseclt.training import memory
 from sparseclt.training.loggers import read_metrics
 from sparseclt.training.run_directory import METRICS
+from sparseclt.training.several_ranks import on_ranks
 
 PRUNING_TOKENS = 32_768  # held-out tokens for the curve of FVU against C
 INTERACTION_TOKENS = 16_384  # and for that of the KL divergence, half of them to rank edges on
@@ -40,19 +42,22 @@ def measure(
     cross_entropy: bool = True,
 ) -> Evaluation:
     """Evaluate `clt`, that of `checkpoint` or of the last one, on `rows` [R, S]; write tables and plots into the run
-    directory. Without `cross_entropy`, which takes most of the time, it is not measured."""
-    run = Path(config.out)
+    directory, on the first of several ranks. Without `cross_entropy`, which takes most of the time, that is left
+    out."""
+    run, at_a_time = Path(config.out), rows_at_a_time(config, language_model, clt.ranks)
     result = evaluate(
-        clt, language_model, rows, batch_rows=rows_at_a_time(config, language_model), cross_entropy=cross_entropy,
-        backend=config.compute.backend,
-    )  # fmt: skip
+        clt, language_model, rows, batch_rows=at_a_time, cross_entropy=cross_entropy, backend=config.compute.backend
+    )
     if counters := checkpoint or latest(run):
         result = with_dead_in_training(result, counters)
     if clt.connected and clt.reads_upstream and len(rows) > 1:
         points = pruned(config, clt, language_model, rows, _ladder(clt))
         result = replace(result, fvu_against_C=points)
+    if not clt.ranks.first:
+        return result
+    if result.fvu_against_C:
         title = "The trained CLT with its connections chosen anew for each C, not trained on"
-        plots.fvu_against_c(points, run / "fvu_against_c.png", title=title)
+        plots.fvu_against_c(result.fvu_against_C, run / "fvu_against_c.png", title=title)
     plots.densities(result.to_dict(), run / "density.png")
     replace_file(run / "evaluation.json", json.dumps(result.to_dict(), indent=2) + "\n")
     replace_file(run / "table.md", report.evaluation_table(result.to_dict()) + "\n")
@@ -64,11 +69,10 @@ def measure(
 def pruned(config: TrainConfig, clt: SparseCLT, language_model: LanguageModel, rows: Tensor, Cs: Sequence[int]):
     """FVU of `clt` with the best C connections for each of `Cs`, on some of `rows` [R, S]."""
     few = rows[: max(2, PRUNING_TOKENS // rows.shape[1])]
-    importance = config.connections.importance
+    importance, at_a_time = config.connections.importance, rows_at_a_time(config, language_model, clt.ranks)
     return fvu_against_c(
-        clt, language_model, few, Cs, importance=importance, batch_rows=rows_at_a_time(config, language_model),
-        backend=config.compute.backend,
-    )  # fmt: skip
+        clt, language_model, few, Cs, importance=importance, batch_rows=at_a_time, backend=config.compute.backend
+    )
 
 
 def measure_faithfulness(
@@ -101,9 +105,10 @@ def measure_interaction(
     return figures
 
 
-def rows_at_a_time(config: TrainConfig, language_model: LanguageModel) -> int:
-    """How many rows an evaluation takes at a time, so that it fits into the memory that is left."""
-    return memory.evaluation_rows(config, language_model.shape, memory.available_bytes(language_model.device))
+def rows_at_a_time(config: TrainConfig, language_model: LanguageModel, ranks: Ranks = ONE_RANK) -> int:
+    """How many rows an evaluation takes at a time, so that it fits into the memory that is left on all `ranks`."""
+    config, available = on_ranks(config, ranks), memory.available_bytes(language_model.device)
+    return min(ranks.world.objects(memory.evaluation_rows(config, language_model.shape, available)))
 
 
 def held_out_rows(config: TrainConfig, language_model: LanguageModel) -> Tensor:

@@ -31,8 +31,8 @@ def evaluation_bytes(x: RunSizes, rows: int) -> int:
     """With so many rows at a time: their activations, and the largest of what follows on them."""
     n = rows * x.S
     widened = FLOAT * n * x.D * x.M if x.half else 0
-    effective_decoders = FLOAT * x.F * x.D * max(x.readers, default=0)
-    compared = x.w * x.F * x.D * x.widest  # decoders of unit length, in which twins are looked for
+    effective_decoders = FLOAT * x.F * x.D * max(x.readers, default=0) // x.ranks
+    compared = x.w * x.F * x.D * x.widest // x.ranks  # decoders of unit length, in which twins are looked for
     return _captured(x, n) + widened + max(effective_decoders, compared, _replaced_run(x, n))
 
 

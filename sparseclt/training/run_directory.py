@@ -6,6 +6,7 @@ import shutil
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -105,19 +106,11 @@ def opened_run(
     is open inside the block. `begun` as in `run_directory`."""
     with run_directory(run, begun):
         write_identity(run, identity)
-        write_config(run, config)
+        # Without the grid of ranks, which is another one when others go on.
+        write_config(run, replace(config, parallel=replace(config.parallel, latents=None, data=None)))
         truncate_after(run / METRICS, step)
         with closing(RunLog(config.logging, run, to_dict(config), config.steps, step)) as log:
             yield log
-
-
-def finished(clt: SparseCLT, run: Path) -> SparseCLT | None:
-    """The CLT that was trained in directory `run`, in one piece: itself, or on the first of several ranks the one that
-    they wrote there, which must fit into memory; None on the others."""
-    if clt.ranks.world.alone:
-        return clt
-    device = clt.transcoder(0).W_enc.device
-    return SparseCLT.from_pretrained(run / CLT, device=device) if clt.ranks.first else None
 
 
 def choose_checkpoint(run: Path, name: str | Path) -> Path:

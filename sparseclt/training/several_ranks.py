@@ -67,19 +67,24 @@ def on_ranks(config: TrainConfig, ranks: Ranks) -> TrainConfig:
 
 def check_supported(config: TrainConfig, data: int) -> None:
     """A ValueError for what would need more exchanges between `data` ranks than there are."""
-    c = config.connections
-    if c.policy == "learned" and (c.exchange_share or c.open_per_latent):
-        raise ValueError(
-            f"connections.exchange_share, connections.open_per_latent: expected 0 and None on several ranks, of which "
-            f"none knows all gradients, got {c.exchange_share} and {c.open_per_latent}"
-        )
-    if config.loss.interaction_weight:
-        raise ValueError(
-            f"loss.interaction_weight: expected 0 on several ranks, of which none has whole decoders, got "
-            f"{config.loss.interaction_weight}"
-        )
     if config.batch_rows % data:
         raise ValueError(f"batch_rows: expected a multiple of parallel.data = {data}, got {config.batch_rows}")
+    if config.loss.interaction_weight:
+        raise ValueError(
+            f"loss.interaction_weight: expected 0 on several ranks, of which none has the rows of whole decoders, got "
+            f"{config.loss.interaction_weight}"
+        )
+    c = config.connections
+    if c.policy == "learned" and c.exchange_share:
+        raise ValueError(
+            f"connections.exchange_share: expected 0 on several ranks, which cannot exchange candidates yet, got "
+            f"{c.exchange_share}"
+        )
+    if c.policy in ("learned", "dense-learned") and c.open_per_latent is not None:
+        raise ValueError(
+            f"connections.open_per_latent: expected None on several ranks, each of which sees only its own latents, "
+            f"got {c.open_per_latent}"
+        )
     if data == 1:
         return
     if config.activations.shuffle_bytes:

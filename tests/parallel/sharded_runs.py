@@ -18,6 +18,8 @@ from sparseclt.config import (
     ParallelConfig,
     TrainConfig,
 )
+from sparseclt.evaluation.metrics import evaluate
+from sparseclt.evaluation.pruning import fvu_against_c
 from sparseclt.storage.checkpoint import latest
 from sparseclt.storage.parts import Part
 from sparseclt.training.trainer import Trainer
@@ -65,4 +67,14 @@ def save_again(out: Path, copy: Path, parallel: dict[str, int]) -> None:
     t.state.save(copy, t.step, 4, t.identity, keep=2)
 
 
-__all__ = ["fit", "latest", "loaded", "save_again", "trainer"]
+def evaluated(run: Path, parallel: dict[str, int]) -> dict[str, Any]:
+    """The evaluation of a finished run, and its curve of FVU against C, from what ranks have of its CLT."""
+    t = trainer(run, parallel)
+    t.load(run)
+    model, held_out = t.language_model, tokens(rows=6, length=12, seed=7)
+    result = evaluate(t.clt, model, held_out, batch_rows=3).to_dict()
+    result["curve"] = fvu_against_c(t.clt, model, held_out, [1, 4], batch_rows=3)
+    return result
+
+
+__all__ = ["evaluated", "fit", "latest", "loaded", "save_again", "trainer"]

@@ -4,6 +4,7 @@ import pytest
 import torch
 from steps import trainer
 
+from sparseclt.cli import main
 from sparseclt.parallel import Group
 
 REFUSED = {
@@ -12,6 +13,11 @@ REFUSED = {
     ),
     "latents that cannot be shared": ({"latents": 2}, {"clt__latents": 17}, "clt.latents: expected a multiple of 2"),
     "rows that cannot be shared": ({"data": 2}, {"batch_rows": 3}, "batch_rows: expected a multiple of parallel.data"),
+    "a penalty on whole decoders": ({"latents": 2}, {"loss__interaction_weight": 1.0}, "loss.interaction_weight: expe"),
+    "an exchange of candidates": (
+        {"latents": 2}, {"connections__policy": "learned", "connections__candidates_after_steps": 2,
+                         "connections__exchange_share": 0.1}, "connections.exchange_share: expected 0"
+    ),
     "a choice among a whole batch": (
         {"data": 2}, {"clt__activation": "batchtopk"}, "clt.activation: expected 'topk' with parallel.data = 2"
     ),
@@ -35,6 +41,15 @@ def test_it_is_refused_on_every_rank(ranks, case):
 
 def _raise(text: str) -> None:
     raise ValueError(text)
+
+
+def test_commands_that_do_not_train_are_for_one_process(monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(["eval", "nowhere"]) == 2
+    assert (
+        "eval: expected a single process, got 2; only train, resume and repeat run on several"
+        in capsys.readouterr().err
+    )
 
 
 def test_a_single_process_is_no_group():

@@ -6,7 +6,7 @@ import shutil
 import signal
 
 import pytest
-from sharded_runs import fit, loaded, save_again, trainer
+from sharded_runs import evaluated, fit, loaded, save_again, trainer
 
 from sparseclt.config import CheckpointConfig
 from sparseclt.model.clt import SparseCLT
@@ -136,3 +136,18 @@ def test_a_full_disk_on_one_rank_is_an_error_on_all_that_names_it(ranks, run, tm
     for said in ranks.run(2, _full_disk, copy):
         assert said.startswith("rank 1 of 2: [Errno 28] No space left on device") and ".safetensors" in said
     assert sorted(path.name for path in (copy / "checkpoints").iterdir()) == ["step_00000003", "step_00000006"]
+
+
+def flat(values, name=""):
+    if isinstance(values, dict):
+        return {k: v for key, value in values.items() for k, v in flat(value, f"{name}/{key}").items()}
+    if isinstance(values, list | tuple):
+        return {k: v for i, value in enumerate(values) for k, v in flat(value, f"{name}/{i}").items()}
+    return {name: values} if isinstance(values, int | float) else {}
+
+
+def test_ranks_evaluate_together_what_one_evaluates(ranks, run):
+    expected = flat(evaluated(run, ONE))
+    assert expected["/cross_entropy/sparse"] and expected["/modules/2/connections_in_effect"]
+    for result in ranks.run(4, evaluated, run, FOUR):
+        assert flat(result) == pytest.approx(expected, rel=1e-4, abs=1e-5)

@@ -2,7 +2,10 @@
 
 import pytest
 import torch
-from steps import gradients, joined, run_of_steps
+from steps import F, K, L, gradients, joined, run_of_steps
+
+from sparseclt.config import CLTConfig
+from sparseclt.model.shape import active_by_layer
 
 GRIDS = {
     "2 x latents": {"latents": 2, "data": 1},
@@ -12,10 +15,8 @@ GRIDS = {
 }
 ONE = {"latents": 1, "data": 1}
 LEARNED = {
-    "connections__policy": "learned",
-    "connections__exchange_share": 0.0,
-    "connections__candidates_after_steps": 1,
-}
+    "connections__policy": "learned", "connections__candidates_after_steps": 1, "connections__exchange_share": 0.0,
+}  # fmt: skip
 KINDS = {
     "frozen attention": ("frozen", {}),
     "attention latents": ("latents", {}),
@@ -45,8 +46,8 @@ def test_latents_loss_and_gradients_are_those_of_one_rank(ranks, grid, kind):
             torch.testing.assert_close(torch.cat([v for v, _ in of_data]), values, rtol=0, atol=1e-12)
             assert torch.equal(torch.cat([i for _, i in of_data])[values > 0], indices[values > 0])
         if kind == "batchtopk" and mode == "vanilla":
-            # N K, position 0 left out, in the mean over layers.
-            assert sum(int((values > 0).sum()) for values, _ in modules) == 20 * 5 * len(modules)
+            kept = [int((values > 0).sum()) for values, _ in modules]
+            assert kept == [20 * k for k in active_by_layer(K, CLTConfig().active_ratio, L, F)]  # 20 tokens count
     grads = joined(results, "grads")
     assert grads.keys() == expected["grads"].keys()
     for name, grad in expected["grads"].items():
