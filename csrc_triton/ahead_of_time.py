@@ -118,7 +118,8 @@ def _product(
     constexprs |= {name: 1 for name in kernel.arg_names if name not in types and name not in constexprs}
     which = "".join(f" {flag.lower()}" for flag, on in flags.items() if on is True)
     case = _case(f"{_name(kernel)} {precision or element}{which}", kernel, types, constexprs, config.options)
-    case = case._replace(hopper_options=config.hopper_options)
+    if kernel is scores.encoder_scores_kernel:
+        case = case._replace(hopper_options=config.hopper_options)
     # ROCm has no TF32 and no such split of it: `fp32_precision` never asks for them there.
     return case if precision in (None, "ieee") else case._replace(backends=("cuda",))
 
