@@ -72,14 +72,14 @@ def test_two_blocks_of_the_product_of_halves_share_a_multiprocessor(report):
 
 def test_fp32_runs_on_tensor_cores_unless_ieee_is_asked_for(report):
     rows = [row for row in report[0] if row["kernel"].startswith(("encoder_scores tf32", "connection_scores tf32"))]
-    assert len(rows) >= 12 and all(row["tensor_core"] > 0 for row in rows)
+    assert len(rows) >= 15 and all(row["tensor_core"] > 0 for row in rows)
     assert {row["target"] for row in rows} == {"sm_80", "sm_90", "sm_100"}
     assert row_of(report, "encoder_scores ieee has_bias")["tensor_core"] == 0
 
 
 def test_pairs_of_upstream_latents_cost_few_instructions(report):
     """Of all warps of a block, for a block of 32 pairs with all that is done to them."""
-    add, gradients = row_of(report, "add_upstream bf16"), row_of(report, "connected d_upstream bf16 dz read")
+    add, gradients = row_of(report, "add_upstream bf16"), row_of(report, "connected d_upstream bf16")
     assert add["warps"] == 1 and add["loop"] <= 600
     assert gradients["warps"] * gradients["loop"] <= 2400
 
