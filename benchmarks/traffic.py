@@ -149,11 +149,11 @@ def ids(count: int, *shape: int) -> Tensor:
     return torch.stack([torch.randperm(count)[: shape[1]] for _ in range(shape[0])])
 
 
-def asked(name: str, run: Callable[[], object], x: Sizes, walks: float = 0.0) -> float:
-    """Bytes that `run` requests over the bytes that the formula uses."""
+def asked(name: str, run: Callable[[], object], x: Sizes, walks: float = 0.0, more: float = 0.0) -> float:
+    """Bytes that `run` requests, and `more` that torch moves beside it, over the bytes that the formula uses."""
     with counted() as counter:
         run()
-    return counter.total / kernel_costs(x, walks or costs.mean_walks(x.N, x.F, x.C, x.U, x.S))[name].used
+    return (counter.total + more) / kernel_costs(x, walks or costs.mean_walks(x.N, x.F, x.C, x.U, x.S))[name].used
 
 
 def ratios(dtype: torch.dtype = torch.bfloat16) -> dict[str, float]:
@@ -209,8 +209,11 @@ def _virtual_matmul_ratios(dtype: torch.dtype, e: int) -> dict[str, float]:
     few_connections = ids(few.U, few.F, few.C)
     few_arguments = *few_z, few_connections, *transpose(few_connections, few.U), few.U, SCRATCH_BYTES
     few_walks = torch.bincount(few_connections.flatten(), minlength=few.U)
+    filled = x.N * x.F * (FLOAT if e == FLOAT else 2 * FLOAT + e)  # and converted, by torch
     return {
-        "virtual_matmul forward": asked("virtual_matmul forward", lambda: virtual_matmul.forward(*arguments), x, walks),
+        "virtual_matmul forward": asked(
+            "virtual_matmul forward", lambda: virtual_matmul.forward(*arguments), x, walks, filled
+        ),
         "virtual_matmul dz": asked(
             "virtual_matmul dz", lambda: virtual_matmul.backward(grad, *arguments, (True, False)), x, walks
         ),

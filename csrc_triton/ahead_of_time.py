@@ -99,8 +99,12 @@ def _connection_scores() -> list[AheadOfTime]:
     return [
         _product(kernel, element, pointers, integers, {"GROUP": 16, "MANY_HEADS": many}, precision)
         for element, many in itertools.product(ELEMENTS, (False, True))
-        for precision in (scores.FLOAT32 if element == "fp32" else (None,))
+        for precision in (_precisions(many) if element == "fp32" else (None,))
     ]
+
+
+def _precisions(few: bool) -> tuple[str, ...]:
+    return ("tf32x3",) if few else tuple(scores.FLOAT32)
 
 
 def _product(
@@ -118,7 +122,8 @@ def _product(
     constexprs |= {name: 1 for name in kernel.arg_names if name not in types and name not in constexprs}
     which = "".join(f" {flag.lower()}" for flag, on in flags.items() if on is True)
     case = _case(f"{_name(kernel)} {precision or element}{which}", kernel, types, constexprs, config.options)
-    case = case._replace(hopper_options=config.hopper_options)
+    if kernel is scores.encoder_scores_kernel:
+        case = case._replace(hopper_options=config.hopper_options)
     # ROCm has no TF32 and no such split of it: `fp32_precision` never asks for them there.
     return case if precision in (None, "ieee") else case._replace(backends=("cuda",))
 
@@ -168,14 +173,14 @@ def _place() -> list[AheadOfTime]:
 def _connected() -> list[AheadOfTime]:
     kernels, match = [], connected_encode.MATCH
     kernel = connected_encode.d_upstream_kernel
-    for dtype, which in itertools.product(FEW_ELEMENTS, ("dz", "read", "dz read")):
+    for dtype in FEW_ELEMENTS:
         types = {"dz": "*fp32:16", "read": "*fp32:16", "grad": "*fp32:16", "slots": "*i64:16", "order": "*i32:16"}
         types |= {"z_values": f"*{dtype}:16", "weights": f"*{dtype}:16", "targets": "*i32:16"}
         types |= {"ends": "*i32:16", "shifts": "*i32:16"}
-        flags = {"HAS_DZ": "dz" in which, "HAS_READ": "read" in which, "STEPS": 11}
+        flags = {"HAS_DZ": True, "HAS_READ": True, "STEPS": 11}
         steps = {arg: 1 for arg in kernel.arg_names if arg.endswith(("_k", "_s"))}
         constexprs = steps | flags | match.constexprs
-        kernels.append(_case(f"connected d_upstream {dtype} {which}", kernel, types, constexprs, match.options))
+        kernels.append(_case(f"connected d_upstream {dtype}", kernel, types, constexprs, match.options))
     return kernels
 
 
@@ -226,9 +231,9 @@ def _groupmax() -> list[AheadOfTime]:
 
 def _virtual_matmul() -> list[AheadOfTime]:
     slots = add_upstream.SLOTS
-    types = {"ends": "*i32:16", "shifts": "*i32:16", "z_indices": "*i64:16", "starts": "*i32:16"}
+    of_slots = {"ends": "*i32:16", "shifts": "*i32:16", "z_indices": "*i64:16", "starts": "*i32:16"}
     constexprs = {"index_s": 1} | slots.constexprs
-    kernels = [_case("token_pairs", add_upstream.token_pairs_kernel, types, constexprs, slots.options)]
+    kernels = [_case("token_pairs", add_upstream.token_pairs_kernel, of_slots, constexprs, slots.options)]
     for dtype in FEW_ELEMENTS:
         data, wide, int32, int64, size = f"*{dtype}:16", "*fp32:16", "*i32:16", "*i64:16", "i32:16"
         add = {"pre": wide, "z_values": data, "ends": int32, "shifts": int32, "weights": data, "targets": int32}
@@ -251,11 +256,10 @@ def _decoder_gradient() -> list[AheadOfTime]:
     kernel, tile = decoder_gradient.decoder_gradient_kernel, decoder_gradient.TILE
     types = {"out": "*fp32:16", "squares": "*fp32:16", "touched": "*u8:16", "D": "i32:16"}
     types |= {"table": "*i64:16"}
-    kernels = []
-    for dtype, stored in itertools.product(FEW_ELEMENTS, (True, False)):
-        element = decoder_gradient.ELEMENTS[ELEMENTS[dtype]]
+    kernels, element = [], decoder_gradient.ELEMENTS[torch.bfloat16]
+    for stored in (True, False):
         flags = {"STORED": stored, "OFFSETS": True, "WEIGHT": element, "GRADIENT": element, "ENCODER": element}
-        name = f"decoder_gradient {dtype} {'rows' if stored else 'squares'}"
+        name = f"decoder_gradient bf16 {'rows' if stored else 'squares'}"
         constexprs = {**flags, "INDEX": decoder_gradient.tl.int32, **tile.constexprs}
         kernels.append(_case(name, kernel, types, constexprs, tile.options))
     return kernels

@@ -42,7 +42,7 @@ class Read(NamedTuple):
 class RowTile(LaunchConfig):
     """Slots of a list and columns of a row that a program adds up at a time."""
 
-    slots: int = 8
+    slots: int = 4  # lists are short
     columns: int = 256
 
     @property

@@ -6,7 +6,7 @@ The group maxima bound the k-th largest score from below (see select.py). They a
 tile is still in registers.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -63,8 +63,9 @@ def fp32_precision() -> str:
     return asked if asked in FLOAT32 else "tf32x3"
 
 
-def tile_config(dtype: torch.dtype) -> TileConfig:
-    return FLOAT32[fp32_precision()] if dtype == torch.float32 else HALF
+def tile_config(dtype: torch.dtype, max_registers: int | None = HALF.max_registers) -> TileConfig:
+    """The tile of a product of `dtype`; halves hold to `max_registers`."""
+    return FLOAT32[fp32_precision()] if dtype == torch.float32 else replace(HALF, max_registers=max_registers)
 
 
 @triton.jit

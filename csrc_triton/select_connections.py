@@ -84,7 +84,7 @@ def _connection_scores(
 ) -> None:
     """Writes `importance * (W_enc @ E.T).norm(dim=0)` to `scores` [n, U] fp32, for W_enc [H, n, D]; see scores.py."""
     (H, n, D), U = W_enc.shape, len(E)
-    config = tile_config(W_enc.dtype)
+    config = tile_config(W_enc.dtype, max_registers=None)  # importance and squares need more
     tops = scores if maxima is None else maxima
     connection_scores_kernel[(cdiv(n, config.rows) * cdiv(U, config.columns),)](
         W_enc, E, importance, scores, tops, H, n, U, D,

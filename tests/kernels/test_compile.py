@@ -57,3 +57,33 @@ def test_the_encode_of_halves_runs_on_tensor_cores(report):
     rows, _ = report
     encodes = [row for row in rows if row["kernel"].startswith(("encoder_scores bf16", "encoder_scores fp16"))]
     assert len(encodes) >= 8 and [row for row in encodes if row["tensor_core"] < 1] == []
+
+
+def row_of(report, name, target="sm_90"):
+    (row,) = (row for row in report[0] if row["kernel"] == name and row["target"] == target)
+    return row
+
+
+def test_two_blocks_of_the_product_of_halves_share_a_multiprocessor(report):
+    for element in ("bf16", "fp16"):
+        row = row_of(report, f"encoder_scores {element} has_bias")
+        assert row["tensor_core"] >= 4 and row["registers"] <= 128 and 2 * row["shared"] <= 227 * 1024
+
+
+def test_fp32_runs_on_tensor_cores_unless_ieee_is_asked_for(report):
+    rows = [row for row in report[0] if row["kernel"].startswith(("encoder_scores tf32", "connection_scores tf32"))]
+    assert len(rows) >= 15 and all(row["tensor_core"] > 0 for row in rows)
+    assert {row["target"] for row in rows} == {"sm_80", "sm_90", "sm_100"}
+    assert row_of(report, "encoder_scores ieee has_bias")["tensor_core"] == 0
+
+
+def test_pairs_of_upstream_latents_cost_few_instructions(report):
+    """Of all warps of a block, for a block of 32 pairs with all that is done to them."""
+    add, gradients = row_of(report, "add_upstream bf16"), row_of(report, "connected d_upstream bf16")
+    assert add["warps"] == 1 and add["loop"] <= 600
+    assert gradients["warps"] * gradients["loop"] <= 2400
+
+
+def test_short_rows_are_selected_by_one_warp_which_waits_for_no_other(report):
+    rows = [row_of(report, f"select {stage} {length}") for stage in ("groups", "scores") for length in (128, 512)]
+    assert all(row["warps"] == 1 and row["loop"] <= 600 for row in rows), rows

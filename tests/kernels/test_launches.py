@@ -4,8 +4,9 @@ import torch
 from launches import counted
 from torch import Tensor
 
-from csrc_triton import connected_encode, select_connections, topk_encode
+from csrc_triton import connected_encode, launch, select_connections, topk_encode
 from csrc_triton.launch import GPU_SHARE
+from sparseclt.ops.scratch import default_scratch
 
 N, D, F, K, C, L = 8192, 2304, 65_536, 64, 64, 26
 S, U = (L - 1) * K, (L - 1) * F
@@ -49,3 +50,12 @@ def test_select_connections():
     with counted() as launches:
         select_connections.forward(meta(1, F, D), meta(U, D), meta(U), C, SCRATCH)
     assert 100 <= launches.total() <= 2000, launches
+
+
+def test_scratch_is_a_share_of_what_is_free_on_a_gpu(monkeypatch):
+    free = {"mem_get_info": (60 << 30, 141 << 30), "memory_reserved": 8 << 30, "memory_allocated": 4 << 30}
+    for name, value in free.items():
+        monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value)
+    gpu = torch.device("cuda")
+    assert default_scratch("topk_encode", "triton", gpu) == launch.free_share(gpu) == SCRATCH
+    assert launch.free_share(torch.device("cpu")) == launch.SCRATCH_BYTES
