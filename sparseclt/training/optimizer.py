@@ -14,7 +14,7 @@ from sparseclt.devices import Budget
 from sparseclt.model.decoder_gradients import Chunk, DecoderGradients, squares_by_target
 from sparseclt.model.transcoders import Transcoders
 from sparseclt.ops.rows import chunks
-from sparseclt.parallel import ALONE
+from sparseclt.parallel import ALONE, ONE_RANK, Ranks
 from sparseclt.storage.parts import Axis
 from sparseclt.training import eight_bit
 
@@ -46,12 +46,12 @@ class RowAdam:
     Adam is given gradients in its own units, and the norm to which they are clipped is in those.
 
     Weights in bf16 are rounded stochastically: the expected weight is the exact one, so that updates far below the
-    spacing of bf16 still add up. The random bits follow from `seed`, the step, the parameter and the row.
+    spacing of bf16 still add up. The random bits follow from `seed`, the step, the parameter and the row, and from the
+    rank among `ranks` that share the CLT.
     """
 
-    def __init__(self, clt: Transcoders, config: OptimizerConfig, seed: int = 0):
-        self.config, self.seed, self.ranks = config, seed, clt.ranks
-        self.columns = clt.transcoder(0).columns
+    def __init__(self, clt: Transcoders, config: OptimizerConfig, seed: int = 0, ranks: Ranks = ONE_RANK):
+        self.config, self.seed, self.group = config, seed, ranks.latents
         self.parameters = dict(clt.named_parameters())
         self.step = 0
         self._scaled: tuple[object, Tensor] = (None, torch.empty(0))
@@ -133,11 +133,11 @@ class RowAdam:
         wide = torch.promote_types(weights.dtype, torch.float32)
         small = "mean_scale" in moments
         # A rank has some columns of a decoder, whose vectors have one scale on all ranks.
-        group = self.ranks.latents if name.endswith("W_dec") else ALONE
+        group = self.group if name.endswith("W_dec") else ALONE
         offset = None
         if small:
-            D = weights.shape[-1] * group.size
-            offset = eight_bit.offsets(D, self.step, weights.device)[slice(None) if group.alone else self.columns]
+            columns = group.part(weights.shape[-1] * group.size, "d_model of the language model")
+            offset = eight_bit.offsets(columns.stop, self.step, weights.device)[columns]
         generator, scale = self._generator(name, row) if weights.dtype != wide else None, self.scales.get(name)
         for rows in chunks(len(weights), 4 * weights[:1].numel(), PIECE_BYTES.on(weights.device)):
             exact, part = weights[rows].to(wide), {key: tensor[rows] for key, tensor in moments.items()}
@@ -172,7 +172,7 @@ class RowAdam:
         """Of random bits that follow from the seed, the step, the parameter and the row, and from the rank, unless all
         ranks have the same parameter."""
         generator = torch.Generator(self.parameters[name].device)
-        seed = self.seed + (0 if name.endswith("b_dec") else self.ranks.latents.rank)
+        seed = self.seed + (0 if name.endswith("b_dec") else self.group.rank)
         return generator.manual_seed(hash((seed, self.step, list(self.parameters).index(name), row)) & (2**63 - 1))
 
     def _exact(

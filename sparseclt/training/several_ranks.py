@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 
 from sparseclt.config import TrainConfig
 from sparseclt.devices import usable
@@ -51,12 +51,16 @@ def join(config: TrainConfig) -> Ranks:
         return ONE_RANK
     check_supported(config, data)
     device = device_of(config.device)
+    timeout = timedelta(seconds=grid.timeout_seconds)
     if not dist.is_initialized():
         if device.type == "cuda":
             torch.cuda.set_device(device)
-        timeout = timedelta(seconds=grid.timeout_seconds)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout)
-    mesh = init_device_mesh(device.type, (data, latents), mesh_dim_names=("data", "latents"))
+    # Not by init_device_mesh, whose groups would have torch's own timeout.
+    places = torch.arange(world).view(data, latents)
+    rows, columns = ([dist.new_group(line.tolist(), timeout=timeout) for line in lines] for lines in (places, places.T))
+    own = [columns[dist.get_rank() % latents], rows[dist.get_rank() // latents]]
+    mesh = DeviceMesh.from_group(own, device.type, places, mesh_dim_names=("data", "latents"))
     return Ranks.of(mesh, Group.of(dist.group.WORLD))
 
 

@@ -109,7 +109,7 @@ def test_a_massive_activation_there_leaves_loss_and_gradients_as_they_are(tmp_pa
 
     def gradients(activations: Activations) -> dict[str, torch.Tensor]:
         t.clt.zero_grad()
-        noted, terms, _ = t.objective.backward(activations, 0.7, lambda total, terms: None)
+        noted, terms, *_ = t.objective.backward(activations, 0.7, lambda total, terms: None)
         noted.add_to_encoders()
         found = {name: p.grad.clone() for name, p in t.clt.named_parameters() if p.grad is not None}
         for index in range(len(t.clt.sites)):

@@ -77,7 +77,7 @@ def trainer(attention: str = "frozen", parallel: dict[str, int] | None = None, *
     )  # fmt: skip
     t = Trainer(config, language_model=model(attention), rows=torch.zeros(B, S, dtype=torch.int64))
     t.clt.double()
-    t.optimizer = RowAdam(t.clt, config.optimizer)
+    t.optimizer = RowAdam(t.clt, config.optimizer, ranks=t.ranks)
     return t
 
 

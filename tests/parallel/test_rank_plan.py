@@ -20,7 +20,7 @@ def sent_in_a_step(attention: str, latents: int, data: int) -> tuple[dict[str, i
     t = with_random_weights(trainer(attention, {"latents": latents, "data": data}))
     t.clt.float()
     t.step = 1  # neither the first one, which measures scales, nor one that chooses connections
-    t.optimizer = type(t.optimizer)(t.clt, t.config.optimizer)
+    t.optimizer = type(t.optimizer)(t.clt, t.config.optimizer, ranks=t.ranks)
     activations = own_rows(t, batch(0))
     for name, value in vars(activations).items():
         if isinstance(value, list):

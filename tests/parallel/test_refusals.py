@@ -1,11 +1,12 @@
 """What ranks cannot do together is said before anything begins."""
 
+import time
+
 import pytest
 import torch
 from steps import trainer
 
 from sparseclt.cli import main
-from sparseclt.parallel import Group
 
 REFUSED = {
     "a grid of another size": (
@@ -59,19 +60,18 @@ def test_a_single_process_is_no_group():
         trainer("frozen", {"latents": 2})
 
 
-def late():
-    """The first rank waits for one that never comes."""
-    import torch.distributed as dist
-
-    group = Group.of(dist.group.WORLD)
+def late(seconds: float) -> float | None:
+    """The first rank waits for one that comes too late: after how many seconds it ends with an error."""
+    t = trainer("frozen", {"latents": 2, "data": 1, "timeout_seconds": 2})
+    group, start = t.ranks.latents, time.monotonic()
     if group.rank == 1:
-        return "gone"
-    try:
+        time.sleep(seconds)
+        return None
+    with pytest.raises(RuntimeError):
         group.sum_(torch.ones(3))
-    except RuntimeError as error:
-        return str(error)
-    return "it went on"
+    return time.monotonic() - start
 
 
-def test_a_rank_that_is_gone_ends_the_wait_of_the_others(ranks):
-    assert ranks.run(2, late)[0] not in ("it went on", "gone")
+@pytest.mark.parametrize("seconds", [0, 8], ids=["gone", "late"])
+def test_a_rank_that_does_not_come_ends_the_wait_of_the_others(ranks, seconds):
+    assert ranks.run(2, late, seconds)[0] < 8

@@ -106,8 +106,8 @@ def test_a_step_updates_decoders_once_and_leaves_no_gradient(tmp_path):
     activations = warmed_up(t)
     seen = []
     update = t.optimizer.update
-    t.optimizer.update = lambda name, gradient, *rest: (
-        seen.append((name, len(gradient))) or update(name, gradient, *rest)
+    t.optimizer.update = lambda name, gradient, *rest, **more: (
+        seen.append((name, len(gradient))) or update(name, gradient, *rest, **more)
     )
     t.train_step(activations)
     rows = {f"transcoders.{i}.W_dec": 0 for i in range(3)}

@@ -15,7 +15,7 @@ from test_decoder_gradients import trainer, warmed_up
 from test_trainer import ROWS, whole_state
 from test_trainer import trainer as small_trainer
 
-from sparseclt.config import CheckpointConfig, ComputeConfig, TrainConfig
+from sparseclt.config import CheckpointConfig, CLTConfig, ComputeConfig, TrainConfig
 from sparseclt.model.shape import ModelShape
 from sparseclt.storage.checkpoint import latest, load_state
 from sparseclt.training import memory
@@ -28,7 +28,7 @@ def gradients_of(t: Trainer, activations, rows: int) -> dict[str, torch.Tensor]:
     """All gradients, and the loss terms, of a batch taken `rows` rows at a time."""
     t.clt.zero_grad()
     t.objective.micro_rows = rows
-    noted, terms, _ = t.objective.backward(activations, 0.7, lambda total, terms: None)
+    noted, terms, *_ = t.objective.backward(activations, 0.7, lambda total, terms: None)
     noted.add_to_encoders()
     found = {name: p.grad.clone() for name, p in t.clt.named_parameters() if p.grad is not None}
     for index in range(len(t.clt.sites)):
@@ -140,7 +140,7 @@ def test_other_errors_of_a_step_are_passed_on(tmp_path, model, monkeypatch):
 
 
 def test_advice_begins_with_micro_batches():
-    config = replace(TrainConfig(), batch_rows=64)
+    config = replace(TrainConfig(), batch_rows=64, clt=CLTConfig(latents=512, active=16))
     shape = ModelShape(12, 256)
     peak = memory.make_plan(config, shape).peak
     change, then = memory.advice(config, shape, peak - 1)[0]
