@@ -20,7 +20,7 @@ def machine(out: Results, x: Sizes) -> None:
     if GPU:
         p = torch.cuda.get_device_properties(0)
         capability = f"{p.major}.{p.minor}"
-        out.add("device", name=p.name, capability=capability, SMs=p.multi_processor_count, GiB=p.total_memory / 2**30)
+        out.add("device", gpu=p.name, capability=capability, SMs=p.multi_processor_count, GiB=p.total_memory / 2**30)
     n = 8192 if GPU else 16
     for dtype, precision in ((torch.bfloat16, "highest"), (torch.float32, "highest"), (torch.float32, "high")):
         with torch_precision(precision):

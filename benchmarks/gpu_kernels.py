@@ -85,7 +85,7 @@ def topk(out: Results, x: Sizes) -> None:
     _parts(out, x, a, W, b)
     with out.guarded("backward"):
         leaves = [t.detach().clone().requires_grad_() for t in (a, W, b)]
-        values, _ = ops.topk_encode(*leaves, x.K, backend="triton")
+        values, _ = ops.topk_encode(leaves[0], leaves[1], leaves[2], x.K, backend="triton")
         grad = torch.ones_like(values)
         out.time("ours, backward", lambda: torch.autograd.grad(values, leaves, grad, retain_graph=True))
 

@@ -63,8 +63,8 @@ def step(out: Results, x: Sizes) -> None:
             with out.guarded(f"{mode}, {label}"):
                 trainer, activations = _trainer(mode, sizes)
                 run = partial(trainer.train_step, activations)
-                planned = _planned(trainer) if GPU else None
-                more = {"MiB": peak_mib(run), "waits": syncs(run), "tokens": sizes["N"], "planned_GiB": planned}
+                more: dict[str, Any] = {"tokens": sizes["N"], "planned_GiB": _planned(trainer) if GPU else None}
+                more |= {"MiB": peak_mib(run), "waits": syncs(run)}
                 used = torch.cuda.max_memory_allocated() / 2**30 if GPU else None
                 out.time(f"{mode}, {label}: train_step", run, GiB=used, **more)
                 if label == "B" and mode == "both":

@@ -17,7 +17,7 @@ from sparseclt.language_model.dtypes import close, keep_dtype
 from sparseclt.language_model.files import DTYPES, EXPECTED, DType, load_hf, locate
 from sparseclt.language_model.hooks import BlockNorms, Hook, Replace, StopRun, patterns_in_time, recording_hooks
 from sparseclt.language_model.identity import tensors_digest
-from sparseclt.model.activations import Activations, all_but_first, at_least_float32
+from sparseclt.model.activations import Activations, at_least_float32, of_whole_rows
 from sparseclt.model.attention import AttentionWeights, attention_write, centre
 from sparseclt.model.shape import ModelShape
 
@@ -225,9 +225,7 @@ class LanguageModel:
         return None if name is None else _gain_and_bias(self.bridge.blocks[layer].get_submodule(name))
 
     def _live(self, tokens: Tensor) -> Activations:
-        live = Activations(tokens, torch.empty(0), counted=all_but_first(tokens), mlp_input=self.shape.mlp_input)
-        live.counted_tokens = tokens.numel() - len(tokens)
-        return live
+        return of_whole_rows(tokens, self.shape.mlp_input)
 
     def _run(self, tokens: Tensor, hooks: list[Hook]) -> Tensor:
         with patterns_in_time(self.bridge, hooks) as hooks:

@@ -99,3 +99,10 @@ def all_but_first(tokens: Tensor) -> Tensor:
     counted = torch.ones_like(tokens, dtype=torch.bool)
     counted[:, 0] = False
     return counted
+
+
+def of_whole_rows(tokens: Tensor, mlp_input: str | None) -> Activations:
+    """Activations yet to be filled, of whole rows `tokens` [B, S], whose position 0 does not count."""
+    activations = Activations(tokens, torch.empty(0), counted=all_but_first(tokens), mlp_input=mlp_input)
+    activations.counted_tokens = tokens.numel() - len(tokens)  # known without asking the device
+    return activations

@@ -148,8 +148,9 @@ class DecoderGradients:
 
     def _make_kernel(self, index: int, readers: Sequence[Reader]) -> Any:
         from csrc_triton.decoder_gradient import Decoder, Read, Written
+        from csrc_triton.transpose import Transpose
 
-        shape, site = self.clt.transcoder(index).W_dec.shape, self.clt.sites[index]
+        (F, T, D), site = self.clt.transcoder(index).W_dec.shape, self.clt.sites[index]
         by_layer = {reader.site.layer: reader for reader in readers if reader.upstream_modules > index}
         for i in {reader.index for reader in by_layer.values()} - self._means.keys():
             self._means[i] = self.clt.transcoder(i).W_enc.detach().mean(1, dtype=torch.float32)
@@ -160,12 +161,12 @@ class DecoderGradients:
             assert reader.connections is not None
             means = self._means[reader.index] if self.clt.architecture.model.centred else None
             W_enc = self.clt.transcoder(reader.index).W_enc.detach()
-            return Read(self.read[reader.index], reader.connections.transposed, W_enc, means)
+            return Read(self.read[reader.index], Transpose(*reader.connections.transposed), W_enc, means)
 
         # A reader of the layer behind a target meets the sum up to that target.
         behind = range(site.layer + 1, self.clt.architecture.model.layers + 1)
-        written = [Written(w.values, transpose(w.indices, shape[0]), w.grads) for w in self.written[index]]
-        return Decoder(tuple(shape), index * shape[0], written, [read(by_layer.get(layer)) for layer in behind])
+        written = [Written(w.values, Transpose(*transpose(w.indices, F)), w.grads) for w in self.written[index]]
+        return Decoder((F, T, D), index * F, written, [read(by_layer.get(layer)) for layer in behind])
 
     def chunks(self, index: int) -> Iterator[Chunk]:
         """The gradient of module `index`'s decoder, all of it, some rows at a time."""
