@@ -42,7 +42,7 @@ def plain_steps(t, activations, steps: int) -> dict[str, torch.Tensor]:
             for name, parameter in parameters.items():
                 parameter.copy_(own[name] * scales.get(name, 1.0))
         for mode, forward in passes.items():
-            t.activity[mode].update(forward.latents)
+            t.activity[mode].observe(forward.latents, activations)
         t.step += 1
     return weights(t)
 
