@@ -44,7 +44,8 @@ class Firings:
 
 
 class Spool:
-    """The active latents of every token in a file, by module: `values` and `indices` [M, N, slots]."""
+    """The active latents of every token in a file, by module: `values` and `indices` [M, N, slots], of which a module
+    may fill fewer than the one that has the most."""
 
     def __init__(self, folder: Path, name: str, clt: SparseCLT, tokens: int):
         self.folder, self.name, self.tokens = folder, name, tokens
@@ -55,16 +56,16 @@ class Spool:
 
     def add(self, start: int, forward: ForwardPass, counted: Tensor) -> None:
         """Take in a pass over tokens `start`, `start` + 1, ...; `counted` [N] bool: the others are left out."""
-        N, slots = forward.latents[0].values.shape
         if self.values is None:
-            shape = (self.modules, self.tokens, slots)
+            shape = (self.modules, self.tokens, max(latents.values.shape[1] for latents in forward.latents))
             self.values = np.memmap(self.folder / f"{self.name}.values", np.float32, "w+", shape=shape)
             self.indices = np.memmap(self.folder / f"{self.name}.indices", np.int32, "w+", shape=shape)
         assert self.indices is not None
         for m, latents in enumerate(forward.latents):
             values = latents.values.float() * counted[:, None]
-            self.values[m, start : start + N] = values.cpu().numpy()
-            self.indices[m, start : start + N] = latents.indices.int().cpu().numpy()
+            place = m, slice(start, start + len(values)), slice(values.shape[1])
+            self.values[place] = values.cpu().numpy()
+            self.indices[place] = latents.indices.int().cpu().numpy()
             on = latents.indices[values > 0]
             self.fired[m] += torch.bincount(on, minlength=self.latents).cpu().numpy()
 
