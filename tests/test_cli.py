@@ -188,8 +188,8 @@ def test_export_for_neuronpedia_keeps_top_k(run, tmp_path, capsys):
 
 def test_export_of_weights_for_other_trainers(run, tmp_path, capsys):
     assert main(["export", str(run), str(tmp_path / "out"), "--format", "sparsify"]) == 0
-    config = json.loads((tmp_path / "out" / "h.0.mlp" / "cfg.json").read_text())
-    assert config["k"] == json.loads((run / "config.json").read_text())["clt"]["active"]
+    K = [json.loads((tmp_path / "out" / f"h.{layer}.mlp" / "cfg.json").read_text())["k"] for layer in range(3)]
+    assert sum(K) == 3 * json.loads((run / "config.json").read_text())["clt"]["active"] and K[0] > K[-1]
     capsys.readouterr()
     assert main(["export", str(run), str(tmp_path / "sae"), "--format", "saelens"]) == 2
     assert "decoders to later layers" in capsys.readouterr().err and not (tmp_path / "sae").exists()

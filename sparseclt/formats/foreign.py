@@ -25,8 +25,9 @@ class ForeignCLT:
 
     `tensors`: of each layer, W_enc [F, D], b_enc [F], W_dec [F, T, D], b_dec [D] and, with activation "jumprelu",
     threshold [F], none of them negative. `active`: K, or with other activations than "topk" the mean number of active
-    latents; None: not stated. `input_hook`, `output_hook`: what encoders read and decoders reconstruct, as
-    TransformerLens calls it within a block; None: not stated. `hooks_at`: the file and field that say so.
+    latents; None: not stated. `active_ratio`: as in `Architecture`. `input_hook`, `output_hook`: what encoders read and
+    decoders reconstruct, as TransformerLens calls it within a block; None: not stated. `hooks_at`: the file and field
+    that say so.
     """
 
     folder: Path
@@ -37,6 +38,7 @@ class ForeignCLT:
     input_hook: str | None
     hooks_at: str
     active: int | None = None
+    active_ratio: float = 1.0
     model_name: str = ""
 
     @property
@@ -71,8 +73,9 @@ class ForeignCLT:
                 "token has room for 4 times as many. sparseclt import measures it on text"
             )
         architecture = Architecture(
-            language_model.shape, self.latents, min(found, self.latents), activation=activation, targets=self.targets
-        )
+            language_model.shape, self.latents, min(found, self.latents), activation=activation, targets=self.targets,
+            active_ratio=self.active_ratio,
+        )  # fmt: skip
         tensors: dict[str, LazyTensor] = {}
         for layer, parts in enumerate(self.tensors):
             ours = _unfolded(parts, language_model, layer) if after else dict(parts)

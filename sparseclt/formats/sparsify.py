@@ -22,6 +22,7 @@ from sparseclt.formats.mlp_input import check_vanilla, folded_encoder, has_norm_
 from sparseclt.language_model.language_model import LanguageModel
 from sparseclt.model.clt import SparseCLT
 from sparseclt.model.modules import Transcoder
+from sparseclt.model.shape import ratio_of
 from sparseclt.storage.directories import CheckpointError, atomic_directory
 from sparseclt.storage.json_files import write_json
 from sparseclt.storage.safetensors_stream import save_file
@@ -43,9 +44,12 @@ def read(folder: Path) -> ForeignCLT:
     run = json_of(folder, "config.json") if (folder / "config.json").exists() else {}
     expect(folder / "config.json", run, hookpoints_in=(None, []))
     across = the_same(folder, "n_targets (0 or more)", [bool(config.get("n_targets")) for config in configs])
+    active = [whole(folder, config, "k") for config in configs]
+    if (ratio := ratio_of(active)) is None:
+        raise CheckpointError(f"{folder}: expected one k in all layers, or a k that falls geometrically, got {active}")
     return ForeignCLT(
         folder=folder, tensors=_Layers(folder, folders, configs, across).tensors(), activation="topk",
-        active=the_same(folder, "k", [whole(folder, config, "k") for config in configs]),
+        active=sum(active) // len(active), active_ratio=ratio,
         targets="all" if across else "own", input_hook="mlp.hook_in", output_hook="mlp.hook_out",
         hooks_at=f"{folder / folders[0]}: the name of the folder", model_name=str(run.get("model", "")),
     )  # fmt: skip

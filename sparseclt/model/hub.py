@@ -80,6 +80,8 @@ class HubModel(Transcoders, ModelHubMixin, library_name=LIBRARY, tags=list(TAGS)
             base_model=a.model.name if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", a.model.name) else None,
         )
         exactly = "" if a.activation == "topk" else f" ({a.activation}) on average"
+        if (first := a.active_of(0)) != (last := a.active_of(a.model.layers - 1)):
+            exactly += f" in the mean over layers, from {first} in the first to {last} in the last,"
         text = CARD.format(
             data=data.to_yaml(),
             title=repo_id.split("/")[-1],

@@ -1,5 +1,6 @@
 """The shapes of the language model and of the CLT on top of it: stated once, read by everything else."""
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from itertools import accumulate, pairwise
 from typing import Annotated, Any, Literal
@@ -46,6 +47,18 @@ def active_by_layer(active: int, ratio: float, layers: int, latents: int) -> lis
     shares = [active * layers * weight / sum(weights) for weight in weights]
     until = [round(total) for total in accumulate(shares, initial=0.0)]  # so that the sum is exact
     return [min(max(1, b - a), latents) for a, b in pairwise(until)]
+
+
+def ratio_of(active: Sequence[int]) -> float | None:
+    """The ratio with which `active_by_layer` gives these K; None if there is none."""
+    layers, low, high = len(active), min(active), max(active)
+    if sum(active) % layers:
+        return None
+    ends = active[0] / active[-1]
+    # What is rounded to these whole numbers lies around their quotient.
+    near = (ends * (1 + step / (400 * low)) for n in range(801) for step in (n, -n) if step / (400 * low) > -1)
+    mean = sum(active) // layers
+    return next((ratio for ratio in near if active_by_layer(mean, ratio, layers, high) == [*active]), None)
 
 
 def active_slots(activation: str, active: int, latents: int, room: int = ROOM) -> int:

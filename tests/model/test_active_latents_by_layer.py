@@ -6,7 +6,7 @@ from clts import language_model, tokens
 
 from sparseclt.config import CLTConfig, ConnectionConfig, DataConfig, LoggingConfig, LossConfig, TrainConfig
 from sparseclt.model.clt import SparseCLT
-from sparseclt.model.shape import Architecture, ModelShape, active_by_layer
+from sparseclt.model.shape import Architecture, ModelShape, active_by_layer, ratio_of
 from sparseclt.training.trainer import Trainer
 
 
@@ -17,6 +17,14 @@ def test_k_falls_geometrically_with_the_wanted_mean():
     assert active_by_layer(16, 2.0, 1, 1024) == [16]
     assert sum(active_by_layer(32, 3.0, 26, 1024)) == 32 * 26
     assert active_by_layer(2, 100.0, 3, 4) == [4, 1, 1], "from 1 to F"
+
+
+@pytest.mark.parametrize("ratio", [1.0, 2.0, 0.5, 3.7])
+@pytest.mark.parametrize(("active", "layers"), [(32, 4), (5, 3), (64, 26), (16, 1)])
+def test_the_ratio_can_be_told_from_the_numbers(active, layers, ratio):
+    K = active_by_layer(active, ratio, layers, 1024)
+    assert active_by_layer(active, ratio_of(K), layers, 1024) == K
+    assert ratio_of([3, 9, 3]) is None and ratio_of([2, 3]) is None
 
 
 def test_it_is_a_positive_number():
