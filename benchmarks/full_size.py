@@ -85,7 +85,7 @@ def main() -> None:
     begin = a.vanilla_steps / steps
     config = TrainConfig(
         out="unused", device="cpu", steps=steps, batch_rows=a.rows, data=DataConfig(row_tokens=ROW),
-        clt=CLTConfig(latents=a.latents, active=a.active), logging=LoggingConfig(progress=False),
+        clt=CLTConfig(active_ratio=1.0, latents=a.latents, active=a.active), logging=LoggingConfig(progress=False),
         loss=LossConfig(sparse_start_share=begin, sparse_ramp_share=0.0),
         connections=ConnectionConfig(per_latent=a.connections, refresh_steps=10**9, recent_tokens=2048),
         optimizer=OptimizerConfig(state="8bit", rows="touched", learning_rate=LEARNING_RATE, warmup_share=0.2),

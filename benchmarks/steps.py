@@ -45,7 +45,7 @@ def make_trainer(mode: str, device: str, L: int, D: int, F: int, K: int, C: int,
     row = min(N, 128)
     config = TrainConfig(
         out="unused", batch_rows=N // row, device=device, steps=NEVER, logging=LoggingConfig(progress=False),
-        clt=CLTConfig(latents=F, active=K), data=DataConfig(row_tokens=row),
+        clt=CLTConfig(active_ratio=1.0, latents=F, active=K), data=DataConfig(row_tokens=row),
         connections=ConnectionConfig("top" if mode == "both" else "none", C, refresh_steps=NEVER),
         loss=LossConfig(sparse_start_share=0.0, sparse_ramp_share=0.0),
         optimizer=OptimizerConfig(learning_rate=0.0),

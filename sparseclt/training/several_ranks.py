@@ -3,7 +3,7 @@
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import fields, replace
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -169,7 +169,7 @@ def _header(activations: Activations) -> dict[str, object]:
             return _Form((tuple(value.shape), value.dtype))
         return [form(entry) for entry in value] if isinstance(value, list) else value
 
-    return {name: form(value) for name, value in vars(activations).items()}
+    return {field.name: form(getattr(activations, field.name)) for field in fields(activations)}
 
 
 def _received(form: _Form, own: Tensor | None, group: Group, device: torch.device) -> Tensor:

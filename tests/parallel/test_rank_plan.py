@@ -4,7 +4,7 @@ from collections import Counter
 from dataclasses import replace
 
 import pytest
-from steps import batch, model, own_rows, trainer, with_random_weights
+from sharded_steps import batch, model, own_rows, trainer, with_random_weights
 
 from sparseclt.config import CLTConfig, ConnectionConfig, ParallelConfig, TrainConfig
 from sparseclt.model.shape import ModelShape

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from steps import F, K, L, gradients, joined, run_of_steps
+from sharded_steps import F, K, L, gradients, joined, run_of_steps
 
 from sparseclt.config import CLTConfig
 from sparseclt.model.shape import active_by_layer

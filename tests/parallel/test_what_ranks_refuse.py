@@ -4,7 +4,7 @@ import time
 
 import pytest
 import torch
-from steps import trainer
+from sharded_steps import trainer
 
 from sparseclt.cli import main
 
