@@ -42,11 +42,9 @@ class Activity:
         """Take in the latents of all modules on `activations`; with `data` those on the activations of all its ranks,
         of which this one has its own."""
         layers = [] if self.recent is None else self.recent.attention_layers
-        counted, keys = activations.counted_flat, [attended(activations, layer) for layer in layers]
-        if not data.alone:
-            counted = None if counted is None else gather_rows(counted, data)
-            keys = [Attended(*(gather_rows(tensor, data) for tensor in of_layer)) for of_layer in keys]
-        self.update(latents, counted, keys)
+        keys = [Attended(*(gather_rows(part, data) for part in attended(activations, layer))) for layer in layers]
+        counted = activations.counted_flat
+        self.update(latents, None if counted is None else gather_rows(counted, data), keys)
 
     @torch.no_grad()
     def update(self, latents: list[Latents], counted: Tensor | None = None, keys: Sequence[Attended] = ()) -> None:
@@ -82,7 +80,7 @@ class Activity:
     def coactivation_with(self, module: int, rows: slice, ids: slice) -> Tensor:
         """The same [rows, ids] for the latents `ids` among all modules side by side."""
         assert self.recent is not None
-        sums, fired = self.recent.sums_of(module, rows, ids, self.mean.shape[1])
+        sums, fired = self.recent.sums_when_active(module, rows, ids, self.mean.shape[1])
         means = self.magnitude("mean").flatten()[ids] * self.recent.mixed(module)
         return torch.where(fired[:, None] < RARE, means, sums.div_(fired.clamp_min(1)[:, None]))
 
@@ -128,14 +126,11 @@ class RecentLatents:
         self.attended.add(keys, taken, places)
         self.seen += len(taken)
 
-    def sums_when_active(self, module: int, rows: slice, upstream: int, F: int) -> tuple[Tensor, Tensor]:
-        """Sums [rows, U] of the upstream latents over the tokens on which each of `rows` fired, and how many those
-        were [rows]. Only active latents are met: K x (upstream x K) pairs a token, and as many for an attention
-        module, which has `KEYS` keys on each of a fraction of the tokens."""
-        return self.sums_of(module, rows, slice(0, upstream * F), F)
-
-    def sums_of(self, module: int, rows: slice, upstream: slice, F: int) -> tuple[Tensor, Tensor]:
-        """The same for the latents `upstream`, numbered over all modules side by side with F each."""
+    def sums_when_active(self, module: int, rows: slice, upstream: slice, F: int) -> tuple[Tensor, Tensor]:
+        """Sums [rows, U] of the latents `upstream`, numbered over all modules side by side with F each, over the tokens
+        on which each of `rows` fired, and how many those were [rows]. Only active latents are met: K x (upstream
+        modules x K) pairs per token, and as many for an attention module, which has `KEYS` keys on each of a fraction
+        of the tokens."""
         places = self._places(module)
         ids = self.indices[module, places]
         here = (self.values[module, places] > 0) & (ids >= rows.start) & (ids < rows.stop)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from sparseclt.connections.gradients import RecentGradients
-from sparseclt.model.attention import head_rows
+from sparseclt.model.attention import rows_of_heads
 from sparseclt.model.cross_layer import Reader, effective_decoders
 from sparseclt.model.transcoders import Transcoders
 from sparseclt.ops.rows import chunks
@@ -61,7 +61,7 @@ def _gain(clt: Transcoders, recent: RecentGradients, reader: Reader, E: Tensor, 
     """-V dL/dV [rows, U], over heads the sum: by how much opening each connection lowers the loss, to first order."""
     F, W_enc = clt.architecture.latents, clt.reading_rows(reader.index).detach()[rows].to(E.dtype)
     weights = reader.attention
-    heads = [W_enc] if weights is None else [head_rows(W_enc, weights, h) for h in range(len(weights.W_V))]
+    heads = W_enc[None] if weights is None else rows_of_heads(W_enc, weights)
     gain = E.new_zeros(len(W_enc), len(E))
     for head, carried in enumerate(heads):
         gradient = recent.gradient(reader.index, rows, reader.upstream_modules, F, head)

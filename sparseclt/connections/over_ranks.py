@@ -7,7 +7,7 @@ from torch import Tensor
 
 from sparseclt.config import Importance
 from sparseclt.connections.activity import Activity
-from sparseclt.model.attention import head_rows
+from sparseclt.model.attention import rows_of_heads
 from sparseclt.model.cross_layer import Reader, effective_decoders
 from sparseclt.model.transcoders import Transcoders
 from sparseclt.parallel.select_connections import select_connections
@@ -22,7 +22,7 @@ def select_of_rank(
     for reader, E in effective_decoders(clt.readers(), clt.sites, decoders):
         rows, U = clt.reading_rows(reader.index).detach().to(E.dtype), len(E)
         if reader.attention is not None:
-            rows = torch.stack([head_rows(rows, reader.attention, h) for h in range(len(reader.attention.W_V))])
+            rows = rows_of_heads(rows, reader.attention)
         first = clt.transcoder(reader.index).rows.start
         score = partial(_importance, activity, reader, importance, first, E.dtype)
         chosen[reader.index] = select_connections(rows, E, score, min(C, U), group=reader.group, backend=backend)

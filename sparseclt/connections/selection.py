@@ -7,7 +7,7 @@ from sparseclt import ops
 from sparseclt.config import Importance
 from sparseclt.connections.activity import Activity
 from sparseclt.connections.over_ranks import select_of_rank
-from sparseclt.model.attention import head_rows
+from sparseclt.model.attention import rows_of_heads
 from sparseclt.model.cross_layer import effective_decoders
 from sparseclt.model.transcoders import Transcoders
 from sparseclt.ops.rows import chunks
@@ -34,7 +34,7 @@ def select_top_connections(
     for reader, E in effective_decoders(clt.readers(), clt.sites, decoders):
         rows, keep = clt.reading_rows(reader.index).detach().to(E.dtype), min(C, len(E))
         if reader.attention is not None:
-            rows = torch.stack([head_rows(rows, reader.attention, h) for h in range(len(reader.attention.W_V))])
+            rows = rows_of_heads(rows, reader.attention)
         if importance == "coactivation":
             parts = []
             for part in chunks(rows.shape[-2], len(E) * rows.element_size(), SELECTION_BYTES):

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from sparseclt.graph.graph import Graph, Node
 from sparseclt.graph.run import PromptRun, linear_logits
-from sparseclt.model.attention import AttentionWeights, head_rows
+from sparseclt.model.attention import AttentionWeights, rows_of_heads
 from sparseclt.model.sites import Site, model_sites, upstream_modules
 from sparseclt.ops import Connections
 
@@ -249,7 +249,7 @@ def _head_rows(W_enc: Tensor, attention: AttentionWeights) -> Tensor:
     doubled = AttentionWeights(
         attention.W_V.double(), attention.W_O.double(), attention.bias.double(), attention.centred
     )
-    return torch.stack([head_rows(W_enc.double(), doubled, head) for head in range(len(attention.W_V))])
+    return rows_of_heads(W_enc.double(), doubled)
 
 
 def _logit_edges(run: PromptRun, nodes: _Nodes, chosen: Tensor, first: int) -> Iterator[Edges]:

@@ -32,6 +32,11 @@ def head_rows(W_enc: Tensor, weights: AttentionWeights, head: int) -> Tensor:
     return centre(rows) if weights.centred else rows
 
 
+def rows_of_heads(W_enc: Tensor, weights: AttentionWeights) -> Tensor:
+    """`head_rows` of every head, [H, F, D]."""
+    return torch.stack([head_rows(W_enc, weights, head) for head in range(len(weights.W_V))])
+
+
 def attention_write(base: Tensor, mix: Tensor, weights: AttentionWeights, post_scale: Tensor | None = None) -> Tensor:
     """What attention writes for the residual stream `base` [B, S, D]: [B, S, D].
 

@@ -5,6 +5,7 @@ The gradient of a tensor that all ranks have alike is therefore a part on each o
 that tensor came from a sharded one; of a sharded tensor a rank has all of the gradient.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,32 +16,32 @@ from sparseclt.parallel.group import Group
 
 def to_columns(rows: Tensor, group: Group) -> Tensor:
     """This rank's columns of all rows, [F, D/n], of its rows [F/n, D]. Differentiable."""
-    return rows if group.alone else _ToColumns.apply(rows, group)
+    return _exchanged(rows, group, columns_of, rows_of)
 
 
 def to_rows(columns: Tensor, group: Group) -> Tensor:
     """This rank's rows, [F/n, D], of its columns [F, D/n] of all rows. Differentiable."""
-    return columns if group.alone else _ToRows.apply(columns, group)
+    return _exchanged(columns, group, rows_of, columns_of)
 
 
 def scatter_rows(parts: Tensor, group: Group) -> Tensor:
     """This rank's rows [F/n, ...] of the sum over ranks of `parts` [F, ...]. Differentiable."""
-    return parts if group.alone else _ScatterRows.apply(parts, group)
+    return _exchanged(parts, group, _summed_rows, gather_rows)
 
 
 def all_rows(rows: Tensor, group: Group) -> Tensor:
     """All rows [F, ...] of the ranks' rows [F/n, ...]. Differentiable."""
-    return rows if group.alone else _AllRows.apply(rows, group)
+    return _exchanged(rows, group, gather_rows, _summed_rows)
 
 
 def gather_columns(columns: Tensor, group: Group) -> Tensor:
     """All columns [N, D] of the ranks' columns [N, D/n]. Differentiable."""
-    return columns if group.alone else _GatherColumns.apply(columns, group)
+    return _exchanged(columns, group, _side_by_side, _summed_columns)
 
 
 def sum_over(part: Tensor, group: Group) -> Tensor:
     """The sum over ranks of `part`. Differentiable: each rank has the gradient of its own part."""
-    return part if group.alone else _SumOver.apply(part, group)
+    return _exchanged(part, group, _summed, _as_it_is)
 
 
 def columns_of(rows: Tensor, group: Group) -> Tensor:
@@ -60,72 +61,44 @@ def gather_rows(rows: Tensor, group: Group) -> Tensor:
     return rows if group.alone else group.gather(rows).flatten(0, 1)
 
 
-class _ToColumns(torch.autograd.Function):
+Exchange = Callable[[Tensor, Group], Tensor]
+
+
+def _summed_rows(parts: Tensor, group: Group) -> Tensor:
+    return group.reduce_scatter(parts.unflatten(0, (group.size, -1)))
+
+
+def _side_by_side(columns: Tensor, group: Group) -> Tensor:
+    return group.gather(columns).transpose(0, 1).flatten(1)
+
+
+def _summed_columns(parts: Tensor, group: Group) -> Tensor:
+    return group.reduce_scatter(parts.unflatten(1, (group.size, -1)).transpose(0, 1))
+
+
+def _summed(part: Tensor, group: Group) -> Tensor:
+    return group.sum_(part.clone())
+
+
+def _as_it_is(grad: Tensor, group: Group) -> Tensor:
+    return grad
+
+
+def _exchanged(tensor: Tensor, group: Group, forward: Exchange, backward: Exchange) -> Tensor:
+    """`forward` of a tensor, whose gradient goes back by `backward`."""
+    if group.alone:
+        return tensor
+    exchanged: Tensor = _Exchanged.apply(tensor, group, forward, backward)
+    return exchanged
+
+
+class _Exchanged(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, group: Group) -> Tensor:
-        ctx.group = group
-        return columns_of(rows, group)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return rows_of(grad, ctx.group), None
-
-
-class _ToRows(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, columns: Tensor, group: Group) -> Tensor:
-        ctx.group = group
-        return rows_of(columns, group)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return columns_of(grad, ctx.group), None
-
-
-class _ScatterRows(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, parts: Tensor, group: Group) -> Tensor:
-        ctx.group = group
-        return group.reduce_scatter(parts.unflatten(0, (group.size, -1)))
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return gather_rows(grad, ctx.group), None
-
-
-class _AllRows(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, group: Group) -> Tensor:
-        ctx.group = group
-        return gather_rows(rows, group)
+    def forward(ctx: Any, tensor: Tensor, group: Group, forward: Exchange, backward: Exchange) -> Tensor:
+        ctx.group, ctx.back = group, backward
+        return forward(tensor, group)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return ctx.group.reduce_scatter(grad.unflatten(0, (ctx.group.size, -1))), None
-
-
-class _GatherColumns(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, columns: Tensor, group: Group) -> Tensor:
-        ctx.group = group
-        return group.gather(columns).transpose(0, 1).flatten(1)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return ctx.group.reduce_scatter(grad.unflatten(1, (ctx.group.size, -1)).transpose(0, 1)), None
-
-
-class _SumOver(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, part: Tensor, group: Group) -> Tensor:
-        return group.sum_(part.clone())
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        return ctx.back(grad, ctx.group), None, None, None

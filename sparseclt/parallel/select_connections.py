@@ -1,12 +1,13 @@
 """The connections worth keeping of encoder rows and decoder columns that are spread over ranks."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from sparseclt import ops
+from sparseclt.ops.rows import chunks
 from sparseclt.parallel.group import Group
 
 TILE_BYTES = 64 << 20  # of effective decoders that are gathered at a time
@@ -41,11 +42,11 @@ def select_connections(
     rows = W_enc.shape[-2]
     best = W_enc.new_empty(rows, 0, dtype=torch.int64)
     scores = W_enc.new_empty(rows, 0)
-    for tile in _slices(len(E), E.shape[1] * group.size * E.element_size(), tile_bytes):
+    for tile in chunks(len(E), E.shape[1] * group.size * E.element_size(), tile_bytes):
         decoders = group.gather(E[tile]).transpose(0, 1).flatten(1)  # [tile, D]
         found = [
             _best_of_tile(W_enc[..., part, :], decoders, importance(part, tile), C, backend)
-            for part in _slices(rows, len(decoders) * E.element_size(), scratch_bytes)
+            for part in chunks(rows, len(decoders) * E.element_size(), scratch_bytes)
         ]
         # Stably, and earlier tiles first: of equal scores, the lowest ids.
         scores = torch.cat([scores, torch.cat([score for _, score in found])], 1)
@@ -63,8 +64,3 @@ def _best_of_tile(
     heads = rows if rows.ndim == 3 else rows[None]
     V = torch.stack([ops.virtual_weights(head.contiguous(), decoders, ids, backend=backend) for head in heads])
     return ids, V.norm(dim=0) * importance.gather(1, ids)
-
-
-def _slices(total: int, bytes_each: int, most: int) -> Iterator[slice]:
-    size = max(1, most // max(1, bytes_each))
-    return (slice(start, min(start + size, total)) for start in range(0, total, size))

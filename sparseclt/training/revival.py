@@ -36,11 +36,10 @@ def to_revive(dead: Mapping[Mode, Tensor], sites: Sequence[Site]) -> Tensor:
     A latent of attention that only sparsely-connected mode has no use for is left alone: attention outputs vary in few
     directions, so that many dead latents rise together, fire on most tokens and drive the useful ones out.
     """
-    chosen = dead["vanilla"]
     if "sparse" not in dead:
-        return chosen
-    attention = torch.tensor([site.kind == "attn" for site in sites], device=chosen.device)
-    return chosen | (dead["sparse"] & ~attention[:, None])
+        return dead["vanilla"]
+    modules = zip(dead["vanilla"], dead["sparse"], sites, strict=True)
+    return torch.stack([vanilla if site.kind == "attn" else vanilla | sparse for vanilla, sparse, site in modules])
 
 
 @torch.no_grad()

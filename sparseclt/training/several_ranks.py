@@ -17,6 +17,7 @@ from sparseclt.devices import usable
 from sparseclt.model.activations import Activations
 from sparseclt.model.modules import Latents
 from sparseclt.parallel import ONE_RANK, Group, Ranks
+from sparseclt.parallel.collectives import gather_rows
 from sparseclt.training.interruption import StopRequest
 
 T = TypeVar("T")
@@ -179,6 +180,4 @@ def _received(form: _Form, own: Tensor | None, group: Group, device: torch.devic
 
 def of_whole_batch(latents: list[Latents], data: Group) -> list[Latents]:
     """Each module's latents [N, K] of all tokens of a batch, of which the ranks of `data` have consecutive rows."""
-    if data.alone:
-        return latents
-    return [Latents(*(data.gather(tensor).flatten(0, 1) for tensor in of_module)) for of_module in latents]
+    return [Latents(*(gather_rows(tensor, data) for tensor in of_module)) for of_module in latents]

@@ -87,7 +87,7 @@ def test_attention_reads_latents_of_the_tokens_it_attends_to():
     reader = Latents(torch.tensor([[0.0], [0.0], [1.0]]), every)  # fires at token 2 only
     back, weights = torch.tensor([[0, 0], [1, 0], [2, 0]]), torch.tensor([[1.0, 0], [1.0, 0], [0.75, 0.25]])
     recent.add([upstream, reader], None, [Attended(back, weights)])
-    sums, fired = recent.sums_when_active(1, slice(0, 1), 1, 4)
+    sums, fired = recent.sums_when_active(1, slice(0, 1), slice(0, 4), 4)
     assert sums.tolist() == [[0.75 * 5, 0, 0.25 * 9, 0]] and fired.tolist() == [1]
     for _ in range(KEYS - 1):  # the ring is full now, and token 2's own key is among its oldest
         recent.add(
@@ -96,7 +96,7 @@ def test_attention_reads_latents_of_the_tokens_it_attends_to():
     recent.add([Latents(torch.ones(1, 1), every[:1]), Latents(torch.ones(1, 1), every[:1])], None, [
         Attended(torch.tensor([[3 * KEYS, 0]]), torch.tensor([[1.0, 0.5]]))
     ])  # fmt: skip
-    sums, fired = recent.sums_when_active(1, slice(0, 1), 1, 4)
+    sums, fired = recent.sums_when_active(1, slice(0, 1), slice(0, 4), 4)
     assert sums.tolist() == [[0.5, 0, 0, 0]] and fired.tolist() == [1], "a key that was overwritten is not read"
 
 
@@ -125,7 +125,7 @@ def test_recent_latents_are_a_ring():
                 Latents(torch.ones(1, 1), torch.zeros(1, 1, dtype=torch.int64)),
             ]
         )
-    sums, fired = recent.sums_when_active(1, slice(0, 2), 1, 2)
+    sums, fired = recent.sums_when_active(1, slice(0, 2), slice(0, 2), 2)
     assert sums.tolist() == [[4.0, 8.0], [0.0, 0.0]] and fired.tolist() == [3, 0], "tokens 3, 4, 5 are left"
     recent.add([Latents(torch.arange(8.0)[:, None], torch.zeros(8, 1, dtype=torch.int64))] * 2)
     assert sorted(recent.values[0].flatten().tolist()) == [5.0, 6.0, 7.0], "more tokens than the ring holds"
