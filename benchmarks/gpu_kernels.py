@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from unittest.mock import patch
 
 import torch
 from gpu_clock import DEVICE, GPU, Results, host_ms, ms, peak_mib
@@ -105,7 +106,7 @@ def _parts(out: Results, x: Sizes, a: Tensor, W: Tensor, b: Tensor) -> None:
     out.time(f"both selections of {n} tokens", choose, bytes_=4.0 * n * (x.F / group + x.K * group))
     out.time(f"order of {n} tokens", partial(select.place, values, ids, out_values, out_ids, relu=True))
     for config in _other_tiles() if GPU else _other_tiles()[:1]:
-        with tile_of_halves(config):
+        with patch.object(scores, "HALF", config):
             name = f"product, {config.rows} x {config.columns} x {config.depth}"
             out.time(
                 f"{name}, {config.num_warps} warps, {config.num_stages} stages", product, flops=2.0 * n * x.F * x.D
@@ -122,16 +123,6 @@ def _other_tiles() -> list[scores.TileConfig]:
         tile(rows=64, columns=256, num_warps=4, num_stages=4),
         tile(num_warps=4, num_stages=3),
     ]
-
-
-@contextmanager
-def tile_of_halves(config: scores.TileConfig) -> Iterator[None]:
-    before = scores.HALF
-    scores.HALF = config
-    try:
-        yield
-    finally:
-        scores.HALF = before
 
 
 def fp32(out: Results, x: Sizes) -> None:
@@ -156,21 +147,11 @@ def fp32(out: Results, x: Sizes) -> None:
         with torch_precision(precision):
             row(f"torch addmm + topk, {label}", dense)
     for name in PRECISIONS if GPU else PRECISIONS[:1]:
-        with fp32_precision(name):
+        with patch.object(scores, "fp32_precision", lambda name=name: name):
             row(f"ours, {name}", lambda: ops.topk_encode(a, W, b, x.K, backend="triton"))
 
 
 PRECISIONS = tuple(scores.FLOAT32)
-
-
-@contextmanager
-def fp32_precision(name: str) -> Iterator[None]:
-    before = scores.fp32_precision
-    scores.fp32_precision = lambda: name
-    try:
-        yield
-    finally:
-        scores.fp32_precision = before
 
 
 def connected(out: Results, x: Sizes) -> None:

@@ -6,7 +6,6 @@ order of the rows, and `complete` appears once the last shard is there. The last
 to, never renamed, so it may be a mount point.
 """
 
-import json
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -25,7 +24,7 @@ from sparseclt.language_model.language_model import LanguageModel
 from sparseclt.model.activations import Activations, all_but_first
 from sparseclt.model.shape import ModelShape
 from sparseclt.storage.directories import CheckpointError, atomic_directory, verify
-from sparseclt.storage.json_files import read_json, replace_file
+from sparseclt.storage.json_files import read_json, replace_json
 from sparseclt.storage.safetensors_stream import TensorFiles, save_file, stored_names
 
 FORMAT_VERSION = 1
@@ -209,7 +208,7 @@ def _write(
     _check_space(directory, to_do * info.row_bytes)
     if not (directory / INFO).exists():
         directory.mkdir(parents=True, exist_ok=True)
-        replace_file(directory / INFO, json.dumps(asdict(info), indent=2) + "\n")
+        replace_json(directory / INFO, asdict(info))
     bar = tqdm(
         total=info.rows, initial=info.rows - to_do, desc="capturing", unit="row", disable=not config.logging.progress
     )  # fmt: skip

@@ -98,7 +98,7 @@ def interaction_sparsity(
     if len(rows) < 2:
         raise ValueError(f"rows: expected at least 2, one to rank edges on and one to measure on, got {len(rows)}")
     own = len(modes_of(clt)) > 1
-    activity = activity_on(clt, language_model, rows[::2], batch_rows, backend)
+    activity = activity_on(clt, language_model, rows[::2], batch_rows, backend, importance)
     rank = own_connections_ranked if own else _most_important_pairs
     ranked = rank(clt, activity, importance, backend)
     widest = max((ids.shape[1] for ids in ranked if ids is not None), default=0)

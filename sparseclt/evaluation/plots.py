@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sparseclt.model.sites import MODE_NAMES
 from sparseclt.storage.json_files import naming
 
 if TYPE_CHECKING:
@@ -19,7 +20,6 @@ _STYLE: dict[str, dict[str, Any]] = {
     "random": {"color": "#CC79A7", "linestyle": (0, (3, 1, 1, 1, 1, 1)), "marker": "v"},
     "all_open": {"color": "#56B4E9", "linestyle": ":", "marker": "d"},
 }
-_MODE = {"vanilla": "vanilla mode", "sparse": "sparsely-connected mode"}
 _AGAINST_C = {
     "pruned": "baseline pruned to C without further training, sparsely-connected mode",
     "random": "trained with C random connections, sparsely-connected mode",
@@ -43,17 +43,17 @@ def loss_curves(metrics: Sequence[Mapping[str, Any]], path: str | Path) -> None:
     from matplotlib.ticker import EngFormatter, PercentFormatter
 
     rows = [row for row in metrics if any(name.startswith(("fvu_", "dead_")) for name in row)]
-    if not any(_points(rows, "step", f"fvu_{mode}") for mode in _MODE):
+    if not any(_points(rows, "step", f"fvu_{mode}") for mode in MODE_NAMES):
         raise ValueError('metrics must have a row with "fvu_vanilla" or "fvu_sparse", got none')
     x = "tokens" if all("tokens" in row for row in rows) else "step"
-    with_dead = any(_points(rows, x, f"dead_{mode}") for mode in _MODE)
+    with_dead = any(_points(rows, x, f"dead_{mode}") for mode in MODE_NAMES)
     figure = Figure(figsize=(8, 7 if with_dead else 4.8), layout="constrained")
     panels = figure.subplots(1 + with_dead, sharex=True, squeeze=False, height_ratios=[2, 1][: 1 + with_dead])
     fvu, last = panels[0, 0], panels[-1, 0]
 
     modules = [name for row in rows for name in row if name.startswith(("fvu_vanilla/", "fvu_sparse/"))]
     modules = list(dict.fromkeys(modules))
-    for mode, label in _MODE.items():
+    for mode, label in MODE_NAMES.items():
         line = _STYLE[mode] | ({"marker": None} if len(rows) > 1 else {})  # a lone point has no line to show
         own = [name for name in modules if name.startswith(f"fvu_{mode}/")]
         for i, name in enumerate(own):
@@ -173,7 +173,7 @@ def densities(evaluation: Mapping[str, Any], path: str | Path) -> None:
         for mode, counts in module["density"].items():
             dead = f"{module[f'dead_{mode}']:.1%} dead"
             style = {name: _STYLE[mode][name] for name in ("color", "linestyle")}
-            panel.stairs(counts, edges, linewidth=1.6, label=f"{_MODE[mode]}: {dead}", **style)
+            panel.stairs(counts, edges, linewidth=1.6, label=f"{MODE_NAMES[mode]}: {dead}", **style)
         panel.set_title(module["name"], fontsize=9)
         panel.legend(frameon=False, fontsize=6, loc="upper left")
         panel.set_ylim(0, None)

@@ -35,7 +35,7 @@ def fvu_against_c(
     """
     if len(rows) < 2:
         raise ValueError(f"rows: expected at least 2, one to choose on and one to measure on, got {len(rows)}")
-    activity = activity_on(clt, language_model, rows[::2], batch_rows, backend)
+    activity = activity_on(clt, language_model, rows[::2], batch_rows, backend, importance)
     # Chosen best first: those of a smaller C are the first C. Checked and sorted here, once for all batches.
     best = select_top_connections(clt, activity, max(Cs), importance, backend)
     chosen = {C: checked(clt, [None if ids is None else ids[:, :C] for ids in best]) for C in Cs}

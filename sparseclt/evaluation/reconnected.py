@@ -5,6 +5,7 @@ from contextlib import contextmanager
 
 from torch import Tensor
 
+from sparseclt.config import Importance
 from sparseclt.connections.activity import Activity, RecentLatents
 from sparseclt.evaluation.metrics import captures
 from sparseclt.language_model.language_model import LanguageModel
@@ -39,11 +40,16 @@ def connected(clt: SparseCLT, connections: Chosen | None) -> Iterator[None]:
 
 
 def activity_on(
-    clt: SparseCLT, language_model: LanguageModel, rows: Tensor, batch_rows: int, backend: str | None
+    clt: SparseCLT,
+    language_model: LanguageModel,
+    rows: Tensor,
+    batch_rows: int,
+    backend: str | None,
+    importance: Importance,
 ) -> Activity:
-    """Statistics of vanilla-mode latents on `rows` [R, S], which connections are chosen by."""
+    """Statistics of vanilla-mode latents on `rows` [R, S], as far as `importance` needs them."""
     M, a, device = len(clt.sites), clt.architecture, next(clt.parameters()).device
-    recent = RecentLatents(clt.sites, a.slots, rows.numel(), device)
+    recent = RecentLatents(clt.sites, a.slots, rows.numel(), device) if importance == "coactivation" else None
     activity = Activity(M, a.latents, device=device, recent=recent)
     for _, activations in captures(clt, language_model, rows, batch_rows):
         activity.observe(clt(activations, "vanilla", backend=backend).latents, activations)

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sparseclt.evaluation.statistics import TRAINING_TOKENS
+from sparseclt.model.sites import MODE_NAMES
 
 # key -> (column title, format); a missing key, None or NaN prints as "-".
 _EVALUATION = {
@@ -111,7 +112,7 @@ def _meaning_of_dead(tokens: int, in_training: bool) -> str:
 
 def faithfulness_table(result: Mapping[str, Any]) -> str:
     """A `Faithfulness` as Markdown, with the "graphs" of `graph.prompt_scores` where they were measured."""
-    labels = {"vanilla": "vanilla mode", "sparse": "sparsely-connected mode", "shuffled": "shuffled connections"}
+    labels = {str(mode): name for mode, name in MODE_NAMES.items()} | {"shuffled": "shuffled connections"}
     fvu = {"sparse": result["fvu_sparse"], "shuffled": result["fvu_shuffled"]}
     rows = [{"run": label, **result["agreement"][k], "fvu": fvu.get(k)} for k, label in labels.items()]
     parts = [markdown_table(rows, _AGREEMENT), markdown_table(result["ablations"], _ABLATIONS)]

@@ -1,6 +1,5 @@
 """Experiments carried out: every variant trained with every seed, measured, and put into one table."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import fields, replace
 from pathlib import Path
@@ -14,7 +13,7 @@ from sparseclt.experiments.experiment import Experiment
 from sparseclt.experiments.table import mean_curves, page, rows_of
 from sparseclt.runs.measurement import measure, measure_faithfulness, measure_interaction
 from sparseclt.runs.series import Series, is_finished, seconds_of
-from sparseclt.storage.json_files import read_json, replace_file
+from sparseclt.storage.json_files import read_json, replace_file, replace_json
 from sparseclt.storage.run_config import read_config
 
 RECORD = "experiment.json"
@@ -102,7 +101,7 @@ def _carry_out(experiment: Experiment, series: Series, config: TrainConfig) -> R
         "interaction": measure_interaction(config, clt, model, rows) if "interaction" in needs else None,
         "faithfulness": measure_faithfulness(config, clt, model, rows) if "faithfulness" in needs else None,
     }
-    replace_file(Path(config.out) / RECORD, json.dumps(record, indent=2) + "\n")
+    replace_json(Path(config.out) / RECORD, record)
     return record
 
 
@@ -111,7 +110,7 @@ def _write(experiment: Experiment, base: TrainConfig, records: dict[tuple[str, i
     rows, out = rows_of(experiment, records), Path(base.out)
     table = page(experiment, base, rows)
     content = {"experiment": experiment.name, "question": experiment.question, "base": to_dict(base), "rows": rows}
-    replace_file(out / f"{experiment.name}.json", json.dumps(content, indent=2) + "\n")
+    replace_json(out / f"{experiment.name}.json", content)
     replace_file(out / f"{experiment.name}.md", table + "\n")
     if "interaction" in _needs(experiment) and records:
         plots.interaction(mean_curves(experiment, records), out / f"{experiment.name}.png")

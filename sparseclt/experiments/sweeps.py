@@ -1,6 +1,5 @@
 """Sweeps over C: a vanilla baseline, a run for each C, and their controls."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +11,7 @@ from sparseclt.evaluation import plots, report
 from sparseclt.evaluation.frontier import ROW, with_explained
 from sparseclt.runs.measurement import measure, pruned
 from sparseclt.runs.series import Series
-from sparseclt.storage.json_files import replace_file
+from sparseclt.storage.json_files import replace_file, replace_json
 from sparseclt.training.trainer import build_clt
 
 
@@ -49,7 +48,7 @@ def sweep(config: TrainConfig, Cs: Sequence[int], *, random: bool = True) -> lis
         if C in controls:
             row["fvu_random"] = _sweep_row(controls[C], series)["fvu_sparse"]
         table = with_explained([*table, row])
-        replace_file(out / "sweep.json", json.dumps({"baseline_fvu": base, "rows": table}, indent=2) + "\n")
+        replace_json(out / "sweep.json", {"baseline_fvu": base, "rows": table})
     replace_file(out / "sweep.md", report.sweep_table(table) + "\n")
     plots.fvu_against_c(table, out / "fvu_against_c.png", baseline=base)
     return table

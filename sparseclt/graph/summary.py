@@ -7,6 +7,7 @@ from sparseclt.graph.explain import PromptGraph
 from sparseclt.graph.graph import INPUTS, Graph
 from sparseclt.graph.influence import Pruned
 from sparseclt.graph.intervention import Effects
+from sparseclt.model.sites import MODE_NAMES
 
 PATHS = 8  # that the summary shows
 INPUT_NAMES = {
@@ -83,9 +84,8 @@ def effects_table(effects: Effects) -> str:
     """The change of each logit, as the graph predicts it and as it is, in each mode."""
     width = max(len(repr(token)) for token in effects.token_strings)
     modes = list(effects.before)
-    names = {"vanilla": "vanilla mode", "sparse": "sparsely-connected mode"}
     lines = [
-        " " * width + "   predicted" + "".join(f"   {names[mode]:<26}" for mode in modes).rstrip(),
+        " " * width + "   predicted" + "".join(f"   {MODE_NAMES[mode]:<26}" for mode in modes).rstrip(),
         " " * width + "       logit" + ("   " + f"{'logit':>9}   {'probability':<14}") * len(modes),
     ]
     for i, token in enumerate(effects.token_strings):

@@ -7,6 +7,7 @@ from typing import Literal
 Kind = Literal["attn", "mlp"]
 Mode = Literal["vanilla", "sparse"]
 MODES: tuple[Mode, Mode] = ("vanilla", "sparse")
+MODE_NAMES: dict[Mode, str] = {"vanilla": "vanilla mode", "sparse": "sparsely-connected mode"}
 Open = Literal["own", "all", "none"]  # the connections that are open in sparsely-connected mode
 
 

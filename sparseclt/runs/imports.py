@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from sparseclt.config import CLTConfig, TrainConfig
-from sparseclt.connections.activity import Activity, RecentLatents
 from sparseclt.connections.policies import check_connections
 from sparseclt.connections.selection import select_top_connections
 from sparseclt.data.sources import Split
 from sparseclt.data.text import load_rows
 from sparseclt.data.tokens import check_token_ids
 from sparseclt.evaluation.metrics import Evaluation, captures
+from sparseclt.evaluation.reconnected import activity_on
 from sparseclt.formats.registry import SparseCLT, read_foreign
 from sparseclt.language_model.language_model import LanguageModel
 from sparseclt.model.nonlinearity import full_rows
@@ -83,13 +83,10 @@ def import_clt(path: str | Path, config: TrainConfig, input_hook: str | None = N
 
 def _choose_connections(clt: SparseCLT, language_model: LanguageModel, rows: Tensor, config: TrainConfig) -> None:
     """Give every latent of `clt` the connections that matter most on `rows` [R, S]."""
-    c, a, M, device = config.connections, clt.architecture, len(clt.sites), language_model.device
+    c, backend = config.connections, config.compute.backend
     check_connections(clt, c.per_latent)
-    recent = RecentLatents(clt.sites, a.slots, rows.numel(), device) if c.importance == "coactivation" else None
-    activity = Activity(M, a.latents, device=device, recent=recent)
-    for _, activations in captures(clt, language_model, rows, BATCH_ROWS):
-        activity.observe(clt(activations, "vanilla", backend=config.compute.backend).latents, activations)
-    clt.connect(select_top_connections(clt, activity, c.per_latent, c.importance, config.compute.backend))
+    activity = activity_on(clt, language_model, rows, BATCH_ROWS, backend, c.importance)
+    clt.connect(select_top_connections(clt, activity, c.per_latent, c.importance, backend))
 
 
 def _give_room(

@@ -1,6 +1,5 @@
 """The evaluation of a run, on its held-out text, with the tables and plots that are left in its directory."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -22,7 +21,7 @@ from sparseclt.language_model.language_model import LanguageModel
 from sparseclt.model.clt import SparseCLT
 from sparseclt.parallel import ONE_RANK, Ranks
 from sparseclt.storage.checkpoint import latest
-from sparseclt.storage.json_files import replace_file
+from sparseclt.storage.json_files import replace_file, replace_json
 from sparseclt.training import memory
 from sparseclt.training.loggers import read_metrics
 from sparseclt.training.run_directory import METRICS
@@ -59,7 +58,7 @@ def measure(
         title = "The trained CLT with its connections chosen anew for each C, not trained on"
         plots.fvu_against_c(result.fvu_against_C, run / "fvu_against_c.png", title=title)
     plots.densities(result.to_dict(), run / "density.png")
-    replace_file(run / "evaluation.json", json.dumps(result.to_dict(), indent=2) + "\n")
+    replace_json(run / "evaluation.json", result.to_dict())
     replace_file(run / "table.md", report.evaluation_table(result.to_dict()) + "\n")
     if (run / METRICS).is_file():  # an imported CLT has none
         plots.loss_curves(read_metrics(run / METRICS), run / "loss.png")
@@ -84,7 +83,7 @@ def measure_faithfulness(
     at_a_time = max(1, rows_at_a_time(config, language_model) // 4)  # three models' logits are alive
     measured = faithfulness(clt, language_model, few, batch_rows=at_a_time, backend=config.compute.backend)
     figures = measured.to_dict() | {"graphs": asdict(prompt_scores(clt, language_model, rows))}
-    replace_file(run / "faithfulness.json", json.dumps(figures, indent=2) + "\n")
+    replace_json(run / "faithfulness.json", figures)
     replace_file(run / "faithfulness.md", report.faithfulness_table(figures) + "\n")
     return figures
 
@@ -99,7 +98,7 @@ def measure_interaction(
         clt, language_model, few, importance=config.connections.importance, batch_rows=at_a_time,
         backend=config.compute.backend,
     ).to_dict()  # fmt: skip
-    replace_file(run / "interaction.json", json.dumps(figures, indent=2) + "\n")
+    replace_json(run / "interaction.json", figures)
     replace_file(run / "interaction.md", report.interaction_table(figures) + "\n")
     plots.interaction({run.resolve().name: figures["curve"]}, run / "interaction.png")
     return figures

@@ -80,6 +80,11 @@ def write_text(file: Path, text: str) -> None:
         file.write_text(text, encoding="utf-8")
 
 
+def replace_json(path: str | Path, content: object) -> None:
+    """`replace_file` with indented JSON."""
+    replace_file(path, json.dumps(content, indent=2) + "\n")
+
+
 def replace_file(path: str | Path, text: str) -> None:
     """Write `text` in UTF-8 to the file `path`, which after a crash at any moment is the old or the new one as a whole.
 

@@ -1,12 +1,11 @@
 """The configuration in a run directory: which one a run has, and what may still change about it."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 from sparseclt.config import TrainConfig, from_dict, to_dict
 from sparseclt.config.strict import ConfigError
-from sparseclt.storage.json_files import read_json, replace_file
+from sparseclt.storage.json_files import read_json, replace_json
 
 CONFIG, CLT, CHECKPOINTS, IMPORTED = "config.json", "clt", "checkpoints", "imported.json"
 # Text and model may have moved: digests say whether they are still the same.
@@ -37,14 +36,14 @@ def read_config(run: str | Path) -> TrainConfig:
 
 def write_config(run: Path, config: TrainConfig) -> None:
     """Write `config` into the run directory, in the place of what it had."""
-    replace_file(run / CONFIG, json.dumps(to_dict(config), indent=2) + "\n")
+    replace_json(run / CONFIG, to_dict(config))
 
 
 def note_import(run: Path, source: str | Path, mlp_input: str) -> None:
     """Write down that the CLT of the run in directory `run` was trained by another tool, came from `source`, and reads
     the hook `mlp_input`."""
     noted = {"source": str(Path(source).resolve()), "mlp_input": mlp_input}
-    replace_file(run / IMPORTED, json.dumps(noted, indent=2) + "\n")
+    replace_json(run / IMPORTED, noted)
 
 
 def imported_input(run: str | Path) -> str | None:

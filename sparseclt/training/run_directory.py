@@ -1,6 +1,5 @@
 """The files of a training run: what it was trained on, its metrics, its checkpoints."""
 
-import json
 import os
 import shutil
 import warnings
@@ -23,7 +22,7 @@ from sparseclt.model.clt import SparseCLT
 from sparseclt.model.sites import Mode
 from sparseclt.storage import checkpoint, clt_files
 from sparseclt.storage.directories import CheckpointError, verify
-from sparseclt.storage.json_files import read_json, replace_file
+from sparseclt.storage.json_files import read_json, replace_json
 from sparseclt.storage.parts import Part, part, shared_directory
 from sparseclt.storage.run_config import CHECKPOINTS, CLT, has_checkpoints, imported_input, write_config
 from sparseclt.training.loggers import RunLog, truncate_after
@@ -62,7 +61,7 @@ class Identity(NamedTuple):
 
 def write_identity(run: Path, identity: Identity) -> None:
     """Write down what the run in directory `run` is trained on."""
-    replace_file(run / IDENTITY, json.dumps(identity._asdict(), indent=2) + "\n")
+    replace_json(run / IDENTITY, identity._asdict())
 
 
 def check_identity(run: Path, identity: Identity) -> None:

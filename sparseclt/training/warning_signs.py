@@ -5,7 +5,7 @@ from collections import deque
 from collections.abc import Mapping
 
 from sparseclt.config import TrainConfig
-from sparseclt.model.sites import MODES, Mode
+from sparseclt.model.sites import MODE_NAMES, MODES, Mode
 from sparseclt.training import schedule
 
 SMOOTHED_STEPS = 20  # steps over which a metric is averaged before it is compared
@@ -15,7 +15,6 @@ RISE = 1.5  # times its lowest value so far, from which an error counts as risin
 MANY_DEAD = 0.2  # share of latents
 NOISE = 0.01  # of an FVU: a smaller rise is none
 ADVICE = "try a lower optimizer.learning_rate"
-MODE_NAMES: dict[Mode, str] = {"vanilla": "vanilla mode", "sparse": "sparsely-connected mode"}
 
 
 class TrainingWarning(UserWarning):
