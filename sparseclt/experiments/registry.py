@@ -78,7 +78,7 @@ EXPERIMENTS = {
         Experiment(
             "connections",
             "How few connections are enough, and how much do they explain?",
-            (*_connected((0, 1, 2, 4, 8, 16, 32)), Variant("random_C_8", f"{RANDOM} 8", "vanilla", "C_0")),
+            (*_connected((0, 2, 4, 8, 32)), Variant("random_C_8", f"{RANDOM} 8", "vanilla", "C_0")),
             (*FVU, *PARTS, "dead_vanilla", "dead_sparse", "connections"),
             SMALL,
         ),
