@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from sparseclt.connections.attended import KEYS, Attended, RecentlyAttended, attended
+from sparseclt.connections.ring import Ring
 from sparseclt.model.activations import Activations
 from sparseclt.model.modules import Latents
 from sparseclt.model.sites import Site
@@ -100,29 +101,20 @@ class Activity:
         return state | (self.recent.state() if self.recent is not None else {})
 
 
-class RecentLatents:
-    """The active latents of the last `tokens` tokens of every module, a ring: values and ids [M, tokens, K], where K is
-    the most that a module has; and what the attention modules among `sites` attended to there."""
+class RecentLatents(Ring):
+    """The active latents of the last `tokens` tokens of every module, and what the attention modules among `sites`
+    attended to there."""
 
     def __init__(self, sites: Sequence[Site], active: int, tokens: int, device: str | torch.device = "cpu"):
-        self.values = torch.zeros(len(sites), tokens, active, device=device)
-        self.indices = torch.zeros(len(sites), tokens, active, dtype=torch.int32, device=device)
-        self.seen = torch.zeros((), dtype=torch.int64)  # tokens in all; the next one's place is seen % tokens
+        super().__init__(len(sites), active, tokens, device)
         attention = {m: site.layer for m, site in enumerate(sites) if site.kind == "attn"}
         self.attention_layers = list(attention.values())
         self.attended = RecentlyAttended(list(attention), tokens, device)
 
-    def add(self, latents: list[Latents], counted: Tensor | None = None, keys: Sequence[Attended] = ()) -> None:
+    def add(self, latents: Sequence[Latents], counted: Tensor | None = None, keys: Sequence[Attended] = ()) -> None:
         """Put the latents of N more tokens in place of the oldest, except tokens that are not `counted` [N].
         `keys`: what each attention module attends to there."""
-        device, capacity = self.values.device, self.values.shape[1]
-        every = torch.arange(len(latents[0].values), device=device)
-        taken = (every if counted is None else every[counted])[-capacity:]
-        places = (int(self.seen) + torch.arange(len(taken), device=device)) % capacity
-        for m, (values, indices) in enumerate(latents):
-            K = values.shape[1]  # of this module; the others may have more
-            self.values[m, places, :K] = values.detach()[taken].float()
-            self.indices[m, places, :K] = indices[taken].clamp_min(0).int()
+        taken, places = self.take(latents, counted)
         self.attended.add(keys, taken, places)
         self.seen += len(taken)
 

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from sparseclt.connections.ring import Ring
 from sparseclt.model.activations import Activations
 from sparseclt.model.modules import Latents
 from sparseclt.model.sites import Site
@@ -23,23 +24,21 @@ from sparseclt.ops.rows import add_at_
 SAVED = ("values", "indices", "gradients", "sources", "weights", "seen", "batch")
 
 
-class RecentGradients:
-    """The latents of sparsely-connected mode on the last `tokens` tokens, a ring.
+class RecentGradients(Ring):
+    """The latents of sparsely-connected mode on the last `tokens` tokens.
 
-    `values`, `indices`, `gradients` [M, tokens, K]: the active latents of every module (K: the most that one has), and
-    the gradient of the loss with respect to them. `sources`, `weights` [M, tokens, H]: the place in the ring from which
-    each module reads upstream latents, and what it multiplies them by; one per head of an attention module.
+    `gradients` [M, tokens, K]: the gradient of the loss with respect to the active latents. `sources`, `weights`
+    [M, tokens, H]: the place in the ring from which each module reads upstream latents, and what it multiplies them by;
+    one per head of an attention module.
     """
 
     def __init__(self, sites: Sequence[Site], active: int, tokens: int, heads: int, device: str | torch.device = "cpu"):
+        super().__init__(len(sites), active, tokens, device)
         self.sites = list(sites)
         M, H = len(self.sites), heads if any(site.kind == "attn" for site in self.sites) else 1
-        self.values = torch.zeros(M, tokens, active, device=device)
-        self.indices = torch.zeros(M, tokens, active, dtype=torch.int32, device=device)
         self.gradients = torch.zeros(M, tokens, active, device=device)
         self.sources = torch.zeros(M, tokens, H, dtype=torch.int32, device=device)
         self.weights = torch.zeros(M, tokens, H, device=device)
-        self.seen = torch.zeros((), dtype=torch.int64)  # tokens in all; the next one's place is seen % tokens
         self.batch = torch.zeros((), dtype=torch.int64)  # tokens of the last batch
 
     @property
@@ -51,20 +50,13 @@ class RecentGradients:
     def add(self, latents: Sequence[Latents], gradients: Sequence[Tensor], activations: Activations) -> None:
         """Put the latents of a batch and their gradients [N, K] in place of the oldest, except tokens that do not
         count."""
-        device, capacity = self.values.device, self.values.shape[1]
         counted = activations.counted_flat
-        every = torch.arange(len(latents[0].values), device=device)
-        taken = every if counted is None else every[counted]
-        self.batch.fill_(len(taken))
-        taken = taken[-capacity:]
-        places = (int(self.seen) + torch.arange(len(taken), device=device)) % capacity
-        place_of = torch.full_like(every, -1)
+        taken, places = self.take(latents, counted)
+        self.batch.fill_(len(latents[0].values) if counted is None else int(counted.sum()))
+        place_of = torch.full((len(latents[0].values),), -1, device=places.device)
         place_of[taken] = places
-        for m, (site, (values, indices), gradient) in enumerate(zip(self.sites, latents, gradients, strict=True)):
-            K = values.shape[1]  # of this module; the others may have more
-            self.values[m, places, :K] = values.detach()[taken].float()
-            self.indices[m, places, :K] = indices[taken].clamp_min(0).int()
-            self.gradients[m, places, :K] = gradient[taken].float()
+        for m, (site, gradient) in enumerate(zip(self.sites, gradients, strict=True)):
+            self.gradients[m, places, : gradient.shape[1]] = gradient[taken].float()
             if site.kind == "mlp":
                 sources, weights = place_of[:, None], 1 / activations.scale[site.layer].flatten()[:, None].float()
             else:
