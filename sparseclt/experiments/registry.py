@@ -16,6 +16,7 @@ VANILLA = ("fvu_vanilla", "worst_fvu_vanilla", "dead_vanilla", "worst_dead_vanil
 
 WIDTHS = (256, 512, 1024, 2048, 4096)
 RANDOM = "--connections.policy random --connections.per-latent"
+LEARNED = "--connections.policy learned --connections.per-latent"
 PENALTIES = ("0.1", "1")
 ONLY_VANILLA = "--connections.policy none"
 SMALL = "--clt.latents 512 --clt.active 16 --steps 500"  # a third of the demonstration's time
@@ -80,6 +81,18 @@ EXPERIMENTS = {
             "How few connections are enough, and how much do they explain?",
             (*_connected((0, 2, 4, 8, 32)), Variant("random_C_8", f"{RANDOM} 8", "vanilla", "C_0")),
             (*FVU, *PARTS, "dead_vanilla", "dead_sparse", "connections"),
+            SMALL,
+        ),
+        Experiment(
+            "learned-connections",
+            "Are learned connections better than the most important ones, at an equal number?",
+            (
+                *(Variant(f"top_{C}", f"--connections.per-latent {C}") for C in (16, 32)),
+                Variant("learned", f"{LEARNED} 64"),
+                Variant("learned_16", f"{LEARNED} 64 --connections.open-per-latent 16"),
+                Variant("dense", "--connections.policy dense-learned"),
+            ),
+            (*FVU, "propagated_error", "cost_of_sparsity", "connections_mean", "connections", *DEAD),
             SMALL,
         ),
         Experiment(
