@@ -10,7 +10,7 @@ from sparseclt.connections.ring import Ring
 from sparseclt.model.activations import Activations
 from sparseclt.model.modules import Latents
 from sparseclt.model.sites import Site
-from sparseclt.ops.rows import add_at_
+from sparseclt.ops.rows import add_at_, add_outer_products_
 from sparseclt.parallel.collectives import gather_rows
 from sparseclt.parallel.group import ALONE, Group
 
@@ -126,19 +126,17 @@ class RecentLatents(Ring):
         places = self._places(module)
         ids = self.indices[module, places]
         here = (self.values[module, places] > 0) & (ids >= rows.start) & (ids < rows.stop)
-        token, slot = here.nonzero(as_tuple=True)
-        row = ids[token, slot].long() - rows.start
+        ids = torch.where(here, ids - rows.start, -1)
+        ones = torch.ones_like(ids, dtype=self.values.dtype)
         n, U = rows.stop - rows.start, upstream.stop - upstream.start
-        sums = self.values.new_zeros(n * U)
-        for at, weights in self._read_by(module, places[token]):
+        sums = self.values.new_zeros(n, U)
+        for at, weights in self._read_by(module, places):
             for u in range(upstream.start // F, -(-upstream.stop // F)):
-                place, z = self.indices[u, at].long() + (u * F - upstream.start), self.values[u, at] * weights
-                pairs = row[:, None] * U + place
+                of_u = self.indices[u, at] + (u * F - upstream.start)
                 if u * F < upstream.start or (u + 1) * F > upstream.stop:
-                    inside = (place >= 0) & (place < U)
-                    pairs, z = pairs[inside], z[inside]
-                add_at_(sums, pairs.flatten(), z.flatten())
-        return sums.view(n, U), torch.bincount(row, minlength=n)
+                    of_u.masked_fill_((of_u < 0) | (of_u >= U), -1)
+                add_outer_products_(sums, ones, ids, self.values[u, at] * weights, of_u)
+        return sums, torch.bincount(ids[here], minlength=n)
 
     def mixed(self, module: int) -> float:
         """The weights with which a token reads upstream latents, summed: of an attention module those of its keys."""

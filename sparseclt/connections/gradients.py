@@ -19,7 +19,7 @@ from sparseclt.connections.ring import Ring
 from sparseclt.model.activations import Activations
 from sparseclt.model.modules import Latents
 from sparseclt.model.sites import Site
-from sparseclt.ops.rows import add_at_
+from sparseclt.ops.rows import add_outer_products_
 
 SAVED = ("values", "indices", "gradients", "sources", "weights", "seen", "batch")
 
@@ -82,21 +82,17 @@ class RecentGradients(Ring):
         """The gradient of the loss of a batch with respect to V [rows, U], the mean over the recent ones, for the
         latents `rows` of a module as readers of the F latents of each of the first `upstream` modules. Only active
         latents are met: K x (upstream x K) pairs per token."""
-        ids = self.indices[module]
+        ids, source = self.indices[module], self.sources[module, :, head].long()
         here = (self.values[module] > 0) & (ids >= rows.start) & (ids < rows.stop)
-        token, slot = here.nonzero(as_tuple=True)
-        row = ids[token, slot].long() - rows.start
-        source = self.sources[module, token, head].long()
+        ids = torch.where(here, ids - rows.start, -1)
         capacity = self.values.shape[1]
         age = (int(self.seen) - 1 - torch.arange(capacity, device=ids.device)) % capacity
-        still_there = age[source] >= age[token]  # a source that is younger than its reader has been overwritten
-        gradient = self.gradients[module, token, slot] * self.weights[module, token, head] * still_there
-        n, U = rows.stop - rows.start, upstream * F
-        sums = self.values.new_zeros(n * U)
+        still_there = age[source] >= age  # a source that is younger than its reader has been overwritten
+        gradient = self.gradients[module] * (self.weights[module, :, head] * still_there)[:, None]
+        sums = self.values.new_zeros(rows.stop - rows.start, upstream * F)
         for u in range(upstream):
-            places = (row * U + u * F)[:, None] + self.indices[u, source]
-            add_at_(sums, places.flatten(), (gradient[:, None] * self.values[u, source]).flatten())
-        return sums.view(n, U).div_(max(self.batches, 1e-9))
+            add_outer_products_(sums, gradient, ids, self.values[u, source], self.indices[u, source] + u * F)
+        return sums.div_(max(self.batches, 1e-9))
 
     def state(self) -> dict[str, Tensor]:
         """The tensors by name, to be saved, or copied into."""

@@ -5,7 +5,7 @@ from sparseclt.devices import resolve
 from sparseclt.ops.scratch import SELECTION_BYTES, default_scratch
 from sparseclt.training.run_sizes import MemoryTerm, RunSizes
 
-PAIR = 28  # bytes of a pair of latents that fire together: its place, its value, and both while they are sorted
+TOKEN_SLOT = 40  # bytes of a latent of a recent token: ids and values of both readers and read, and their order
 
 
 def selection_terms(x: RunSizes) -> list[MemoryTerm]:
@@ -16,7 +16,7 @@ def selection_terms(x: RunSizes) -> list[MemoryTerm]:
     rows = FLOAT * x.F * x.D * (1 + 2 * heads)
     return [
         MemoryTerm("scores of connections", max(_score_bytes(x, u * x.F) for u in x.readers), ("selection",),
-                   "at most 3 x 32 MiB; co-activation: 28 bytes per pair that fires together"),
+                   "at most 3 x 32 MiB; co-activation: 40 bytes per recent token and active latent"),
         MemoryTerm("encoder rows that choose", rows, ("selection",), "4 F D; attention: 4 F D (1 + 2 H)"),
         MemoryTerm("connections chosen anew", ID * x.slots, ("selection",), "8 F C per reader"),
     ]  # fmt: skip
@@ -30,6 +30,6 @@ def _score_bytes(x: RunSizes, U: int) -> int:
         return scratch
     rows = min(x.F, max(1, SELECTION_BYTES // (FLOAT * U)))
     scores = FLOAT * rows * U
-    # Of the recent tokens' latents, as many as belong to these rows if all fire equally often.
-    firing = x.config.connections.recent_tokens * x.K * rows // x.F
-    return max(3 * scores, 2 * scores + PAIR * firing * x.K, scores + scratch)
+    recent = TOKEN_SLOT * x.config.connections.recent_tokens * x.K
+    pairs = default_scratch("add_outer_products_", backend)
+    return max(3 * scores, scores + recent + pairs, scores + scratch)
