@@ -85,6 +85,12 @@ class Activity:
         means = self.magnitude("mean").flatten()[ids] * self.recent.mixed(module)
         return torch.where(fired[:, None] < RARE, means, sums.div_(fired.clamp_min(1)[:, None]))
 
+    def firings(self, module: int) -> Tensor:
+        """On how many of the recent tokens each latent of a module fired, [F]."""
+        assert self.recent is not None
+        fired = self.recent.indices[module][self.recent.values[module] > 0]
+        return torch.bincount(fired, minlength=self.mean.shape[1])
+
     def dead(self, after_tokens: int | Tensor) -> Tensor:
         """Boolean [M, F]: latents that have not fired for `after_tokens` tokens, of which each module may have its own
         number [M, 1]."""

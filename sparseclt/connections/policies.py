@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from sparseclt.config import ConnectionConfig, Importance
+from sparseclt.config import Budget, ConnectionConfig, Importance
 from sparseclt.connections.activity import Activity
 from sparseclt.connections.exchange import exchanged_candidates
 from sparseclt.connections.gradients import RecentGradients
@@ -53,7 +53,7 @@ def make_policy(
     return TopConnections(
         config.per_latent, start=config.start_per_latent, anneal_steps=round(config.anneal_share * steps),
         refresh_every=config.refresh_steps, freeze_at=round(config.freeze_after_share * steps),
-        importance=config.importance, backend=backend,
+        importance=config.importance, budget=config.budget, backend=backend,
     )  # fmt: skip
 
 
@@ -102,7 +102,7 @@ class TopConnections(ConnectionPolicy):
     `refresh_every` steps.
 
     C falls geometrically from `start` to `per_latent` until step `anneal_steps`. From step `freeze_at` on the
-    connections stay as they are, so that the weights settle.
+    connections stay as they are, so that the weights settle. With `budget` "module" a module's latents share theirs.
     """
 
     def __init__(
@@ -114,11 +114,12 @@ class TopConnections(ConnectionPolicy):
         refresh_every: int = 50,
         freeze_at: int | None = None,
         importance: Importance = "coactivation",
+        budget: Budget = "latent",
         backend: str | None = None,
     ):
         self.per_latent, self.start = per_latent, start or per_latent
         self.anneal_steps, self.refresh_every, self.freeze_at = anneal_steps, refresh_every, freeze_at
-        self.importance, self.backend = importance, backend
+        self.importance, self.budget, self.backend = importance, budget, backend
         if self.start < per_latent:
             raise ValueError(f"connections.start_per_latent: expected at least per_latent = {per_latent}, got {start}")
         if not per_latent and self.start:
@@ -139,7 +140,8 @@ class TopConnections(ConnectionPolicy):
             return False
         if not activity.weight:
             return False
-        clt.connect(select_top_connections(clt, activity, self.at(step), self.importance, self.backend))
+        C = self.at(step)
+        clt.connect(select_top_connections(clt, activity, C, self.importance, self.backend, self.budget))
         return True
 
 

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from sparseclt.config import TrainConfig
+from sparseclt.connections.selection import MOST
 from sparseclt.costs import BYTES, FLOAT, ID, CLTSize
 from sparseclt.data.activation_stream import number_bytes
 from sparseclt.model.shape import ModelShape, active_by_layer, active_slots
@@ -76,6 +77,8 @@ class RunSizes:
         self.widest = max(self.size.targets)
         c = config.connections
         C = max(c.per_latent, (c.start_per_latent or 0) * (c.policy == "top"))
+        if c.budget == "module":
+            C *= MOST
         if c.policy == "dense-learned":
             C = self.M * self.F
         self.learned = c.policy in ("learned", "dense-learned")

@@ -90,6 +90,11 @@ def check_supported(config: TrainConfig, data: int) -> None:
             f"connections.open_per_latent: expected None on several ranks, each of which sees only its own latents, "
             f"got {c.open_per_latent}"
         )
+    if c.budget == "module":
+        raise ValueError(
+            f"connections.budget: expected 'latent' on several ranks, each of which sees only its own latents, got "
+            f"{c.budget!r}"
+        )
     if data == 1:
         return
     if config.activations.shuffle_bytes:

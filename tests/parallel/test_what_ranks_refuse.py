@@ -19,6 +19,7 @@ REFUSED = {
         {"latents": 2}, {"connections__policy": "learned", "connections__candidates_after_steps": 2,
                          "connections__exchange_share": 0.1}, "connections.exchange_share: expected 0"
     ),
+    "connections that a module shares": ({"latents": 2}, {"connections__budget": "module"}, "connections.budget: expe"),
     "a choice among a whole batch": (
         {"data": 2}, {"clt__activation": "batchtopk"}, "clt.activation: expected 'topk' with parallel.data = 2"
     ),
