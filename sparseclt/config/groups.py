@@ -215,6 +215,16 @@ class ComputeConfig:
     None: all rows, which saves a forward pass."""
     backend: Literal["reference", "torch", "numba", "triton"] | None = None
     """Backend of the ops. None: the best one installed for the device (resumed runs need the same one)."""
+    precision: Literal["fp32", "bf16"] | None = None
+    """bf16: products with encoders and decoders round what they multiply to bf16, and add up in fp32; weights, biases,
+    norms, losses and Adam stay in fp32. fp32: nothing is rounded. None: bf16 on a GPU that has it, fp32 elsewhere and
+    with attention latents (resumed runs need the same one)."""
+
+    def __post_init__(self) -> None:
+        if self.precision == "bf16" and self.backend == "numba":
+            raise ValueError(
+                "compute.precision: expected 'fp32' or None with compute.backend 'numba', which has no bf16, got 'bf16'"
+            )
 
 
 @strict("logging")

@@ -13,11 +13,12 @@ from typing import NamedTuple
 from torch import Tensor
 
 from sparseclt.ops import _torch_rows
-from sparseclt.ops._torch_rows import Transpose, accumulation_dtype, add_at_, chunks, section
+from sparseclt.ops._torch_rows import PAIR_BYTES, Transpose, accumulation_dtype, add_at_, chunks, section
 from sparseclt.ops.backend import INSTALLED, choose
 from sparseclt.ops.scratch import default_scratch
 
 __all__ = [
+    "PAIR_BYTES",
     "Transpose",
     "accumulation_dtype",
     "add_at_",
