@@ -1,22 +1,20 @@
-"""The ranks of a run: the grid that its processes form, and what only some of them do."""
+"""The ranks of a run: what they cannot do together, and what only some of them do."""
 
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields, replace
-from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh
 
 from sparseclt.config import TrainConfig
 from sparseclt.devices import usable
 from sparseclt.model.activations import Activations
 from sparseclt.model.modules import Latents
-from sparseclt.parallel import ONE_RANK, Group, Ranks
+from sparseclt.parallel import Group, Ranks
 from sparseclt.parallel.collectives import gather_rows
 from sparseclt.training.interruption import StopRequest
 
@@ -34,35 +32,6 @@ def device_of(name: str) -> torch.device:
     if device.type == "cuda" and device.index is None and processes() > 1:
         return usable(f"cuda:{os.environ.get('LOCAL_RANK', '0')}")
     return device
-
-
-def join(config: TrainConfig) -> Ranks:
-    """The grid of the processes that run `config` together. Raises ValueError, naming the option, for a grid of another
-    size and for what cannot be trained on several ranks."""
-    world, grid = processes(), config.parallel
-    data = grid.data or (world // grid.latents if grid.latents and world % grid.latents == 0 else 1)
-    latents = grid.latents or max(1, world // data)
-    if latents * data != world:
-        raise ValueError(
-            f"parallel.latents, parallel.data: expected numbers whose product is {world}, the processes that were "
-            f"started, got {latents} and {data}; start them with torchrun --nproc-per-node "
-            f"{latents * data} -m sparseclt"
-        )
-    if world == 1:
-        return ONE_RANK
-    check_supported(config, data)
-    device = device_of(config.device)
-    timeout = timedelta(seconds=grid.timeout_seconds)
-    if not dist.is_initialized():
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout)
-    # Not by init_device_mesh, whose groups would have torch's own timeout.
-    places = torch.arange(world).view(data, latents)
-    rows, columns = ([dist.new_group(line.tolist(), timeout=timeout) for line in lines] for lines in (places, places.T))
-    own = [columns[dist.get_rank() % latents], rows[dist.get_rank() // latents]]
-    mesh = DeviceMesh.from_group(own, device.type, places, mesh_dim_names=("data", "latents"))
-    return Ranks.of(mesh, Group.of(dist.group.WORLD))
 
 
 def on_ranks(config: TrainConfig, ranks: Ranks) -> TrainConfig:

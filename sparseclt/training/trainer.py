@@ -26,6 +26,7 @@ from sparseclt.parallel import ONE_RANK, Ranks
 from sparseclt.storage.run_config import CLT, check_changes, check_unused, read_config
 from sparseclt.training import finite, memory, revival, schedule, thresholds
 from sparseclt.training.batches import Batches
+from sparseclt.training.grid import available_to_rank, join
 from sparseclt.training.interruption import Interrupted, StopRequest, stop_requests
 from sparseclt.training.loggers import RunLog
 from sparseclt.training.normalisation import normalise
@@ -40,7 +41,7 @@ from sparseclt.training.run_directory import (
     opened_run,
     set_later_aside,
 )
-from sparseclt.training.several_ranks import agree_to_stop, decided, device_of, in_turn, join, of_whole_batch, on_ranks
+from sparseclt.training.several_ranks import agree_to_stop, decided, device_of, in_turn, of_whole_batch, on_ranks
 from sparseclt.training.warning_signs import WarningSigns
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -88,7 +89,7 @@ class Trainer:
         clt: SparseCLT | None = None,
     ):
         self.config, self.out = config, Path(config.out)
-        self.ranks, self.device = join(config), device_of(config.device)
+        self.ranks, self.device = join(config, language_model), device_of(config.device)
         self.language_model = language_model or LanguageModel.of(replace(config, device=str(self.device)))
         context = self.language_model.shape.context
         if context and config.data.row_tokens > context:
@@ -97,7 +98,7 @@ class Trainer:
             )
         # The model itself is in memory already: available_bytes no longer counts its room as free.
         self.shape = replace(self.language_model.shape, parameters=0)
-        memory.check_fits(on_ranks(config, self.ranks), self.shape, memory.available_bytes(self.device))
+        memory.check_fits(on_ranks(config, self.ranks), self.shape, available_to_rank(self.device))
         if rows is None:
             with in_turn(self.ranks):
                 rows = load_rows(config, self.language_model.tokenizer, "train")

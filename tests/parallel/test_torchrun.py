@@ -32,9 +32,9 @@ def test_training_on_two_processes_prints_once_and_leaves_a_finished_run(tmp_pat
         tmp_path, "train", "--out", "run", "--model.path", "model", "--data.source", "text.txt", "--steps", "6",
         "--data.row-tokens", "12", "--data.cache", "cache", "--data.held-out-share", "0.2", "--clt.latents", "32",
         "--clt.active", "4", "--connections.per-latent", "4", "--logging.every-steps", "1", "--logging.no-progress",
-        "--parallel.latents", "2",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("2 processes: 2 x 1 ranks (--parallel.data 2, --parallel.latents 1)") == 1
     assert done.stdout.count("| mlp_0 ") == 3 and done.stdout.count("Run directory: run") == 1  # three tables
     run = tmp_path / "run"
     assert [row["step"] for row in read_metrics(run / "metrics.jsonl")] == list(range(1, 7))
