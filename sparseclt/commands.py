@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from sparseclt.config import TrainConfig
+from sparseclt.costs import Rates
 from sparseclt.experiments.experiment import Experiment
 from sparseclt.export import FormatName
 from sparseclt.model.shape import ModelShape
@@ -123,16 +124,18 @@ def atlas(run: Path, out: Path | None, tokens: int | None, port: int, split: Spl
         server.serve_forever()
 
 
-def plan(config: TrainConfig, shape: ModelShape, memory_gib: float | None) -> int:
-    """Print the plan of a run; 1 if it does not fit."""
+def plan(config: TrainConfig, shape: ModelShape, memory_gib: float | None, rates: Rates) -> int:
+    """Print the plan of a run, with `rates` also the time of a step; 1 if it does not fit."""
     from sparseclt.devices import resolve
-    from sparseclt.training import memory
+    from sparseclt.training import memory, step_time
 
     if not shape.layers:
         shape = memory.shape_of(config.model.path, config.model.layers)
     available = memory.available_bytes(resolve(config.device)) if memory_gib is None else int(memory_gib * memory.GiB)
     plan = memory.make_plan(config, shape, available)
     print(memory.table(plan))
+    if rates.given:
+        print(step_time.table(config, shape, rates, available))
     if available is not None and not plan.fits:
         print(memory.advice_text(config, shape, available))
     return 0 if plan.fits else 1

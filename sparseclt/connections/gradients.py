@@ -19,6 +19,8 @@ from sparseclt.model.activations import Activations
 from sparseclt.model.modules import Latents
 from sparseclt.model.sites import Site
 from sparseclt.ops.rows import add_at_
+from sparseclt.parallel.collectives import gather_rows
+from sparseclt.parallel.group import ALONE, Group
 
 SAVED = ("values", "indices", "gradients", "sources", "weights", "seen", "batch")
 
@@ -48,11 +50,18 @@ class RecentGradients:
         return min(int(self.seen), self.values.shape[1]) / max(1, int(self.batch))
 
     @torch.no_grad()
-    def add(self, latents: Sequence[Latents], gradients: Sequence[Tensor], activations: Activations) -> None:
+    def add(
+        self,
+        latents: Sequence[Latents],
+        gradients: Sequence[Tensor],
+        activations: Activations,
+        data: Group = ALONE,
+    ) -> None:
         """Put the latents of a batch and their gradients [N, K] in place of the oldest, except tokens that do not
-        count."""
+        count. With `data` those of the rows of all its ranks, while `activations` are of this rank's own."""
         device, capacity = self.values.device, self.values.shape[1]
         counted = activations.counted_flat
+        counted = None if counted is None else gather_rows(counted, data)
         every = torch.arange(len(latents[0].values), device=device)
         taken = every if counted is None else every[counted]
         self.batch.fill_(len(taken))
@@ -66,21 +75,25 @@ class RecentGradients:
             self.indices[m, places, :K] = indices[taken].clamp_min(0).int()
             self.gradients[m, places, :K] = gradient[taken].float()
             if site.kind == "mlp":
-                sources, weights = place_of[:, None], 1 / activations.scale[site.layer].flatten()[:, None].float()
+                scale = gather_rows(activations.scale[site.layer].flatten(), data)
+                sources, weights = place_of[:, None], 1 / scale[:, None].float()
             else:
-                sources, weights = self._drawn(activations.mix(site.layer).float(), place_of)
+                own = place_of[data.part(len(place_of), "tokens")]
+                drawn = self._drawn(activations.mix(site.layer).float(), own, data)
+                sources, weights = (gather_rows(part, data) for part in drawn)
             heads = slice(sources.shape[1])
             self.sources[m, places, heads], self.weights[m, places, heads] = sources[taken].int(), weights[taken]
         self.seen += len(taken)
 
-    def _drawn(self, mix: Tensor, place_of: Tensor) -> tuple[Tensor, Tensor]:
+    def _drawn(self, mix: Tensor, place_of: Tensor, data: Group) -> tuple[Tensor, Tensor]:
         """One key for each query and head, drawn with the probability of its share of `mix` [B, H, S, S]: its place in
-        the ring, and the sum of the shares, [N, H] each. Keys that have no place have no share."""
+        the ring, and the sum of the shares, [N, H] each. Keys that have no place have no share. Ranks of `data` draw
+        what one with all their rows would."""
         B, H, S, _ = mix.shape
         mix = mix * (place_of.view(B, 1, 1, S) >= 0)
         up_to = mix.cumsum(-1)
         generator = torch.Generator().manual_seed(int(self.seen))
-        drawn = torch.rand(B, H, S, 1, generator=generator).to(mix.device) * up_to[..., -1:]
+        drawn = torch.rand(data.size, B, H, S, 1, generator=generator)[data.rank].to(mix.device) * up_to[..., -1:]
         key = (up_to <= drawn).sum(-1).clamp_max(S - 1)
         first = torch.arange(B, device=mix.device).view(B, 1, 1) * S
         place = place_of[first + key].clamp_min(0)
@@ -90,20 +103,28 @@ class RecentGradients:
         """The gradient of the loss of a batch with respect to V [rows, U], the mean over the recent ones, for the
         latents `rows` of a module as readers of the F latents of each of the first `upstream` modules. Only active
         latents are met: K x (upstream x K) pairs per token."""
-        ids = self.indices[module]
-        here = (self.values[module] > 0) & (ids >= rows.start) & (ids < rows.stop)
+        return self.gradient_with(module, rows, slice(0, upstream * F), F, head)
+
+    def gradient_with(self, module: int, rows: slice, ids: slice, F: int, head: int = 0) -> Tensor:
+        """The same [rows, ids] for the upstream latents `ids` among all modules side by side."""
+        readers = self.indices[module]
+        here = (self.values[module] > 0) & (readers >= rows.start) & (readers < rows.stop)
         token, slot = here.nonzero(as_tuple=True)
-        row = ids[token, slot].long() - rows.start
+        row = readers[token, slot].long() - rows.start
         source = self.sources[module, token, head].long()
         capacity = self.values.shape[1]
-        age = (int(self.seen) - 1 - torch.arange(capacity, device=ids.device)) % capacity
+        age = (int(self.seen) - 1 - torch.arange(capacity, device=readers.device)) % capacity
         still_there = age[source] >= age[token]  # a source that is younger than its reader has been overwritten
         gradient = self.gradients[module, token, slot] * self.weights[module, token, head] * still_there
-        n, U = rows.stop - rows.start, upstream * F
+        n, U = rows.stop - rows.start, ids.stop - ids.start
         sums = self.values.new_zeros(n * U)
-        for u in range(upstream):
-            places = (row * U + u * F)[:, None] + self.indices[u, source]
-            add_at_(sums, places.flatten(), (gradient[:, None] * self.values[u, source]).flatten())
+        for u in range(ids.start // F, -(-ids.stop // F)):
+            place, products = self.indices[u, source] + (u * F - ids.start), gradient[:, None] * self.values[u, source]
+            pairs = row[:, None] * U + place
+            if u * F < ids.start or (u + 1) * F > ids.stop:
+                inside = (place >= 0) & (place < U)
+                pairs, products = pairs[inside], products[inside]
+            add_at_(sums, pairs.flatten(), products.flatten())
         return sums.view(n, U).div_(max(self.batches, 1e-9))
 
     def state(self) -> dict[str, Tensor]:

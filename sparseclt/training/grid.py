@@ -40,14 +40,18 @@ def join(config: TrainConfig, language_model: LanguageModel | None = None) -> Ra
         return ONE_RANK
     check_supported(config, data)
     _begin(config)
-    # Not by init_device_mesh, whose groups would have torch's own timeout.
-    places = torch.arange(world).view(data, latents)
+    return Ranks.of(_mesh(config, data, latents), Group.of(dist.group.WORLD), ahead=_mesh(config, data, latents))
+
+
+def _mesh(config: TrainConfig, data: int, latents: int) -> DeviceMesh:
+    """A mesh with groups of its own. Not by init_device_mesh, whose groups would have torch's own timeout."""
+    places = torch.arange(data * latents).view(data, latents)
     rows, columns = (
-        [dist.new_group(line.tolist(), timeout=grid.timeout) for line in lines] for lines in (places, places.T)
+        [dist.new_group(line.tolist(), timeout=config.parallel.timeout) for line in lines]
+        for lines in (places, places.T)
     )
     own = [columns[dist.get_rank() % latents], rows[dist.get_rank() // latents]]
-    mesh = DeviceMesh.from_group(own, device_of(config.device).type, places, mesh_dim_names=("data", "latents"))
-    return Ranks.of(mesh, Group.of(dist.group.WORLD))
+    return DeviceMesh.from_group(own, device_of(config.device).type, places, mesh_dim_names=("data", "latents"))
 
 
 def _begin(config: TrainConfig) -> None:

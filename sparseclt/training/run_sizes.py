@@ -66,6 +66,8 @@ class RunSizes:
         self.w, self.v = BYTES[config.clt.dtype], number_bytes(config)
         self.mean_number = FLOAT  # of real outputs and of sums over them
         self.model_number = BYTES[config.model.dtype]
+        # Of the first of the ranks that share the CLT; the others have none.
+        self.own_model = 0 if config.parallel.model_devices else self.model_number * shape.parameters
         self.half = self.model_number < FLOAT
         self.readers = [u for u in self.size.upstream if u]
         self.sparse = config.connections.policy != "none" and bool(self.readers)
@@ -80,6 +82,8 @@ class RunSizes:
             C = self.M * self.F
         self.learned = c.policy in ("learned", "dense-learned")
         self.exchanging = c.policy == "learned" and c.exchange_share > 0
+        # The share of steps that choose connections.
+        self.choosing = (self.exchanging or c.policy == "top") * self.sparse / c.refresh_steps
         self.connections = [min(C, u * self.F) for u in self.readers]  # per latent of each reader
         self.slots = self.F * sum(self.connections)
         read = [site for site, u in zip(self.sites, self.size.upstream, strict=True) if u]

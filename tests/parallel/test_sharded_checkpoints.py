@@ -146,8 +146,9 @@ def flat(values, name=""):
     return {name: values} if isinstance(values, int | float) else {}
 
 
-def test_ranks_evaluate_together_what_one_evaluates(ranks, run):
+@pytest.mark.parametrize("parallel", [FOUR, TWO], ids=["four", "2 x 2"])
+def test_ranks_evaluate_together_what_one_evaluates(ranks, run, parallel):
     expected = flat(evaluated(run, ONE))
     assert expected["/cross_entropy/sparse"] and expected["/modules/2/connections_in_effect"]
-    for result in ranks.run(4, evaluated, run, FOUR):
+    for result in ranks.run(4, evaluated, run, parallel):
         assert flat(result) == pytest.approx(expected, rel=1e-4, abs=1e-5)
