@@ -114,22 +114,23 @@ def _over_data(x: RunSizes) -> list[Sent]:
         decoders *= 2  # for the norm, and again for the update
     activation, slots = x.config.clt.activation, x.N * x.active
     batchtopk = x.modes * (activation == "batchtopk")
-    budget = batchtopk * (d - 1) * x.w * slots, batchtopk * _reduced(ID, d)
+    candidates = batchtopk * (d - 1) * x.w * slots
     thresholds = (activation == "jumprelu") * x.M * _reduced(FLOAT * own, d)
     logits = x.learned * sum(_reduced(FLOAT * own * c, d) for c in x.connections)
     mlps = sum(site.kind == "mlp" for site in x.sites)
     places = (x.M - mlps) * x.shape.heads * (ID + FLOAT)  # one of each head's keys, and its weight
     exchanged = x.exchanging * (d - 1) * (x.w * slots + x.N * (1 + mlps * FLOAT + places))
     dV = sum(h * _reduced(x.w * own * c, d) for h, c in zip(x.heads_of_readers, x.connections, strict=True))
-    means = x.M * (_reduced(x.mean_number * x.D, d) + _reduced(x.mean_number, d)) + _reduced(ID, d)
+    counts = (1 + batchtopk + (activation != "topk")) * _reduced(ID, d)
+    means = x.M * (_reduced(x.mean_number * x.D, d) + _reduced(x.mean_number, d))
     return [
         Sent("latents, for statistics", "all_gather", latents, "modes x (M N K (w + 8) + N) (d - 1)"),
         Sent("gradients of encoders", "all_reduce", encoders, "2 w F D / n per module"),
         Sent("gradients of decoders", "all_reduce", decoders, "2 x 4 F T D / n per module; twice above 256 MiB"),
         Sent("gradients of virtual weights, data", "all_reduce", dV, "2 w F C / n per reader"),
         Sent("means of outputs", "all_reduce", means, "2 x 4 D per module"),
-        Sent("candidates of a batch", "all_gather", budget[0], "batchtopk: modes x M w N K (d - 1)"),
-        Sent("tokens of a batch", "all_reduce", budget[1], "batchtopk: modes x 2 x 8"),
+        Sent("candidates of a batch", "all_gather", candidates, "batchtopk: modes x M w N K (d - 1)"),
+        Sent("tokens of a batch", "all_reduce", counts, "2 x 8, up to 4 times"),
         Sent("gradients of thresholds, data", "all_reduce", thresholds, "jumprelu: M 2 x 4 F / n"),
         Sent("gradients of logits", "all_reduce", logits, "if learned: 2 x 4 F C / n per reader"),
         Sent("gradients of latents, data", "all_gather", exchanged, "if exchanged: M N K w (d - 1)"),

@@ -88,4 +88,5 @@ class RunSizes:
         self.slots = self.F * sum(self.connections)
         read = [site for site, u in zip(self.sites, self.size.upstream, strict=True) if u]
         self.heads_of_readers = [shape.heads if site.kind == "attn" else 1 for site in read]
-        self.gradients = 4 * self.M + self.learned * len(self.readers)  # tensors of parameters that have one
+        thresholds = self.M * (config.clt.activation == "jumprelu")
+        self.gradients = 4 * self.M + thresholds + self.learned * len(self.readers)  # tensors that have one

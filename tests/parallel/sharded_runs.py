@@ -1,5 +1,6 @@
 """Runs with a tiny language model, to be trained on any number of ranks."""
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from sparseclt.config import (
 from sparseclt.evaluation.metrics import evaluate
 from sparseclt.evaluation.pruning import fvu_against_c
 from sparseclt.language_model.language_model import LanguageModel
+from sparseclt.model.activations import Activations
 from sparseclt.storage.checkpoint import latest
 from sparseclt.storage.parts import Part
 from sparseclt.training.optimizer import _add_up
@@ -49,6 +51,15 @@ def trainer(out: Path, parallel: dict[str, int] | None = None, **changes: Any) -
 
 def fit(out: Path, parallel: dict[str, int] | None = None, resume: bool = False, **changes: Any) -> None:
     trainer(out, parallel, **changes).fit(resume=out if resume else None)
+
+
+def fit_in_bf16(out: Path, parallel: dict[str, int]) -> None:
+    """A run in which everything is in half precision that may be."""
+    changes = config(
+        out, parallel, clt=CLTConfig(latents=24, active=3, dtype="bf16"),
+        optimizer=OptimizerConfig(dead_after_tokens=60, state="8bit", rows="touched"),
+    )  # fmt: skip
+    Trainer(changes, language_model=language_model("gpt2", torch.bfloat16), rows=ROWS).fit()
 
 
 def loaded(out: Path, parallel: dict[str, int] | None = None, **changes: Any) -> dict[str, Any]:
@@ -85,6 +96,28 @@ def batches(parallel: dict[str, int], changes: dict[str, Any], first: int = 0) -
     t = trainer(Path("nowhere"), parallel, **changes)
     found = [(a.tokens.clone(), a.x[1].clone(), a.counted.clone()) for a in t.batches.from_step(first)]
     return {"batches": found, "place": (t.ranks.data.rank, t.ranks.latents.rank)}
+
+
+def captured_ahead(parallel: dict[str, int]) -> int:
+    """How many batches this rank captures while the first one is in use."""
+    t = trainer(Path("nowhere"), parallel)
+    captured: list[int] = []
+    if (model := t.language_model.here) is not None:
+        capture = model.capture
+
+        def counted(tokens: torch.Tensor, *, attention: bool = False) -> Activations:
+            captured.append(len(tokens))
+            return capture(tokens, attention=attention)
+
+        model.capture = counted
+    batches = t.batches.from_step(0)
+    next(batches)
+    end = time.monotonic() + 20
+    while model is not None and len(captured) < 2 and time.monotonic() < end:
+        time.sleep(0.01)
+    while_in_use = len(captured)
+    assert len(list(batches)) == 5
+    return while_in_use
 
 
 def models_loaded(parallel: dict[str, int]) -> dict[str, Any]:
@@ -127,8 +160,10 @@ def replaced_gradients(attention: str, parallel: dict[str, int]) -> dict[str, An
 
 __all__ = [
     "batches",
+    "captured_ahead",
     "evaluated",
     "fit",
+    "fit_in_bf16",
     "latest",
     "loaded",
     "models_loaded",

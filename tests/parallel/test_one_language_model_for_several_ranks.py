@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from sharded_runs import batches, models_loaded, replaced_gradients
+from sharded_runs import batches, captured_ahead, models_loaded, replaced_gradients
 from sharded_steps import joined
 
 from sparseclt.config import ActivationConfig
@@ -19,6 +19,10 @@ def test_only_the_first_rank_of_a_group_loads_the_model_and_all_know_which_it_is
     results = ranks.run(4, models_loaded, TWO)
     assert {r["place"]: r["loaded"] for r in results} == {(0, 0): 1, (0, 1): 0, (1, 0): 1, (1, 1): 0}
     assert len({r["digest"] for r in results}) == 1 and results[0]["digest"]
+
+
+def test_the_next_batch_is_captured_while_one_is_in_use(ranks):
+    assert ranks.run(4, captured_ahead, TWO) == [2, 0, 2, 0]
 
 
 @pytest.mark.parametrize("first", [0, 2])
@@ -48,3 +52,11 @@ def test_the_gradient_of_cross_entropy_reaches_all_ranks(ranks, attention, grid)
     for name, grad in joined(results, "grads").items():
         message = lambda m, name=name: f"{name}: {m}"  # noqa: E731
         torch.testing.assert_close(grad, expected["grads"][name], rtol=1e-10, atol=1e-12, msg=message)
+
+
+def test_a_model_on_a_device_of_its_own_finds_the_same():
+    expected = replaced_gradients("frozen", ONE)
+    found = replaced_gradients("frozen", ONE | {"model_devices": ("cpu",)})
+    assert found["terms"] == pytest.approx(expected["terms"], rel=1e-12)
+    for name, grad in found["grads"].items():
+        torch.testing.assert_close(grad, expected["grads"][name], rtol=1e-12, atol=1e-12)

@@ -70,6 +70,8 @@ def sent_to_choose(attention: str) -> tuple[int, int]:
     t.clt.float()
     activations = batch(0)
     t.activity["vanilla"].observe(t.clt(activations, "vanilla").latents, activations)
+    for module in t.clt:
+        _ = module.all_connections  # those of before
     before = t.ranks.latents.sent.total()
     t.policy.update(t.clt, t.activity["vanilla"], 0)
     return t.ranks.latents.sent.total() - before, selection_bytes(RunSizes(t.config, model(attention).shape))

@@ -7,6 +7,7 @@ import sys
 
 from tiny_models import save_model_and_text
 
+from sparseclt.cli import main
 from sparseclt.model.clt import SparseCLT
 from sparseclt.training.loggers import read_metrics
 
@@ -26,7 +27,7 @@ def torchrun(folder, *arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run([*command, *arguments], cwd=folder, env=environment, capture_output=True, text=True)
 
 
-def test_training_on_two_processes_prints_once_and_leaves_a_finished_run(tmp_path):
+def test_training_on_two_processes_prints_once_and_leaves_a_finished_run(tmp_path, monkeypatch):
     save_model_and_text(tmp_path)
     done = torchrun(
         tmp_path, "train", "--out", "run", "--model.path", "model", "--data.source", "text.txt", "--steps", "6",
@@ -41,3 +42,6 @@ def test_training_on_two_processes_prints_once_and_leaves_a_finished_run(tmp_pat
     assert {"table.md", "loss.png", "fvu_against_c.png", "identity.json"} <= {path.name for path in run.iterdir()}
     assert json.loads((run / "config.json").read_text())["parallel"]["latents"] is None  # others may go on with it
     assert SparseCLT.from_pretrained(run / "clt").connected
+    monkeypatch.chdir(tmp_path)  # the model's path is relative
+    assert main(["export", "run", "exported", "--format", "circuit-tracer"]) == 0
+    assert (tmp_path / "exported" / "config.yaml").is_file()

@@ -30,7 +30,7 @@ def test_one_rank_does(folder):
 
 
 def test_two_ranks_hold_at_most_six_tenths_each_of_what_one_does(ranks, folder):
-    two = ranks.run(2, peak_of_a_run, folder, {"latents": 2, "data": 1})
-    (one,) = ranks.run(1, peak_of_a_run, folder, {"latents": 1, "data": 1})
+    two = ranks.run(2, peak_of_a_run, folder, {"latents": 2, "data": 1}, 256, 4096)
+    (one,) = ranks.run(1, peak_of_a_run, folder, {"latents": 1, "data": 1}, 256, 4096)
     assert one > 150 << 20
     assert max(two) <= 0.6 * one
