@@ -137,11 +137,8 @@ class RecentLatents(Ring):
         n, U = rows.stop - rows.start, upstream.stop - upstream.start
         sums = self.values.new_zeros(n, U)
         for at, weights in self._read_by(module, places):
-            for u in range(upstream.start // F, -(-upstream.stop // F)):
-                of_u = self.indices[u, at] + (u * F - upstream.start)
-                if u * F < upstream.start or (u + 1) * F > upstream.stop:
-                    of_u.masked_fill_((of_u < 0) | (of_u >= U), -1)
-                add_outer_products_(sums, ones, ids, self.values[u, at] * weights, of_u)
+            for values, of_these in self.at(at, upstream, F):
+                add_outer_products_(sums, ones, ids, values * weights, of_these)
         return sums, torch.bincount(ids[here], minlength=n)
 
     def mixed(self, module: int) -> float:

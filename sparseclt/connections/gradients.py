@@ -20,6 +20,8 @@ from sparseclt.model.activations import Activations
 from sparseclt.model.modules import Latents
 from sparseclt.model.sites import Site
 from sparseclt.ops.rows import add_outer_products_
+from sparseclt.parallel.collectives import gather_rows
+from sparseclt.parallel.group import ALONE, Group
 
 SAVED = ("values", "indices", "gradients", "sources", "weights", "seen", "batch")
 
@@ -47,10 +49,17 @@ class RecentGradients(Ring):
         return min(int(self.seen), self.values.shape[1]) / max(1, int(self.batch))
 
     @torch.no_grad()
-    def add(self, latents: Sequence[Latents], gradients: Sequence[Tensor], activations: Activations) -> None:
+    def add(
+        self,
+        latents: Sequence[Latents],
+        gradients: Sequence[Tensor],
+        activations: Activations,
+        data: Group = ALONE,
+    ) -> None:
         """Put the latents of a batch and their gradients [N, K] in place of the oldest, except tokens that do not
-        count."""
+        count. With `data` those of the rows of all its ranks, while `activations` are of this rank's own."""
         counted = activations.counted_flat
+        counted = None if counted is None else gather_rows(counted, data)
         taken, places = self.take(latents, counted)
         self.batch.fill_(len(latents[0].values) if counted is None else int(counted.sum()))
         place_of = torch.full((len(latents[0].values),), -1, device=places.device)
@@ -58,21 +67,25 @@ class RecentGradients(Ring):
         for m, (site, gradient) in enumerate(zip(self.sites, gradients, strict=True)):
             self.gradients[m, places, : gradient.shape[1]] = gradient[taken].float()
             if site.kind == "mlp":
-                sources, weights = place_of[:, None], 1 / activations.scale[site.layer].flatten()[:, None].float()
+                scale = gather_rows(activations.scale[site.layer].flatten(), data)
+                sources, weights = place_of[:, None], 1 / scale[:, None].float()
             else:
-                sources, weights = self._drawn(activations.mix(site.layer).float(), place_of)
+                own = place_of[data.part(len(place_of), "tokens")]
+                drawn = self._drawn(activations.mix(site.layer).float(), own, data)
+                sources, weights = (gather_rows(part, data) for part in drawn)
             heads = slice(sources.shape[1])
             self.sources[m, places, heads], self.weights[m, places, heads] = sources[taken].int(), weights[taken]
         self.seen += len(taken)
 
-    def _drawn(self, mix: Tensor, place_of: Tensor) -> tuple[Tensor, Tensor]:
+    def _drawn(self, mix: Tensor, place_of: Tensor, data: Group) -> tuple[Tensor, Tensor]:
         """One key for each query and head, drawn with the probability of its share of `mix` [B, H, S, S]: its place in
-        the ring, and the sum of the shares, [N, H] each. Keys that have no place have no share."""
+        the ring, and the sum of the shares, [N, H] each. Keys that have no place have no share. Ranks of `data` draw
+        what one with all their rows would."""
         B, H, S, _ = mix.shape
         mix = mix * (place_of.view(B, 1, 1, S) >= 0)
         up_to = mix.cumsum(-1)
         generator = torch.Generator().manual_seed(int(self.seen))
-        drawn = torch.rand(B, H, S, 1, generator=generator).to(mix.device) * up_to[..., -1:]
+        drawn = torch.rand(data.size, B, H, S, 1, generator=generator)[data.rank].to(mix.device) * up_to[..., -1:]
         key = (up_to <= drawn).sum(-1).clamp_max(S - 1)
         first = torch.arange(B, device=mix.device).view(B, 1, 1) * S
         place = place_of[first + key].clamp_min(0)
@@ -82,16 +95,20 @@ class RecentGradients(Ring):
         """The gradient of the loss of a batch with respect to V [rows, U], the mean over the recent ones, for the
         latents `rows` of a module as readers of the F latents of each of the first `upstream` modules. Only active
         latents are met: K x (upstream x K) pairs per token."""
-        ids, source = self.indices[module], self.sources[module, :, head].long()
-        here = (self.values[module] > 0) & (ids >= rows.start) & (ids < rows.stop)
-        ids = torch.where(here, ids - rows.start, -1)
+        return self.gradient_with(module, rows, slice(0, upstream * F), F, head)
+
+    def gradient_with(self, module: int, rows: slice, ids: slice, F: int, head: int = 0) -> Tensor:
+        """The same [rows, ids] for the upstream latents `ids` among all modules side by side."""
+        readers, source = self.indices[module], self.sources[module, :, head].long()
+        here = (self.values[module] > 0) & (readers >= rows.start) & (readers < rows.stop)
+        readers = torch.where(here, readers - rows.start, -1)
         capacity = self.values.shape[1]
-        age = (int(self.seen) - 1 - torch.arange(capacity, device=ids.device)) % capacity
+        age = (int(self.seen) - 1 - torch.arange(capacity, device=readers.device)) % capacity
         still_there = age[source] >= age  # a source that is younger than its reader has been overwritten
         gradient = self.gradients[module] * (self.weights[module, :, head] * still_there)[:, None]
-        sums = self.values.new_zeros(rows.stop - rows.start, upstream * F)
-        for u in range(upstream):
-            add_outer_products_(sums, gradient, ids, self.values[u, source], self.indices[u, source] + u * F)
+        sums = self.values.new_zeros(rows.stop - rows.start, ids.stop - ids.start)
+        for values, read in self.at(source, ids, F):
+            add_outer_products_(sums, gradient, readers, values, read)
         return sums.div_(max(self.batches, 1e-9))
 
     def state(self) -> dict[str, Tensor]:

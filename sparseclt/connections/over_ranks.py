@@ -23,17 +23,15 @@ def select_of_rank(
         rows, U = clt.reading_rows(reader.index).detach().to(E.dtype), len(E)
         if reader.attention is not None:
             rows = rows_of_heads(rows, reader.attention)
-        first = clt.transcoder(reader.index).rows.start
-        score = partial(_importance, activity, reader, importance, first, E.dtype)
+        score = partial(_importance, activity, reader, importance, E.dtype)
         chosen[reader.index] = select_connections(rows, E, score, min(C, U), group=reader.group, backend=backend)
     return chosen
 
 
 def _importance(
-    activity: Activity, reader: Reader, importance: Importance, first: int, dtype: torch.dtype, rows: slice, ids: slice
+    activity: Activity, reader: Reader, importance: Importance, dtype: torch.dtype, rows: slice, ids: slice
 ) -> Tensor:
-    """s [rows, ids] of upstream latents `ids` for latents `first` + `rows` of a reader."""
+    """s [rows, ids] of upstream latents `ids` for latents `rows` of a reader."""
     if importance == "coactivation":
-        of_all = slice(first + rows.start, first + rows.stop)
-        return activity.coactivation_with(reader.index, of_all, ids).to(dtype)
+        return activity.coactivation_with(reader.index, rows, ids).to(dtype)
     return activity.magnitude(importance).flatten()[ids].to(dtype).expand(rows.stop - rows.start, -1)

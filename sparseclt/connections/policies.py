@@ -16,6 +16,7 @@ from sparseclt.connections.selection import random_connections, select_top_conne
 from sparseclt.model.activations import Activations
 from sparseclt.model.modules import Latents
 from sparseclt.model.transcoders import Transcoders
+from sparseclt.parallel import ALONE, Group
 
 FIRST_LOGIT = 0.1
 FREE = 2  # connections of each latent without a price: latents that fire rarely would lose all of theirs, and die
@@ -83,10 +84,15 @@ class ConnectionPolicy(ABC):
         """Choose connections anew where `step` asks for it; returns whether it did."""
 
     def observe(  # noqa: B027  most policies need to know no more than the activity of latents
-        self, latents: Sequence[Latents], gradients: Sequence[Tensor], activations: Activations
+        self,
+        latents: Sequence[Latents],
+        gradients: Sequence[Tensor],
+        activations: Activations,
+        data: Group = ALONE,
     ) -> None:
         """Take in a step's latents of sparsely-connected mode and the gradient [N, K] of its loss with respect to
-        them, as it would be at full weight."""
+        them, as it would be at full weight. With `data` those of the rows of all its ranks, while `activations` are of
+        this rank's own."""
 
     def state(self) -> dict[str, Tensor]:
         """The tensors that change while the policy works, by name, to be saved, or copied into."""
@@ -229,7 +235,7 @@ class LearnedConnections(ConnectionPolicy):
     def _steer(self, clt: Transcoders) -> None:
         if self.open_per_latent is None:
             return
-        counts = [(m.logits > 0).sum(1).double().mean() for m in clt if m.logits is not None]
+        counts = [m.group.sum_((m.logits > 0).sum()).double() / m.latents for m in clt if m.logits is not None]
         excess = float(torch.stack(counts).mean()) / self.open_per_latent
         self.weight *= min(max(excess, 1 / MOST_EXCESS), MOST_EXCESS) ** STEERING
 
@@ -245,9 +251,15 @@ class LearnedConnections(ConnectionPolicy):
         """What the pressure charges for the whole probability of one connection."""
         return float(self.weight) / sum(m.latents for m in clt if m.logits is not None)
 
-    def observe(self, latents: Sequence[Latents], gradients: Sequence[Tensor], activations: Activations) -> None:
+    def observe(
+        self,
+        latents: Sequence[Latents],
+        gradients: Sequence[Tensor],
+        activations: Activations,
+        data: Group = ALONE,
+    ) -> None:
         if self.exchange is not None:
-            self.exchange.recent.add(latents, gradients, activations)
+            self.exchange.recent.add(latents, gradients, activations, data)
 
     def state(self) -> dict[str, Tensor]:
         recent = self.exchange.recent.state() if self.exchange is not None else {}

@@ -1,6 +1,6 @@
 """The latents of the last tokens, in which the newest take the place of the oldest."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -29,3 +29,12 @@ class Ring:
             self.values[m, places, :K] = values.detach()[taken].float()
             self.indices[m, places, :K] = indices[taken].clamp_min(0).int()
         return taken, places
+
+    def at(self, places: Tensor, upstream: slice, F: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Of the latents at `places` [N] those of `upstream`, numbered over all modules side by side with F each, one
+        module at a time: values and ids [N, K], counted from where `upstream` starts, -1 for others."""
+        for module in range(upstream.start // F, -(-upstream.stop // F)):
+            ids, first = self.indices[module, places] + (module * F - upstream.start), module * F
+            if first < upstream.start or first + F > upstream.stop:
+                ids.masked_fill_((ids < 0) | (ids >= upstream.stop - upstream.start), -1)
+            yield self.values[module, places], ids

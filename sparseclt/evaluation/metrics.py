@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparseclt.evaluation.over_ranks import add_up_, added_up, own_share
 from sparseclt.evaluation.statistics import DENSITY_EDGES, ModeStatistics, Twins, Variance
 from sparseclt.evaluation.structure import NEAR, TWIN, connection_structure, nearest_of
 from sparseclt.language_model.language_model import LanguageModel
@@ -140,7 +141,7 @@ def evaluate(
 ) -> Evaluation:
     """Measure `clt` on `rows` [R, S] of held-out tokens, `batch_rows` of them at a time, in each mode.
 
-    Of a CLT that is spread over ranks, all of them call this with the same rows.
+    Of a CLT that is spread over ranks, all of them call this with the same rows, and share them.
 
     `cross_entropy=False` leaves out the runs of the language model with replaced outputs, which take most of the time.
     """
@@ -149,7 +150,7 @@ def evaluate(
     nearest = [nearest_of(module) for module in clt]
     M, variance, twins = len(clt.sites), Variance(clt), Twins([index for _, index in nearest])
     entropies: dict[str, float] = {}
-    for batch, activations in captures(clt, language_model, rows, batch_rows):
+    for batch, activations in captures(clt, language_model, own_share(clt, rows), batch_rows):
         real = activations.outputs(clt.sites)
         variance.add(real, activations.counted_flat)
         for name, (mode, open_connections) in passes.items():
@@ -161,6 +162,9 @@ def evaluate(
         if cross_entropy:
             for name, value in _cross_entropies(clt, language_model, batch, modes, backend).items():
                 entropies[name] = entropies.get(name, 0.0) + value * len(batch) / len(rows)
+    of_passes = [part for s in statistics.values() for part in s.sums()]
+    add_up_(clt, [*variance.sums(), *of_passes, *twins.both])
+    entropies = added_up(clt.ranks.data, entropies)
     V = clt.virtual_weights(backend) if "sparse" in modes else [None] * M
     modules = tuple(
         ModuleMetrics(
