@@ -237,6 +237,7 @@ FLAGS = """
     --activations.cache --activations.cache-dtype --activations.shuffle-bytes --batch-rows --checkpoints.every-minutes
     --checkpoints.every-steps --checkpoints.keep --clt.activation --clt.active --clt.active-ratio --clt.attention
     --clt.bandwidth --clt.dtype --clt.latents --clt.targets --compute.backend --compute.micro-batch-rows
+    --compute.precision
     --connections.anneal-share --connections.candidates-after-steps --connections.exchange-share
     --connections.freeze-after-share --connections.importance --connections.open-per-latent --connections.per-latent
     --connections.policy --connections.pressure-weight --connections.recent-tokens --connections.refresh-steps

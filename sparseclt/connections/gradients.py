@@ -15,33 +15,32 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from sparseclt.connections.ring import Ring
 from sparseclt.model.activations import Activations
 from sparseclt.model.modules import Latents
 from sparseclt.model.sites import Site
-from sparseclt.ops.rows import add_at_
+from sparseclt.ops.rows import add_outer_products_
 from sparseclt.parallel.collectives import gather_rows
 from sparseclt.parallel.group import ALONE, Group
 
 SAVED = ("values", "indices", "gradients", "sources", "weights", "seen", "batch")
 
 
-class RecentGradients:
-    """The latents of sparsely-connected mode on the last `tokens` tokens, a ring.
+class RecentGradients(Ring):
+    """The latents of sparsely-connected mode on the last `tokens` tokens.
 
-    `values`, `indices`, `gradients` [M, tokens, K]: the active latents of every module (K: the most that one has), and
-    the gradient of the loss with respect to them. `sources`, `weights` [M, tokens, H]: the place in the ring from which
-    each module reads upstream latents, and what it multiplies them by; one per head of an attention module.
+    `gradients` [M, tokens, K]: the gradient of the loss with respect to the active latents. `sources`, `weights`
+    [M, tokens, H]: the place in the ring from which each module reads upstream latents, and what it multiplies them by;
+    one per head of an attention module.
     """
 
     def __init__(self, sites: Sequence[Site], active: int, tokens: int, heads: int, device: str | torch.device = "cpu"):
+        super().__init__(len(sites), active, tokens, device)
         self.sites = list(sites)
         M, H = len(self.sites), heads if any(site.kind == "attn" for site in self.sites) else 1
-        self.values = torch.zeros(M, tokens, active, device=device)
-        self.indices = torch.zeros(M, tokens, active, dtype=torch.int32, device=device)
         self.gradients = torch.zeros(M, tokens, active, device=device)
         self.sources = torch.zeros(M, tokens, H, dtype=torch.int32, device=device)
         self.weights = torch.zeros(M, tokens, H, device=device)
-        self.seen = torch.zeros((), dtype=torch.int64)  # tokens in all; the next one's place is seen % tokens
         self.batch = torch.zeros((), dtype=torch.int64)  # tokens of the last batch
 
     @property
@@ -59,21 +58,14 @@ class RecentGradients:
     ) -> None:
         """Put the latents of a batch and their gradients [N, K] in place of the oldest, except tokens that do not
         count. With `data` those of the rows of all its ranks, while `activations` are of this rank's own."""
-        device, capacity = self.values.device, self.values.shape[1]
         counted = activations.counted_flat
         counted = None if counted is None else gather_rows(counted, data)
-        every = torch.arange(len(latents[0].values), device=device)
-        taken = every if counted is None else every[counted]
-        self.batch.fill_(len(taken))
-        taken = taken[-capacity:]
-        places = (int(self.seen) + torch.arange(len(taken), device=device)) % capacity
-        place_of = torch.full_like(every, -1)
+        taken, places = self.take(latents, counted)
+        self.batch.fill_(len(latents[0].values) if counted is None else int(counted.sum()))
+        place_of = torch.full((len(latents[0].values),), -1, device=places.device)
         place_of[taken] = places
-        for m, (site, (values, indices), gradient) in enumerate(zip(self.sites, latents, gradients, strict=True)):
-            K = values.shape[1]  # of this module; the others may have more
-            self.values[m, places, :K] = values.detach()[taken].float()
-            self.indices[m, places, :K] = indices[taken].clamp_min(0).int()
-            self.gradients[m, places, :K] = gradient[taken].float()
+        for m, (site, gradient) in enumerate(zip(self.sites, gradients, strict=True)):
+            self.gradients[m, places, : gradient.shape[1]] = gradient[taken].float()
             if site.kind == "mlp":
                 scale = gather_rows(activations.scale[site.layer].flatten(), data)
                 sources, weights = place_of[:, None], 1 / scale[:, None].float()
@@ -107,25 +99,17 @@ class RecentGradients:
 
     def gradient_with(self, module: int, rows: slice, ids: slice, F: int, head: int = 0) -> Tensor:
         """The same [rows, ids] for the upstream latents `ids` among all modules side by side."""
-        readers = self.indices[module]
+        readers, source = self.indices[module], self.sources[module, :, head].long()
         here = (self.values[module] > 0) & (readers >= rows.start) & (readers < rows.stop)
-        token, slot = here.nonzero(as_tuple=True)
-        row = readers[token, slot].long() - rows.start
-        source = self.sources[module, token, head].long()
+        readers = torch.where(here, readers - rows.start, -1)
         capacity = self.values.shape[1]
         age = (int(self.seen) - 1 - torch.arange(capacity, device=readers.device)) % capacity
-        still_there = age[source] >= age[token]  # a source that is younger than its reader has been overwritten
-        gradient = self.gradients[module, token, slot] * self.weights[module, token, head] * still_there
-        n, U = rows.stop - rows.start, ids.stop - ids.start
-        sums = self.values.new_zeros(n * U)
-        for u in range(ids.start // F, -(-ids.stop // F)):
-            place, products = self.indices[u, source] + (u * F - ids.start), gradient[:, None] * self.values[u, source]
-            pairs = row[:, None] * U + place
-            if u * F < ids.start or (u + 1) * F > ids.stop:
-                inside = (place >= 0) & (place < U)
-                pairs, products = pairs[inside], products[inside]
-            add_at_(sums, pairs.flatten(), products.flatten())
-        return sums.view(n, U).div_(max(self.batches, 1e-9))
+        still_there = age[source] >= age  # a source that is younger than its reader has been overwritten
+        gradient = self.gradients[module] * (self.weights[module, :, head] * still_there)[:, None]
+        sums = self.values.new_zeros(rows.stop - rows.start, ids.stop - ids.start)
+        for values, read in self.at(source, ids, F):
+            add_outer_products_(sums, gradient, readers, values, read)
+        return sums.div_(max(self.batches, 1e-9))
 
     def state(self) -> dict[str, Tensor]:
         """The tensors by name, to be saved, or copied into."""

@@ -60,6 +60,8 @@ class Metrics:
     either of the two does."""
     connections_in_effect: float | None = None
     """Median over live latents of the open connections with |V| > 1e-4."""
+    connections_mean: float | None = None
+    """Their mean over live latents: with learned connections few latents have most of them."""
     fan_out_top1pct: float | None = None
     """Share of all connections in effect that the 1 % most used upstream latents serve."""
 
@@ -231,7 +233,8 @@ def _connections(clt: SparseCLT, m: int, V: Tensor | None, statistics: dict[str,
     module = clt.transcoder(m)
     if V is not None:
         return connection_structure(module, V, live=statistics["sparse"].fired[m] > 0)
-    return {"connections_in_effect": 0.0} if module.connections else {}  # connected, with C = 0
+    none = {"connections_in_effect": 0.0, "connections_mean": 0.0}
+    return none if module.connections else {}  # connected, with C = 0
 
 
 def _latents(

@@ -17,6 +17,7 @@ from sparseclt.devices import Budget
 from sparseclt.model.attention import centre, head_rows
 from sparseclt.model.cross_layer import Reader, effective_decoders
 from sparseclt.model.modules import Latents
+from sparseclt.model.rounding import SharedRounding
 from sparseclt.model.transcoders import Transcoders
 from sparseclt.ops import rows as products
 from sparseclt.ops.backend import choose
@@ -78,10 +79,19 @@ class DecoderGradients:
         self._reads: dict[int, list[Read]] = {}  # by reader: the same of all ranks' rows, once that is exchanged
         self._kernels: dict[int, Any] = {}  # by module: the decoder of csrc_triton.decoder_gradient
         self._means: dict[int, Tensor] = {}  # by reader: of its encoder's rows
+        self._decoders: dict[int, Tensor] = {}  # by module: as products read them, until the last backward pass
+        self._round = SharedRounding()
+
+    def decoder(self, index: int) -> Tensor:
+        """Module `index`'s decoder as products read it, without a gradient. A rounded copy is made once a step."""
+        if index not in self._decoders:
+            self._decoders[index] = self.clt.rounded(self.clt.transcoder(index).W_dec.detach())
+        return self._decoders[index]
 
     def decode(self, index: int, latents: Latents) -> tuple[Tensor, ...]:
-        """What the latents of module `index` write to each target, [N, D] each, without bias."""
-        result: tuple[Tensor, ...] = _Decode.apply(*latents, self, index)
+        """What the latents of module `index` write to each target, [N, D] each, without bias; in fp32 at least."""
+        values = latents.values.to(self.decoder(index).dtype)
+        result: tuple[Tensor, ...] = _Decode.apply(values, latents.indices, self, index)
         return result
 
     def virtual_weights(self) -> list[Tensor | None]:
@@ -102,6 +112,7 @@ class DecoderGradients:
 
     def add_to_encoders(self) -> None:
         """Add to every encoder's `.grad` what it gets through virtual weights. Once, after the last backward pass."""
+        self._decoders.clear()
         decoders = [module.W_dec.detach() for module in self.clt]
         readers = [reader for reader in self.readers if reader.index in self.read]
         for reader in readers:
@@ -256,16 +267,17 @@ class _Decode(torch.autograd.Function):
     def forward(ctx: Any, values: Tensor, indices: Tensor, notes: DecoderGradients, index: int) -> tuple[Tensor, ...]:
         ctx.save_for_backward(values, indices)
         ctx.notes, ctx.index = notes, index
-        W_dec = notes.clt.transcoder(index).W_dec.detach()
-        return ops.sparse_decode(values, indices, W_dec, backend=notes.backend).unbind(1)
+        written = ops.sparse_decode(values, indices, notes.decoder(index), backend=notes.backend)
+        return written.to(notes.dtype).unbind(1)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         values, indices = ctx.saved_tensors
         notes, index = ctx.notes, ctx.index
+        W_dec = notes.decoder(index).flatten(1)
+        rounded = tuple(notes._round(grad, W_dec.dtype) for grad in grads)
         # Detached: with their graph, which holds the notes, neither would ever be freed.
-        notes.written[index].append(Written(values.detach(), indices, tuple(grad.detach() for grad in grads)))
-        W_dec = notes.clt.transcoder(index).W_dec.detach().flatten(1)
-        d_values = products.row_dots(torch.stack(grads, 1).flatten(1), indices, W_dec, backend=notes.backend)
+        notes.written[index].append(Written(values.detach(), indices, tuple(grad.detach() for grad in rounded)))
+        d_values = products.row_dots(torch.stack(rounded, 1).flatten(1), indices, W_dec, backend=notes.backend)
         return d_values, None, None, None

@@ -79,15 +79,18 @@ class ForwardPass:
         latents = self.encode(index)
         latents = latents._replace(values=activations.where_counted(latents.values, 0.0))
         self.latents.append(latents)
+        read = latents._replace(values=self.clt.rounded(latents.values))
         if self.mode == "sparse":
-            self._upstream.add(latents)
-        self._write(index, latents)
+            self._upstream.add(read)
+        self._write(index, read)
 
     def decode(self, index: int, latents: Latents) -> Iterator[tuple[Site, Tensor]]:
         """What latents of module `index` write, without bias: each target with its [N, D], or this rank's columns."""
         module = self.clt.transcoder(index)
         if self.gradients is None:
-            parts = module.decode(latents, self.backend).unbind(1)
+            W_dec = self.clt.rounded(module.W_dec)
+            values = latents.values.to(W_dec.dtype)
+            parts = ops.sparse_decode(values, latents.indices, W_dec, backend=self.backend).unbind(1)
         else:
             parts = self.gradients.decode(index, latents)
         for target, written in enumerate(parts):
@@ -154,7 +157,7 @@ class ForwardPass:
     def _strongest(self, index: int, k: int, b_enc: Tensor | None = None) -> Latents:
         """The k strongest latents of module `index`; with other biases `b_enc` [F] than its own, if they are given."""
         module, reading = self.clt.transcoder(index), self._readings[index]
-        W_enc: Tensor = module.W_enc if self.mode == "vanilla" else self.clt.reading_rows(index)
+        W_enc = self.clt.rounded(module.W_enc if self.mode == "vanilla" else self.clt.reading_rows(index))
         b_enc = module.b_enc if b_enc is None else b_enc
         V, connections = None, module.connections
         if self.mode == "sparse":
@@ -162,9 +165,11 @@ class ForwardPass:
             reading = self._connected_reading(module.site, reading, connected=V is not None)
         reading = reading.to(W_enc.dtype)
         if V is None:
-            return Latents(*parallel.topk_encode(reading, W_enc, b_enc, k, group=module.group, backend=self.backend))
-        assert connections is not None
-        return self._connected_encode(index, reading, W_enc, b_enc, V, connections, k)
+            found = parallel.topk_encode(reading, W_enc, b_enc, k, group=module.group, backend=self.backend)
+        else:
+            assert connections is not None
+            found = self._connected_encode(index, reading, W_enc, b_enc, self.clt.rounded(V), connections, k)
+        return Latents(found[0].to(b_enc.dtype), found[1])  # thresholds and losses meet values as wide as biases
 
     def _connected_encode(
         self,
@@ -180,7 +185,7 @@ class ForwardPass:
         rows, group = len(W_enc), self.clt.ranks.latents
         own = min(k, rows)
         if site.kind == "mlp":
-            scale = self.activations.scale[site.layer].flatten().to(V.dtype)
+            scale = self.activations.scale[site.layer].flatten().to(b_enc.dtype)
             found = ops.connected_encode(reading, W_enc, b_enc, *z, V, connections, scale, own, backend=self.backend)
             return Latents(*parallel.strongest(*found, k, rows, group))
         by_sequence = self.activations.tokens.shape

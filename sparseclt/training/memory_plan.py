@@ -9,11 +9,11 @@ from sparseclt.data.activation_stream import buffer_bytes
 from sparseclt.devices import resolve
 from sparseclt.model.decoder_gradients import CHUNK_BYTES
 from sparseclt.model.shape import ModelShape
-from sparseclt.ops.scratch import default_scratch
 from sparseclt.training.evaluation_memory import evaluation_terms
 from sparseclt.training.optimizer import KEPT_BYTES, PIECE_BYTES
 from sparseclt.training.rank_plan import Sent, exchanges_ahead, of_rank, selection_bytes, step_exchanges
 from sparseclt.training.run_sizes import ALWAYS, FORWARD, NOTED, STEP, MemoryTerm, RunSizes, captured_bytes
+from sparseclt.training.scratch_memory import scratch_terms
 from sparseclt.training.selection_memory import selection_terms
 
 GiB, MiB = 1 << 30, 1 << 20
@@ -53,8 +53,9 @@ def make_plan(config: TrainConfig, shape: ModelShape, available: int | None = No
 
     Every term is linear in N and in F, and in the number of decoder vectors; none grows as N x F, F x F or F x U.
     """
-    run = RunSizes(config, shape)
-    terms = [*_state_terms(run), *_pass_terms(run), *_update_terms(run), *_connection_terms(run), *selection_terms(run)]
+    run = RunSizes(config, shape, available)
+    terms = [*_state_terms(run), *_pass_terms(run), *_rounded_terms(run), *scratch_terms(run), *_update_terms(run)]
+    terms += [*_connection_terms(run), *selection_terms(run)]
     terms = of_rank(terms, run)
     held = sum(term.bytes for term in terms if "evaluation" in term.phases)
     terms += evaluation_terms(run, None if available is None else available - held)
@@ -155,7 +156,8 @@ def _pass_terms(x: RunSizes) -> list[MemoryTerm]:
     kept = x.micro_outputs + 33 * x.n * x.active
     candidates = (x.config.clt.activation != "topk") * x.modes * 14 * x.n * x.active
     emptied = (x.config.clt.activation != "batchtopk") * x.modes * FLOAT * x.n * x.active
-    one_module = FLOAT * x.n * x.D * x.widest
+    one_module = (FLOAT + (x.p < FLOAT) * x.p) * x.n * x.D * x.widest
+    rounded, kept_modes = (x.modes, 1) if x.p < FLOAT else (0, x.modes)
     return [
         MemoryTerm("encoder gradients", encoders, ("backward", *NOTED), "w P_enc"),
         MemoryTerm("activations in float32", (x.v < FLOAT) * 2 * x.micro_outputs, FORWARD,
@@ -168,16 +170,30 @@ def _pass_terms(x: RunSizes) -> list[MemoryTerm]:
                    "modes x 4 n K M; BatchTopK: among the candidates"),
         MemoryTerm("latents of all micro-batches", x.in_parts * x.active_latents, NOTED, "modes x 12 N K M"),
         MemoryTerm("kept for backward", x.sparse * kept, FORWARD, "4 n D L + 33 n K M"),
-        MemoryTerm("gradients of reconstructions, earlier micro-batches", x.modes * (x.outputs - x.micro_outputs),
-                   FORWARD, "modes x 4 (N - n) D L"),
-        MemoryTerm("gradients of reconstructions, in backward", x.modes * x.micro_outputs, ("backward",),
-                   "modes x 4 n D L"),
-        MemoryTerm("gradients of reconstructions, for the update", x.modes * x.outputs, NOTED,
-                   "modes x 4 N D L"),
-        MemoryTerm("reconstructions by one module", one_module, FORWARD, "4 n D L"),
-        MemoryTerm("scratch of an op", min(default_scratch("topk_encode", "torch"), FLOAT * x.n * x.F), ("forward",),
-                   "at most 4 MiB on a CPU"),
+        MemoryTerm("gradients of reconstructions, earlier micro-batches",
+                   x.modes * (x.outputs - x.micro_outputs) * x.p // FLOAT, FORWARD, "modes x p (N - n) D L"),
+        MemoryTerm("gradients of reconstructions, in backward", kept_modes * x.micro_outputs, ("backward",),
+                   "modes x 4 n D L; p = 2: of one mode at a time"),
+        MemoryTerm("the same, rounded", rounded * x.micro_outputs * x.p // FLOAT, ("backward",), "modes x 2 n D L"),
+        MemoryTerm("gradients of reconstructions, for the update", x.modes * x.outputs * x.p // FLOAT, NOTED,
+                   "modes x p N D L"),
+        MemoryTerm("reconstructions by one module", one_module, FORWARD, "4 n D L; p = 2: 6 n D L"),
         MemoryTerm("one encoder's gradient", 2 * x.w * x.F * x.D, ("backward",), "2 w F D"),
+    ]  # fmt: skip
+
+
+def _rounded_terms(x: RunSizes) -> list[MemoryTerm]:
+    """Copies in bf16 of what products read."""
+    if not x.rounds:
+        return []
+    readings = x.modes * x.n * x.D * x.M * x.p - x.sparse * x.micro_outputs
+    return [
+        MemoryTerm("encoders in bf16", x.modes * x.p * x.size.encoder_vectors * x.D, FORWARD, "modes x 2 P_enc"),
+        MemoryTerm("decoders in bf16", x.p * x.size.decoder_vectors * x.D, FORWARD, "2 P_dec"),
+        MemoryTerm("virtual weights in bf16", x.sparse * x.p * x.slots, FORWARD, "2 F C per reader"),
+        MemoryTerm("readings in bf16", readings, FORWARD, "modes x 2 n D L, less 4 n D L kept for backward in fp32"),
+        MemoryTerm("active latents in bf16", x.modes * x.p * x.N * x.active, (*FORWARD, *NOTED), "modes x 2 N K M"),
+        MemoryTerm("values of encoders in bf16", x.modes * x.p * x.n * x.active, FORWARD, "modes x 2 n K M"),
     ]  # fmt: skip
 
 

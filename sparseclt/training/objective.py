@@ -240,7 +240,7 @@ class Objective:
         """
         gradients, means = DecoderGradients(self.clt, self.config.compute.backend), self.means(activations)
         with torch.no_grad():
-            runs = (self.terms(self.passes(part), part, means) for part in parts)
+            runs = (self.terms(self.passes(part, gradients), part, means) for part in parts)
             terms = reduce(_added, runs)
         leaves = [tensor.requires_grad_() for term in terms.values() for tensor in term.tensors()]
         total, values = self.loss(terms, self.tokens(activations), rho)

@@ -14,7 +14,8 @@ SHARED = frozenset({
     "gradients of reconstructions, earlier micro-batches", "gradients of reconstructions, in backward",
     "gradients of reconstructions, for the update", "gradients of reconstructions, side by side",
     "one encoder's gradient", "connections", "virtual weights and their gradient", "effective decoders",
-    "logits of connections", "encoder rows that choose", "connections chosen anew",
+    "logits of connections", "encoder rows that choose", "connections chosen anew", "the same, rounded",
+    "encoders in bf16", "decoders in bf16", "virtual weights in bf16",
 })  # fmt: skip
 
 
@@ -82,11 +83,11 @@ def _over_latents(x: RunSizes) -> list[Sent]:
     dV = (n - 1) * x.w * sum(h * (x.F // n) * c for h, c in zip(heads, x.connections, strict=True))
     columns = x.F // n * x.D * (n - 1) // n
     V = sum(h * (e * x.F * c * (n - 1) // n) for h, c in zip(heads, x.connections, strict=True))
-    latents = x.modes * (n - 1) * x.N * candidates * (x.w + INT32)
-    of_latents = x.modes * sum(_reduced(x.w * x.N * K, n) for K in x.Ks)
+    latents = x.modes * (n - 1) * x.N * candidates * (x.p + INT32)
+    of_latents = x.modes * sum(_reduced(x.p * x.N * K, n) for K in x.Ks)
     return [
-        Sent("latents", "all_gather", latents, "modes x M (n - 1) N K (w + 4)"),
-        Sent("gradients of latents", "all_reduce", of_latents, "modes x M 2 w N K"),
+        Sent("latents", "all_gather", latents, "modes x M (n - 1) N K (p + 4)"),
+        Sent("gradients of latents", "all_reduce", of_latents, "modes x M 2 p N K"),
         Sent("encoder rows for virtual weights", "all_to_all", sum(heads) * e * columns, "4 F D / n per reader"),
         Sent("virtual weights", "reduce_scatter", V, "4 F C per reader"),
         Sent("gradients of virtual weights", "all_gather", dV, "w F C per reader"),

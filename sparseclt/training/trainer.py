@@ -30,6 +30,7 @@ from sparseclt.training.loggers import RunLog
 from sparseclt.training.normalisation import normalise
 from sparseclt.training.objective import ModePass, Objective
 from sparseclt.training.optimizer import RowAdam, clip_and_step
+from sparseclt.training.precision import products
 from sparseclt.training.run_directory import (
     Identity,
     TrainingState,
@@ -95,6 +96,7 @@ class Trainer:
                 "clt: expected None where several processes train together, got a CLT; resume its run instead"
             )
         self.clt = (clt or build_clt(config, self.language_model, self.ranks)).to(self.device)
+        self.clt.products = products(config)
         self.policy = make_policy(config.connections, self.clt, config.steps, config.compute.backend)
         if self.policy and self._untrained:
             with torch.random.fork_rng(devices=[]):
