@@ -1,5 +1,6 @@
 """Connections of a CLT that is spread over ranks: each rank chooses those of its own latents."""
 
+from collections.abc import Iterator
 from functools import partial
 
 import torch
@@ -10,22 +11,21 @@ from sparseclt.connections.activity import Activity
 from sparseclt.model.attention import rows_of_heads
 from sparseclt.model.cross_layer import Reader, effective_decoders
 from sparseclt.model.transcoders import Transcoders
-from sparseclt.parallel.select_connections import select_connections
+from sparseclt.parallel.select_connections import most_important
 
 
-def select_of_rank(
+def most_important_of_rank(
     clt: Transcoders, activity: Activity, C: int, importance: Importance, backend: str | None
-) -> list[Tensor | None]:
-    """`select_top_connections` for this rank's latents: [F/n, C] per module."""
-    chosen: list[Tensor | None] = [None] * len(clt.sites)
+) -> Iterator[tuple[Reader, Tensor, Tensor]]:
+    """Every reader, the C upstream latents that matter most to each of this rank's latents, and how much they do:
+    [F/n, C] each, or fewer where it has fewer upstream latents."""
     decoders = [module.W_dec.detach() for module in clt]
     for reader, E in effective_decoders(clt.readers(), clt.sites, decoders):
         rows, U = clt.reading_rows(reader.index).detach().to(E.dtype), len(E)
         if reader.attention is not None:
             rows = rows_of_heads(rows, reader.attention)
         score = partial(_importance, activity, reader, importance, E.dtype)
-        chosen[reader.index] = select_connections(rows, E, score, min(C, U), group=reader.group, backend=backend)
-    return chosen
+        yield reader, *most_important(rows, E, score, min(C, U), group=reader.group, backend=backend)
 
 
 def _importance(

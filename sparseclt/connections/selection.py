@@ -8,12 +8,14 @@ from torch import Tensor
 from sparseclt import ops
 from sparseclt.config import Budget, Importance
 from sparseclt.connections.activity import Activity
-from sparseclt.connections.over_ranks import select_of_rank
+from sparseclt.connections.over_ranks import most_important_of_rank
 from sparseclt.model.attention import rows_of_heads
 from sparseclt.model.cross_layer import Reader, effective_decoders
 from sparseclt.model.transcoders import Transcoders
 from sparseclt.ops.rows import chunks
 from sparseclt.ops.scratch import SELECTION_BYTES
+from sparseclt.parallel.collectives import gather_rows
+from sparseclt.parallel.group import ALONE, Group
 
 LEAST, MOST = 2, 4  # connections of a latent where a module's latents share theirs: at least, and at most times C
 
@@ -37,9 +39,18 @@ def select_top_connections(
     """
     if C == 0:
         return no_connections(clt)
-    if not clt.ranks.latents.alone:
-        return select_of_rank(clt, activity, C, importance, backend)
     chosen: list[Tensor | None] = [None] * len(clt.sites)
+    if not clt.ranks.latents.alone:
+        most = MOST * C if budget == "module" else C
+        for reader, ids, strength in most_important_of_rank(clt, activity, most, importance, backend):
+            chosen[reader.index] = ids
+            if budget == "module":
+                costs, keep = (
+                    _costs(clt, activity, reader.index, strength),
+                    min(C, clt.transcoder(reader.index).upstream),
+                )
+                chosen[reader.index] = shared_out(ids, costs, keep, reader.group)
+        return chosen
     decoders = [m.W_dec.detach() for m in clt]
     for reader, E in effective_decoders(clt.readers(), clt.sites, decoders):
         rows, keep = clt.reading_rows(reader.index).detach().to(E.dtype), min(C, len(E))
@@ -58,14 +69,18 @@ def select_top_connections(
     return chosen
 
 
-def shared_out(ids: Tensor, costs: Tensor, C: int) -> Tensor:
+def shared_out(ids: Tensor, costs: Tensor, C: int, group: Group = ALONE) -> Tensor:
     """Of upstream latents `ids` [F, M] those F C whose loss would cost the most, `costs` [F, M]: [F, at most M], with
-    -1 in empty slots. Every latent keeps its first `LEAST`: one that fires rarely would die without any."""
+    -1 in empty slots. Every latent keeps its first `LEAST`: one that fires rarely would die without any. In a `group`
+    each rank has its own rows of all of these."""
     least = min(LEAST, C)
     costs = torch.cat([torch.full_like(costs[:, :least], torch.inf), costs[:, least:]], 1)
-    kept = torch.zeros_like(ids, dtype=torch.bool)
-    kept.view(-1)[costs.flatten().topk(min(len(ids) * C, ids.numel())).indices] = True
-    first = kept.int().sort(dim=1, descending=True, stable=True).indices[:, : int(kept.sum(1).max())]
+    of_all = gather_rows(costs, group)
+    kept = torch.zeros_like(of_all, dtype=torch.bool)
+    kept.view(-1)[of_all.flatten().topk(min(len(of_all) * C, of_all.numel())).indices] = True
+    most = int(kept.sum(1).max())
+    kept = kept.unflatten(0, (group.size, -1))[group.rank]
+    first = kept.int().sort(dim=1, descending=True, stable=True).indices[:, :most]
     return torch.where(kept, ids, -1).gather(1, first)
 
 
@@ -85,10 +100,11 @@ def _most_important(
 def _costs(clt: Transcoders, activity: Activity, module: int, strength: Tensor) -> Tensor:
     """What it would cost, up to a factor, to leave out connections of a module's latents, [F, M]: the square of their
     `strength`, which is the error of a pre-activation, times how often the latent fires and how much it writes, as a
-    share of what the latents of its module write to each target."""
-    written = clt.transcoder(module).W_dec.detach().float().square().sum(2)
+    share of what the latents of its module write to each target. Of a CLT that is spread over ranks: of this rank's."""
+    own = clt.transcoder(module)
+    written = own.group.sum_(own.W_dec.detach().float().square().sum(2))
     share = (written / written.mean(0).clamp_min(torch.finfo(written.dtype).tiny)).sum(1)
-    return strength.square() * (activity.firings(module) * share)[:, None]
+    return strength.square() * (activity.firings(module) * share)[own.rows, None]
 
 
 def no_connections(clt: Transcoders) -> list[Tensor | None]:

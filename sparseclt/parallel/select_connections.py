@@ -16,7 +16,6 @@ TILE_BYTES = 64 << 20  # of rows that are gathered at a time
 Importance = Callable[[slice, slice], Tensor]
 
 
-@torch.no_grad()
 def select_connections(
     W_enc: Tensor,
     E: Tensor,
@@ -40,10 +39,26 @@ def select_connections(
     same on all ranks. `group`: a `torch.distributed` process group, or None for one rank. Errors as in
     `ops.select_connections`.
     """
-    group = Group.of(group)
+    sizes = {"tile_bytes": tile_bytes, "scratch_bytes": scratch_bytes}
+    return most_important(W_enc, E, importance, C, group=Group.of(group), backend=backend, **sizes)[0]
+
+
+@torch.no_grad()
+def most_important(
+    W_enc: Tensor,
+    E: Tensor,
+    importance: Importance,
+    C: int,
+    *,
+    group: Group,
+    backend: str | None = None,
+    tile_bytes: int = TILE_BYTES,
+    scratch_bytes: int = TILE_BYTES,
+) -> tuple[Tensor, Tensor]:
+    """The ids of `select_connections`, and their importance x |virtual weight|, [F/n, C] each."""
     rows, share = W_enc.shape[-2], group.part(len(E), "upstream latents")
     decoders = _own_rows(E, group, tile_bytes)
-    best = [W_enc.new_empty(0, C, dtype=torch.int64)]
+    best = [(W_enc.new_empty(0, C, dtype=torch.int64), W_enc.new_empty(0, C, dtype=E.dtype))]
     for tile in chunks(rows, group.size * W_enc[..., :1, :].nbytes, tile_bytes):
         encoders = group.gather(W_enc[..., tile, :])  # of each rank some rows
         found = [
@@ -56,9 +71,10 @@ def select_connections(
         narrow = torch.int32 if len(E) < 2**31 else torch.int64
         ids = group.exchange((ids + share.start).to(narrow)).transpose(0, 1).flatten(1).long()
         scores = group.exchange(scores).transpose(0, 1).flatten(1)
-        order = scores.sort(dim=1, descending=True, stable=True).indices[:, :C]  # of equal ones the lowest id
-        best.append(ids.gather(1, order))
-    return torch.cat(best)
+        scores, order = scores.sort(dim=1, descending=True, stable=True)  # of equal ones the lowest id first
+        best.append((ids.gather(1, order[:, :C]), scores[:, :C]))
+    ids, scores = (torch.cat(both) for both in zip(*best, strict=True))
+    return ids, scores
 
 
 def _own_rows(E: Tensor, group: Group, tile_bytes: int) -> Tensor:

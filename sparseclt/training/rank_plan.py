@@ -169,4 +169,8 @@ def selection_bytes(x: RunSizes) -> int:
     for u, C, heads in zip(x.readers, x.connections, x.heads_of_readers, strict=True):
         decoders, encoders = e * u * x.F * (x.D // n) * (n - 1) // n, heads * (n - 1) * e * (x.F // n) * x.D
         sent += decoders + encoders + (e + INT32) * x.F * min(C, u * x.F // n) * (n - 1) // n
+        sent += x.shares_out * (n - 1) * e * (x.F // n) * C
+    if x.shares_out:
+        read = zip(x.size.targets, x.size.upstream, strict=True)
+        sent += sum(_reduced(FLOAT * x.F * targets, n) for targets, upstream in read if upstream)
     return sent

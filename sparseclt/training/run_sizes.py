@@ -85,7 +85,8 @@ class RunSizes:
         self.widest = max(self.size.targets)
         c = config.connections
         C = max(c.per_latent, (c.start_per_latent or 0) * (c.policy == "top"))
-        if c.budget == "module":
+        self.shares_out = c.budget == "module"
+        if self.shares_out:
             C *= MOST
         if c.policy == "dense-learned":
             C = self.M * self.F

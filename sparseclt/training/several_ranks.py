@@ -49,11 +49,6 @@ def check_supported(config: TrainConfig, data: int) -> None:
             f"loss.interaction_weight: expected 0 on several ranks, of which none has the rows of whole decoders, got "
             f"{config.loss.interaction_weight}"
         )
-    if config.connections.budget == "module":
-        raise ValueError(
-            f"connections.budget: expected 'latent' on several ranks, each of which sees only its own latents, got "
-            f"{config.connections.budget!r}"
-        )
 
 
 def language_model_of_ranks(

@@ -61,7 +61,7 @@ class StepTime:
 def step_costs(x: RunSizes) -> dict[str, Cost]:
     """Operations and bytes of a step of one rank, both modes. A decoder row that two tokens gather counts twice, as if
     there were no cache."""
-    n, w, wide = x.ranks, Widths(number=x.w), Widths(number=FLOAT)
+    n, w, wide = x.ranks, Widths(number=x.p), Widths(number=FLOAT)
     F, D = x.F // n, x.D // n
     encode = jumprelu_encode if x.config.clt.activation == "jumprelu" else topk_encode
     encoders: list[Cost] = []

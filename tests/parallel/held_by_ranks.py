@@ -106,8 +106,8 @@ def _small_pieces() -> Iterator[None]:
     pieces = ((modules, "INITIAL_BYTES"), (exchange, "TILE_BYTES"), (safetensors_stream, "PIECE_BYTES"))
     with ExitStack() as stack:
         for module, name in pieces:
-            stack.enter_context(patch.object(module, name, 512))
-        stack.enter_context(patch.object(over_ranks, "select_connections", partial(select_connections, tile_bytes=512)))
+            stack.enter_context(patch.object(module, name, 256))
+        stack.enter_context(patch.object(over_ranks, "select_connections", partial(select_connections, tile_bytes=256)))
         yield
 
 

@@ -64,9 +64,9 @@ def test_so_does_one_with_other_exchanges(ranks, kind):
         assert counted == planned
 
 
-def sent_to_choose(attention: str) -> tuple[int, int]:
+def sent_to_choose(attention: str, budget: str) -> tuple[int, int]:
     """The bytes that a rank sent to choose connections, and those of the plan."""
-    t = with_random_weights(trainer(attention, {"latents": 4, "data": 1}))
+    t = with_random_weights(trainer(attention, {"latents": 4, "data": 1}, connections__budget=budget))
     t.clt.float()
     activations = batch(0)
     t.activity["vanilla"].observe(t.clt(activations, "vanilla").latents, activations)
@@ -77,9 +77,9 @@ def sent_to_choose(attention: str) -> tuple[int, int]:
     return t.ranks.latents.sent.total() - before, selection_bytes(RunSizes(t.config, model(attention).shape))
 
 
-@pytest.mark.parametrize("attention", ["frozen", "latents"])
-def test_so_does_a_choice_of_connections(ranks, attention):
-    for counted, planned in ranks.run(4, sent_to_choose, attention):
+@pytest.mark.parametrize(("attention", "budget"), [("frozen", "latent"), ("latents", "latent"), ("frozen", "module")])
+def test_so_does_a_choice_of_connections(ranks, attention, budget):
+    for counted, planned in ranks.run(4, sent_to_choose, attention, budget):
         assert counted == planned
 
 

@@ -59,6 +59,7 @@ STEPS = 7
 RUNS = {
     "co-activation": ("frozen", {"clt__latents": 32, "connections__start_per_latent": 8}),
     "attention latents": ("latents", {}),
+    "shared by a module": ("frozen", {"connections__budget": "module"}),
     "learned": ("frozen", LEARNED | {"connections__candidates_after_steps": 2}),
     "dense learned": ("frozen", {"connections__policy": "dense-learned", "connections__open_per_latent": 3.0}),
     "random": ("frozen", {"connections__policy": "random"}),

@@ -15,7 +15,6 @@ REFUSED = {
     "latents that cannot be shared": ({"latents": 2}, {"clt__latents": 17}, "clt.latents: expected a multiple of 2"),
     "rows that cannot be shared": ({"data": 2}, {"batch_rows": 3}, "batch_rows: expected a multiple of parallel.data"),
     "a penalty on whole decoders": ({"latents": 2}, {"loss__interaction_weight": 1.0}, "loss.interaction_weight: expe"),
-    "connections that a module shares": ({"latents": 2}, {"connections__budget": "module"}, "connections.budget: expe"),
 }  # fmt: skip
 
 
