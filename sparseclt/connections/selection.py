@@ -45,11 +45,8 @@ def select_top_connections(
         for reader, ids, strength in most_important_of_rank(clt, activity, most, importance, backend):
             chosen[reader.index] = ids
             if budget == "module":
-                costs, keep = (
-                    _costs(clt, activity, reader.index, strength),
-                    min(C, clt.transcoder(reader.index).upstream),
-                )
-                chosen[reader.index] = shared_out(ids, costs, keep, reader.group)
+                costs, U = _costs(clt, activity, reader.index, strength), clt.transcoder(reader.index).upstream
+                chosen[reader.index] = shared_out(ids, costs, min(C, U), reader.group)
         return chosen
     decoders = [m.W_dec.detach() for m in clt]
     for reader, E in effective_decoders(clt.readers(), clt.sites, decoders):
@@ -99,12 +96,13 @@ def _most_important(
 
 def _costs(clt: Transcoders, activity: Activity, module: int, strength: Tensor) -> Tensor:
     """What it would cost, up to a factor, to leave out connections of a module's latents, [F, M]: the square of their
-    `strength`, which is the error of a pre-activation, times how often the latent fires and how much it writes, as a
-    share of what the latents of its module write to each target. Of a CLT that is spread over ranks: of this rank's."""
+    `strength`, which is the error of a pre-activation, times how much the latent writes, as a share of what the latents
+    of its module write to each target, and the root of how often it fires: with the number itself, rare latents, which
+    would get too few, die. Of a CLT that is spread over ranks: of this rank's."""
     own = clt.transcoder(module)
     written = own.group.sum_(own.W_dec.detach().float().square().sum(2))
     share = (written / written.mean(0).clamp_min(torch.finfo(written.dtype).tiny)).sum(1)
-    return strength.square() * (activity.firings(module) * share)[own.rows, None]
+    return strength.square() * (activity.firings(module).sqrt() * share)[own.rows, None]
 
 
 def no_connections(clt: Transcoders) -> list[Tensor | None]:

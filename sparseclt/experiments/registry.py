@@ -16,6 +16,7 @@ VANILLA = ("fvu_vanilla", "worst_fvu_vanilla", "dead_vanilla", "worst_dead_vanil
 
 WIDTHS = (256, 512, 1024, 2048, 4096)
 RANDOM = "--connections.policy random --connections.per-latent"
+SHARED = "--connections.budget module --connections.per-latent"
 LEARNED = "--connections.policy learned --connections.per-latent"
 PENALTIES = ("0.1", "1")
 ONLY_VANILLA = "--connections.policy none"
@@ -97,10 +98,13 @@ EXPERIMENTS = {
         ),
         Experiment(
             "attention",
-            "What do connections explain where attention has latents of its own?",
-            _connected((0, 8, 32)),
-            (*FVU, *PARTS, "worst_fvu_sparse", *DEAD, *RECOVERED, "seconds"),
-            "--clt.attention latents",
+            "What do connections explain where attention has latents, and should those of a module share them?",
+            (
+                *_connected((0, 8)),
+                *(Variant(f"shared_{C}", f"{SHARED} {C}", "vanilla", "C_0") for C in (8, 32)),
+            ),
+            (*FVU, *PARTS, "worst_fvu_sparse", *DEAD, "connections_mean"),
+            f"{SMALL} --clt.attention latents",
         ),
         Experiment(
             "dead-latents",

@@ -78,12 +78,12 @@ SUMS = RowSums(gather_sum, transpose, transposed_gather_sum, _transposed_sum)
 
 
 def _tiles(tokens: int, columns: int, itemsize: int, scratch_bytes: int) -> tuple[int, int]:
-    """Rows and columns of a tile of pre-activations, at least those of one token. About square: flat tiles read the
-    weights too often."""
+    """Rows and columns of a tile of pre-activations, at least those of one token. Four times as wide as high: flatter
+    tiles read the weights too often, and in narrower ones a row begins its list with columns that soon leave it."""
     entries = scratch_bytes // itemsize
     if entries < columns:
         return 1, columns
-    height = max(1, min(tokens, isqrt(entries)))
+    height = max(1, min(tokens, isqrt(entries // 4)))
     width = min(columns, entries // height)
     if width == columns:
         height = min(tokens, entries // max(1, columns))

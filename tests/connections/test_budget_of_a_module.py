@@ -53,7 +53,7 @@ def test_the_cost_is_the_squared_error_of_what_latents_write(model, attention):
             [(activity.recent.values[index] > 0)[activity.recent.indices[index] == i].sum() for i in range(F)]
         )
         norms = module.W_dec.square().sum(2)
-        costs = strength.square() * (fired * (norms / norms.mean(0)).sum(1))[:, None]
+        costs = strength.square() * (fired.sqrt() * (norms / norms.mean(0)).sum(1))[:, None]
         expected = shared_out(ids, costs, min(C, U))
         assert (shared[index] >= 0).sum() == F * min(C, U)
         assert all(set(a.tolist()) == set(b.tolist()) for a, b in zip(shared[index], expected, strict=True))
