@@ -1,5 +1,6 @@
 """Candidates for learned connections, exchanged for those whose opening would lower the loss more."""
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -9,10 +10,8 @@ from sparseclt.connections.gradients import RecentGradients
 from sparseclt.model.attention import rows_of_heads
 from sparseclt.model.cross_layer import Reader, effective_decoders
 from sparseclt.model.transcoders import Transcoders
-from sparseclt.ops.rows import chunks
 from sparseclt.ops.scratch import SELECTION_BYTES
-from sparseclt.parallel.collectives import side_by_side
-from sparseclt.parallel.select_connections import TILE_BYTES
+from sparseclt.parallel.select_connections import best_of_shares
 
 
 class Exchange(NamedTuple):
@@ -40,12 +39,15 @@ def exchanged_candidates(
         if logits is None:
             continue
         assert reader.connections is not None
-        gains = _largest_gains(clt, recent, reader, E, most, bytes_at_a_time)
-        result[reader.index] = _exchanged(*gains, reader.connections.indices, logits, price)
+        C = min(most, len(E), logits.shape[1])
+        best = partial(_best, clt, recent, reader, C)
+        rows = _carried(reader, clt.reading_rows(reader.index).detach().to(E.dtype))
+        found = best_of_shares(rows, E, best, C, group=reader.group, scratch_bytes=bytes_at_a_time // 3)
+        result[reader.index] = _exchanged(*found, reader.connections.indices, logits, price)
     return result
 
 
-def _exchanged(gains: Tensor, ids: Tensor, candidates: Tensor, logits: Tensor, price: float) -> Exchange:
+def _exchanged(ids: Tensor, gains: Tensor, candidates: Tensor, logits: Tensor, price: float) -> Exchange:
     """Of all latents those candidates [F, C] that are most closed, in exchange for `ids` [F, most], which have the
     largest `gains`."""
     lowest = logits.topk(ids.shape[1], dim=1, largest=False)
@@ -55,45 +57,45 @@ def _exchanged(gains: Tensor, ids: Tensor, candidates: Tensor, logits: Tensor, p
     return Exchange(candidates.scatter(1, lowest.indices, ids), new)
 
 
-def _largest_gains(
-    clt: Transcoders, recent: RecentGradients, reader: Reader, E: Tensor, most: int, bytes_at_a_time: int
-) -> tuple[Tensor, Tensor]:
-    """The largest gains [F, most] of upstream latents that are no candidates yet, in descending order, and their ids.
+def _carried(reader: Reader, rows: Tensor) -> Tensor:
+    """Encoder rows as they meet decoder rows, [F, D], or [H, F, D] of an attention reader."""
+    return rows if reader.attention is None else rows_of_heads(rows, reader.attention)
 
-    On several ranks those of this rank's latents: effective decoders are gathered a tile of upstream latents at a time.
-    """
-    assert reader.connections is not None
-    candidates, group = reader.connections.indices, reader.group
-    R, most = len(candidates), min(most, len(E), candidates.shape[1])
-    gains, ids = E.new_empty(R, 0), torch.empty(R, 0, dtype=torch.int64, device=E.device)
-    whole = len(E) * E[0].nbytes
-    for tile in chunks(len(E), group.size * E[0].nbytes, whole if group.alone else TILE_BYTES):
-        decoders = side_by_side(E[tile], group)
-        parts = []
-        for rows in chunks(R, 3 * len(decoders) * E.element_size(), bytes_at_a_time):
-            gain = _gain(clt, recent, reader, decoders, rows, tile)
-            place = candidates[rows].long() - tile.start
-            row, slot = ((place >= 0) & (place < len(decoders))).nonzero(as_tuple=True)
-            gain[row, place[row, slot]] = -torch.inf
-            parts.append(gain.topk(min(most, len(decoders)), dim=1))
-        found, places = (torch.cat(both) for both in zip(*parts, strict=True))
-        gains, order = torch.cat([gains, found], 1).sort(dim=1, descending=True, stable=True)
-        ids = torch.cat([ids, places + tile.start], 1).gather(1, order)
-        gains, ids = gains[:, :most], ids[:, :most]
-    return gains, ids
+
+def _best(
+    clt: Transcoders,
+    recent: RecentGradients,
+    reader: Reader,
+    C: int,
+    encoders: Tensor,
+    decoders: Tensor,
+    rows: slice,
+    columns: slice,
+) -> tuple[Tensor, Tensor]:
+    """`parallel.select_connections.Best` by what opening a connection would gain, of those that are no candidates."""
+    assert reader.all_connections is not None
+    gain = _gain(clt, recent, reader, encoders, decoders, rows, columns)
+    place = reader.all_connections.indices[rows].long() - columns.start
+    row, slot = ((place >= 0) & (place < len(decoders))).nonzero(as_tuple=True)
+    gain[row, place[row, slot]] = -torch.inf
+    gains, ids = gain.topk(min(C, len(decoders)), dim=1)
+    return ids, gains
 
 
 def _gain(
-    clt: Transcoders, recent: RecentGradients, reader: Reader, decoders: Tensor, rows: slice, ids: slice
+    clt: Transcoders,
+    recent: RecentGradients,
+    reader: Reader,
+    encoders: Tensor,
+    decoders: Tensor,
+    rows: slice,
+    columns: slice,
 ) -> Tensor:
-    """-V dL/dV [rows, ids], over heads the sum: by how much opening each connection of this rank's latents `rows` to
-    the upstream latents `ids`, which have `decoders`, lowers the loss, to first order."""
-    F, W_enc = clt.architecture.latents, clt.reading_rows(reader.index).detach()[rows].to(decoders.dtype)
-    weights, first = reader.attention, clt.transcoder(reader.index).rows.start
-    of_all = slice(first + rows.start, first + rows.stop)
-    heads = W_enc[None] if weights is None else rows_of_heads(W_enc, weights)
-    gain = decoders.new_zeros(len(W_enc), len(decoders))
+    """-V dL/dV [rows, columns], over heads the sum: by how much opening each connection of latents `rows`, which have
+    `encoders`, to the upstream latents `columns`, which have `decoders`, lowers the loss, to first order."""
+    F, heads = clt.architecture.latents, encoders if encoders.ndim == 3 else encoders[None]
+    gain = decoders.new_zeros(heads.shape[1], len(decoders))
     for head, carried in enumerate(heads):
-        gradient = recent.gradient_with(reader.index, of_all, ids, F, head)
+        gradient = recent.gradient_with(reader.index, rows, columns, F, head)
         gain -= (carried @ decoders.T).mul_(gradient)
     return gain

@@ -11,7 +11,7 @@ from sparseclt.connections.activity import Activity
 from sparseclt.model.attention import rows_of_heads
 from sparseclt.model.cross_layer import Reader, effective_decoders
 from sparseclt.model.transcoders import Transcoders
-from sparseclt.parallel.select_connections import most_important
+from sparseclt.parallel.select_connections import best_of_shares, most_important
 
 
 def most_important_of_rank(
@@ -25,7 +25,8 @@ def most_important_of_rank(
         if reader.attention is not None:
             rows = rows_of_heads(rows, reader.attention)
         score = partial(_importance, activity, reader, importance, E.dtype)
-        yield reader, *most_important(rows, E, score, min(C, U), group=reader.group, backend=backend)
+        best = partial(most_important, importance=score, C=min(C, U), backend=backend)
+        yield reader, *best_of_shares(rows, E, best, min(C, U), group=reader.group)
 
 
 def _importance(

@@ -1,6 +1,7 @@
 """The connections worth keeping of encoder rows and decoder columns that are spread over ranks."""
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -14,6 +15,9 @@ TILE_BYTES = 64 << 20  # of rows that are gathered at a time
 
 # Importance [rows, columns] of upstream latents `columns` for the latents `rows`, of all that ranks have.
 Importance = Callable[[slice, slice], Tensor]
+# Of latents with encoder rows [R, D] or [H, R, D], numbered `rows` among all, the best of the upstream latents
+# `columns`, which have whole decoders [U/n, D]: ids, counted from the first of these, and scores, as many as C, or all.
+Best = Callable[[Tensor, Tensor, slice, slice], tuple[Tensor, Tensor]]
 
 
 def select_connections(
@@ -39,41 +43,41 @@ def select_connections(
     same on all ranks. `group`: a `torch.distributed` process group, or None for one rank. Errors as in
     `ops.select_connections`.
     """
+    best = partial(most_important, importance=importance, C=C, backend=backend)
     sizes = {"tile_bytes": tile_bytes, "scratch_bytes": scratch_bytes}
-    return most_important(W_enc, E, importance, C, group=Group.of(group), backend=backend, **sizes)[0]
+    return best_of_shares(W_enc, E, best, C, group=Group.of(group), **sizes)[0]
 
 
 @torch.no_grad()
-def most_important(
+def best_of_shares(
     W_enc: Tensor,
     E: Tensor,
-    importance: Importance,
+    best: Best,
     C: int,
     *,
     group: Group,
-    backend: str | None = None,
     tile_bytes: int = TILE_BYTES,
     scratch_bytes: int = TILE_BYTES,
 ) -> tuple[Tensor, Tensor]:
-    """The ids of `select_connections`, and their importance x |virtual weight|, [F/n, C] each."""
+    """The C upstream latents [F/n, C] of each of this rank's latents with the largest scores, best first, and their
+    scores; by what `best` finds in each rank's share of the upstream latents. The rest as in `select_connections`."""
     rows, share = W_enc.shape[-2], group.part(len(E), "upstream latents")
     decoders = _own_rows(E, group, tile_bytes)
-    best = [(W_enc.new_empty(0, C, dtype=torch.int64), W_enc.new_empty(0, C, dtype=E.dtype))]
+    found = [(W_enc.new_empty(0, C, dtype=torch.int64), W_enc.new_empty(0, C, dtype=E.dtype))]
     for tile in chunks(rows, group.size * W_enc[..., :1, :].nbytes, tile_bytes):
         encoders = group.gather(W_enc[..., tile, :])  # of each rank some rows
-        found = [
-            _best_of_share(encoders[rank][..., part, :], decoders, importance(of_all, share), C, backend)
+        of_share = [
+            best(encoders[rank][..., part, :], decoders, of_all, share)
             for rank in range(group.size)
             for part, of_all in _parts(rank * rows, tile, decoders, scratch_bytes)
         ]
         # For each rank's rows what this one found; then for this one's what each rank found, of increasing ids.
-        ids, scores = (torch.cat(both).unflatten(0, (group.size, -1)) for both in zip(*found, strict=True))
+        ids, scores = (torch.cat(both).unflatten(0, (group.size, -1)) for both in zip(*of_share, strict=True))
         narrow = torch.int32 if len(E) < 2**31 else torch.int64
         ids = group.exchange((ids + share.start).to(narrow)).transpose(0, 1).flatten(1).long()
-        scores = group.exchange(scores).transpose(0, 1).flatten(1)
-        scores, order = scores.sort(dim=1, descending=True, stable=True)  # of equal ones the lowest id first
-        best.append((ids.gather(1, order[:, :C]), scores[:, :C]))
-    ids, scores = (torch.cat(both) for both in zip(*best, strict=True))
+        scores, order = group.exchange(scores).transpose(0, 1).flatten(1).sort(dim=1, descending=True, stable=True)
+        found.append((ids.gather(1, order[:, :C]), scores[:, :C]))  # of equal ones the lowest id first
+    ids, scores = (torch.cat(both) for both in zip(*found, strict=True))
     return ids, scores
 
 
@@ -96,11 +100,12 @@ def _parts(first: int, tile: slice, decoders: Tensor, scratch_bytes: int) -> lis
     return [(part, slice(begin + part.start, begin + part.stop)) for part in parts]
 
 
-def _best_of_share(
-    rows: Tensor, decoders: Tensor, importance: Tensor, C: int, backend: str | None
+def most_important(
+    rows: Tensor, decoders: Tensor, of_all: slice, share: slice, importance: Importance, C: int, backend: str | None
 ) -> tuple[Tensor, Tensor]:
-    """The best ids among some upstream latents, numbered from the first of them, and their scores."""
-    ids = ops.select_connections(rows, decoders, importance, min(C, len(decoders)), backend=backend)
+    """`Best` by importance x |virtual weight|."""
+    s = importance(of_all, share)
+    ids = ops.select_connections(rows, decoders, s, min(C, len(decoders)), backend=backend)
     heads = rows if rows.ndim == 3 else rows[None]
     V = torch.stack([ops.virtual_weights(head.contiguous(), decoders, ids, backend=backend) for head in heads])
-    return ids, V.norm(dim=0) * importance.gather(1, ids)
+    return ids, V.norm(dim=0) * s.gather(1, ids)

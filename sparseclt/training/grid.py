@@ -2,6 +2,7 @@
 
 import os
 from dataclasses import replace
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -13,6 +14,8 @@ from sparseclt.model.shape import ModelShape
 from sparseclt.parallel import ONE_RANK, Group, Ranks
 from sparseclt.training import memory
 from sparseclt.training.several_ranks import check_supported, decided, device_of, processes
+
+PATIENCE = timedelta(days=7)  # torchrun ends a process that waits for one that has died
 
 
 def join(config: TrainConfig, language_model: LanguageModel | None = None) -> Ranks:
@@ -40,7 +43,9 @@ def join(config: TrainConfig, language_model: LanguageModel | None = None) -> Ra
         return ONE_RANK
     check_supported(config, data)
     _begin(config)
-    return Ranks.of(_mesh(config, data, latents), Group.of(dist.group.WORLD), ahead=_mesh(config, data, latents))
+    meshes = [_mesh(config, data, latents) for _ in range(2)]
+    patient = Group.of(dist.new_group(backend="gloo", timeout=PATIENCE))
+    return Ranks.of(meshes[0], Group.of(dist.group.WORLD), ahead=meshes[1], patient=patient)
 
 
 def _mesh(config: TrainConfig, data: int, latents: int) -> DeviceMesh:

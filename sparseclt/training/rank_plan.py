@@ -1,5 +1,6 @@
 """What one of several ranks holds, and what it sends in a step."""
 
+import math
 from dataclasses import dataclass, replace
 
 from sparseclt.connections.attended import KEYS
@@ -159,16 +160,15 @@ def _reduced(size: int, ranks: int) -> int:
 
 
 def selection_bytes(x: RunSizes) -> int:
-    """What a rank sends when connections are chosen; when candidates are exchanged, whole effective decoders."""
+    """What a rank sends when connections are chosen, or candidates exchanged."""
     n, e = x.ranks, max(FLOAT, x.w)
     if not x.sparse or n == 1:
         return 0
-    if x.exchanging:
-        return (n - 1) * e * sum(u * x.F * (x.D // n) for u in x.readers)
-    sent = 0
+    sent, most = 0, math.ceil(x.config.connections.exchange_share * x.config.connections.per_latent)
     for u, C, heads in zip(x.readers, x.connections, x.heads_of_readers, strict=True):
+        kept = min(C, most) if x.exchanging else C
         decoders, encoders = e * u * x.F * (x.D // n) * (n - 1) // n, heads * (n - 1) * e * (x.F // n) * x.D
-        sent += decoders + encoders + (e + INT32) * x.F * min(C, u * x.F // n) * (n - 1) // n
+        sent += decoders + encoders + (e + INT32) * x.F * min(kept, u * x.F // n) * (n - 1) // n
         sent += x.shares_out * (n - 1) * e * (x.F // n) * C
     if x.shares_out:
         read = zip(x.size.targets, x.size.upstream, strict=True)

@@ -59,10 +59,13 @@ def language_model_of_ranks(
     elsewhere = config.parallel.model_devices
     place = elsewhere[ranks.data.rank % len(elsewhere)] if elsewhere else str(device)
     model = None
-    if ranks.latents.rank == 0:
-        model = given or LanguageModel.of(replace(config, device=place))
-        if ranks.latents.alone and not elsewhere:
-            return model
+    try:
+        if ranks.latents.rank == 0:
+            model = given or LanguageModel.of(replace(config, device=place))
+    finally:
+        ranks.patient.wait()  # until all that load one have it
+    if model is not None and ranks.latents.alone and not elsewhere:
+        return model
     return LanguageModelOfRanks(model, ranks.latents, device)
 
 
@@ -70,12 +73,12 @@ def language_model_of_ranks(
 def in_turn(ranks: Ranks) -> Iterator[None]:
     """The first rank runs the block, then the others do: they find what it left on disk."""
     if not ranks.first:
-        ranks.world.wait()
+        ranks.patient.wait()
     try:
         yield
     finally:
         if ranks.first:
-            ranks.world.wait()
+            ranks.patient.wait()
 
 
 def decided(ranks: Ranks, function: Callable[[], T]) -> T:

@@ -28,7 +28,7 @@ from sparseclt.connections import exchange, over_ranks, selection
 from sparseclt.model import modules
 from sparseclt.model.activations import Activations, all_but_first
 from sparseclt.model.shape import ModelShape
-from sparseclt.parallel.select_connections import select_connections
+from sparseclt.parallel.select_connections import best_of_shares
 from sparseclt.storage import safetensors_stream
 from sparseclt.training.run_directory import Identity
 from sparseclt.training.trainer import Trainer
@@ -103,11 +103,12 @@ class _Made(TorchDispatchMode):
 @contextmanager
 def _small_pieces() -> Iterator[None]:
     """Whatever is drawn, gathered or written a piece at a time, in pieces smaller than these modules."""
-    pieces = ((modules, "INITIAL_BYTES"), (exchange, "TILE_BYTES"), (safetensors_stream, "PIECE_BYTES"))
+    pieces = ((modules, "INITIAL_BYTES"), (safetensors_stream, "PIECE_BYTES"))
     with ExitStack() as stack:
         for module, name in pieces:
             stack.enter_context(patch.object(module, name, 256))
-        stack.enter_context(patch.object(over_ranks, "select_connections", partial(select_connections, tile_bytes=256)))
+        for module in (exchange, over_ranks):
+            stack.enter_context(patch.object(module, "best_of_shares", partial(best_of_shares, tile_bytes=256)))
         yield
 
 
