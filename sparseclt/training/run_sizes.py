@@ -48,9 +48,9 @@ def captured_bytes(config: TrainConfig, shape: ModelShape, tokens: int) -> int:
 class RunSizes:
     """The letters of the formulas for one run. n: tokens of a micro-batch; w: bytes of a weight; p: bytes of a number
     that products read; v: bytes of a number of the activations; M: modules; Ks: the most active latents of a token in
-    each module; K: the largest of them; active: all of them, K M in the formulas. With `ranks` that share the CLT, or `data` of them that share the batch, N
-    and n are the tokens of one rank; F, C and D stay those of the whole CLT. `available`: bytes of the device, None:
-    unknown."""
+    each module; K: the largest of them; active: all of them, K M in the formulas. With `ranks` that share the CLT, or
+    `data` of them that share the batch, N and n are the tokens of one rank; F, C and D stay those of the whole CLT.
+    `available`: bytes of the device, None: unknown."""
 
     def __init__(self, config: TrainConfig, shape: ModelShape, available: int | None = None):
         self.config, self.shape, self.size = config, shape, clt_size(config, shape)

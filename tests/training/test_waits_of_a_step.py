@@ -32,7 +32,8 @@ optimizer.KEPT_BYTES = 0  # decoders as large as real ones are computed twice
 optimizer.UNCOUNTED = ("cpu",)
 
 def waits_of(activation, rows, precision):
-    steps.CLTConfig, steps.OptimizerConfig = partial(CLTConfig, activation=activation), partial(OptimizerConfig, rows=rows)
+    steps.CLTConfig = partial(CLTConfig, activation=activation)
+    steps.OptimizerConfig = partial(OptimizerConfig, rows=rows)
     trainer = make_trainer("both", "cpu", **sizes)
     trainer.config = replace(trainer.config, compute=replace(trainer.config.compute, backend="triton"))
     trainer.objective.config = trainer.config
