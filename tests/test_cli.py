@@ -247,7 +247,8 @@ FLAGS = """
     --loss.l0-weight --loss.latent-agreement-weight --loss.sparse-ramp-share --loss.sparse-start-share --model.dtype
     --model.layers --model.path --optimizer.betas --optimizer.clip-norm --optimizer.dead-after-tokens
     --optimizer.decay-share --optimizer.learning-rate --optimizer.revival-rate --optimizer.rows --optimizer.state
-    --optimizer.warmup-share --out --parallel.data --parallel.latents --parallel.timeout-seconds --seed --steps
+    --optimizer.warmup-share --out --parallel.data --parallel.latents --parallel.model-devices
+    --parallel.timeout-seconds --seed --steps
 """.split()
 
 

@@ -84,6 +84,7 @@ BAD = {
     "clt.dtype": ["fp16", "float32", "bfloat16"],
     "connections.policy": ["tpo", "Top", "dense_learned", ""],
     "connections.per_latent": [-1],
+    "connections.budget": ["model", ""],
     "connections.importance": ["max", ""],
     "connections.recent_tokens": [0, -1],
     "connections.start_per_latent": [0, -1, 7],
@@ -209,6 +210,9 @@ CONTRADICTIONS = {
     "data.max_tokens: expected at least data.row_tokens = 64, got 63": {"data": {"row_tokens": 64, "max_tokens": 63}},
     "connections.start_per_latent: expected at least connections.per_latent = 8 or None, got 4": {
         "connections": {"per_latent": 8, "start_per_latent": 4}
+    },
+    "connections.budget: expected 'latent' unless connections.policy is 'top' and connections.importance": {
+        "connections": {"policy": "random", "budget": "module"}
     },
     "activations.shuffle_bytes, activations.cache: expected 0 and None with clt.attention 'latents'": {
         "clt": {"attention": "latents"}, "activations": {"cache": "x"},

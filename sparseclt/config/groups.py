@@ -8,6 +8,7 @@ from pydantic import AfterValidator, Field
 from sparseclt.config.strict import no_repeats, strict
 
 Importance = Literal["coactivation", "mean", "rms"]
+Budget = Literal["latent", "module"]
 
 LARGEST = 2**63 - 1  # the largest int64
 Natural = Annotated[int, Field(ge=0, le=LARGEST)]
@@ -101,6 +102,9 @@ class ConnectionConfig:
     random. none: vanilla mode only."""
     per_latent: Natural = 8
     """Connections per latent (C), 0 for none at all; with policy learned, candidates per latent."""
+    budget: Budget = "latent"
+    """With policy top, who has per_latent connections. latent: each latent. module: its latents in the mean, and each
+    at most four times as many; those have more that would miss them most."""
     importance: Importance = "coactivation"
     """What makes an upstream latent important, besides the size of its virtual weight |V|.
     coactivation: its mean while the reading latent fires. mean: over all tokens. rms: its root mean square."""
@@ -129,6 +133,11 @@ class ConnectionConfig:
     """With the learned policies, the price of each connection that a latent is expected to keep open."""
 
     def __post_init__(self) -> None:
+        if self.budget == "module" and (self.policy, self.importance) != ("top", "coactivation"):
+            raise ValueError(
+                f"connections.budget: expected 'latent' unless connections.policy is 'top' and connections.importance "
+                f"'coactivation', got {self.budget!r} with {self.policy!r} and {self.importance!r}"
+            )
         if self.start_per_latent is not None and self.start_per_latent < self.per_latent:
             raise ValueError(
                 f"connections.start_per_latent: expected at least connections.per_latent = {self.per_latent} or None, "

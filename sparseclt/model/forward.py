@@ -11,6 +11,7 @@ from sparseclt.model.activations import Activations
 from sparseclt.model.attention import attention_write
 from sparseclt.model.decoder_gradients import DecoderGradients
 from sparseclt.model.modules import Latents
+from sparseclt.model.over_ranks import counted_by_all
 from sparseclt.model.sites import MODES, Mode, Open, Site
 from sparseclt.model.stream import UnmaskedStream
 from sparseclt.model.transcoders import Transcoders
@@ -50,6 +51,7 @@ class ForwardPass:
         self._upstream = UpstreamLatents(clt.architecture, clt.sites)
         self._outputs: dict[Site, Tensor] = {}
         self._readings: list[Tensor] = []  # [N, D] per module
+        self._batch_tokens: int | None = None
 
     def output(self, site: Site) -> Tensor:
         """The reconstruction [N, D] of a site, complete once all modules up to it have run; the model's own output at
@@ -137,15 +139,20 @@ class ForwardPass:
         if a.activation == "batchtopk" and self.clt.training:
             # Emptied first: tokens that do not count take no part in the selection.
             values = self.activations.where_counted(candidates.values, 0.0)
-            counted = self.activations.counted_tokens
-            active = a.active_of(module.site.layer)
-            return nonlinearity.batch_top_k(candidates._replace(values=values), active, counted)
+            active, data = a.active_of(module.site.layer), self.clt.ranks.data
+            return nonlinearity.batch_top_k(candidates._replace(values=values), active, self._tokens_of_batch(), data)
         threshold = parallel.all_rows(module.threshold_of(self.mode), module.group)
         if a.activation == "batchtopk":
             return nonlinearity.above(candidates, threshold)
         latents, l0 = nonlinearity.jump_relu(candidates, threshold, a.bandwidth)
         self.l0.append(self.activations.where_counted(l0[:, None], 0.0)[:, 0])
         return latents
+
+    def _tokens_of_batch(self) -> int:
+        """How many tokens count on all ranks that share a batch."""
+        if self._batch_tokens is None:
+            self._batch_tokens = counted_by_all(self.activations, self.clt.ranks.data)
+        return self._batch_tokens
 
     def _strongest(self, index: int, k: int, b_enc: Tensor | None = None) -> Latents:
         """The k strongest latents of module `index`; with other biases `b_enc` [F] than its own, if they are given."""

@@ -14,16 +14,21 @@ from sparseclt.model.modules import Latents
 from sparseclt.model.sites import Site
 from sparseclt.ops.batchtopk_encode import among_largest
 from sparseclt.ops.jumprelu_slots import floor, jump_relu_slots, raised
+from sparseclt.parallel.collectives import gather_rows
+from sparseclt.parallel.group import ALONE, Group
 
 __all__ = ["above", "above_floor", "batch_top_k", "floor", "full_rows", "jump_relu", "warn_if_full"]
 
 
-def batch_top_k(candidates: Latents, k: int, tokens: int) -> Latents:
+def batch_top_k(candidates: Latents, k: int, tokens: int, data: Group = ALONE) -> Latents:
     """BatchTopK (see `ops.batchtopk_encode`): the `tokens * k` largest positive candidates of all rows together, ties
-    to the lowest row, then to the lowest latent. The other slots are empty: index -1 and value 0."""
-    values = candidates.values.detach().flatten()
-    kept = among_largest(values, tokens * k)
-    return _only((kept & (values != 0)).view_as(candidates.values), candidates)
+    to the lowest row, then to the lowest latent. The other slots are empty: index -1 and value 0.
+
+    `data`: the ranks that have the other rows, of which there are `tokens` in all. Each chooses among all candidates.
+    """
+    own = candidates.values.detach()
+    kept = among_largest(gather_rows(own, data).flatten(), tokens * k).view(data.size, *own.shape)[data.rank]
+    return _only(kept & (own != 0), candidates)
 
 
 def above_floor(candidates: Latents, floor: Tensor) -> Latents:

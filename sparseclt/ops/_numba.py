@@ -51,7 +51,7 @@ def transposed_gather_sum(weights: Tensor, order: Tensor, starts: Tensor, bags: 
     return out
 
 
-def _transpose(indices: Tensor, count: int) -> Transpose:
+def transpose(indices: Tensor, count: int) -> Transpose:
     """As in `_torch_rows`, by counting."""
     dtype = torch.int32 if max(indices.numel(), count) < torch.iinfo(torch.int32).max else torch.int64
     order, starts = indices.new_empty(indices.numel(), dtype=dtype), indices.new_empty(count + 1, dtype=dtype)
@@ -66,16 +66,24 @@ def _transposed_sum(weights: Tensor, order: Tensor, starts: Tensor) -> Tensor:
     return out
 
 
-SUMS = RowSums(gather_sum, _transpose, transposed_gather_sum, _transposed_sum)
+def add_outer_products_(
+    total: Tensor, weights: Tensor, rows_: Tensor, values: Tensor, ids: Tensor, scratch_bytes: int
+) -> None:
+    """As in `_torch_rows`, without scratch."""
+    read = weights.contiguous(), *transpose(rows_, len(total)), values.contiguous(), ids.contiguous()
+    run(rows.add_outer_products, len(total), rows_.numel() * ids.shape[1], *read, total)
+
+
+SUMS = RowSums(gather_sum, transpose, transposed_gather_sum, _transposed_sum)
 
 
 def _tiles(tokens: int, columns: int, itemsize: int, scratch_bytes: int) -> tuple[int, int]:
-    """Rows and columns of a tile of pre-activations, at least those of one token. About square: flat tiles read the
-    weights too often."""
+    """Rows and columns of a tile of pre-activations, at least those of one token. Four times as wide as high: flatter
+    tiles read the weights too often, and in narrower ones a row begins its list with columns that soon leave it."""
     entries = scratch_bytes // itemsize
     if entries < columns:
         return 1, columns
-    height = max(1, min(tokens, isqrt(entries)))
+    height = max(1, min(tokens, isqrt(entries // 4)))
     width = min(columns, entries // height)
     if width == columns:
         height = min(tokens, entries // max(1, columns))
@@ -130,14 +138,14 @@ def _bias(W_enc: Tensor, b_enc: Tensor | None) -> Tensor:
 def sparse_decode_backward(
     grad: Tensor, values: Tensor, indices: Tensor, W_dec: Tensor, needed: list[bool]
 ) -> tuple[Tensor | None, Tensor | None]:
-    grad, (order, starts) = grad.contiguous(), _transpose(indices, len(W_dec))
+    grad, (order, starts) = grad.contiguous(), transpose(indices, len(W_dec))
     d_values = _transposed_row_dots(grad, order, starts, indices, W_dec) if needed[0] else None
     return d_values, transposed_gather_sum(values, order, starts, grad) if needed[1] else None
 
 
 def row_dots(bags: Tensor, indices: Tensor, table: Tensor) -> Tensor:
     """As in `_torch_rows`. Reads each row of the table once, in order: `table` is larger than the caches."""
-    return _transposed_row_dots(bags, *_transpose(indices, len(table)), indices, table)
+    return _transposed_row_dots(bags, *transpose(indices, len(table)), indices, table)
 
 
 def _transposed_row_dots(bags: Tensor, order: Tensor, starts: Tensor, indices: Tensor, table: Tensor) -> Tensor:

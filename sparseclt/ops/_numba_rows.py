@@ -105,6 +105,21 @@ def transposed_row_dots(start, stop, bags, order, starts, K, rows, out):
 
 
 @kernel()
+def add_outer_products(start, stop, weights, order, starts, values, ids, total):
+    """total[r] [U] += sum over the slots that name row r of their weight x the sparse row (values, ids) [S] of their
+    bag: a row of the total stays in the cache while it grows."""
+    flat, K = weights.reshape(-1), weights.shape[1]
+    for r in range(start, stop):
+        last = starts[r + 2] if r + 2 < len(starts) else len(order)
+        row = total[r]
+        for p in range(starts[r + 1], last):
+            weight, bag, columns = flat[order[p]], values[order[p] // K], ids[order[p] // K]
+            for s in range(len(columns)):
+                if columns[s] >= 0:
+                    row[columns[s]] += weight * bag[s]
+
+
+@kernel()
 def transpose(start, stop, flat, order, starts):
     """Counting sort, stable, of all indices [M] into order [M] and starts [R+1]. One thread."""
     starts[:] = 0

@@ -13,6 +13,8 @@ from torch.nn import functional
 
 from sparseclt.ops.scratch import SCRATCH_BYTES
 
+PAIR_BYTES = 28  # of a pair of slots whose product is added up: its place, its product, and both while they are sorted
+
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype in which numbers of `dtype` are added up: float32 for fp16 and bf16, otherwise their own."""
@@ -130,6 +132,20 @@ def add_at_(total: Tensor, places: Tensor, values: Tensor) -> Tensor:
     if total.is_cuda:
         return total.index_put_((places,), values, accumulate=True)
     return total.scatter_add_(0, places, values)
+
+
+def add_outer_products_(
+    total: Tensor, weights: Tensor, rows: Tensor, values: Tensor, ids: Tensor, scratch_bytes: int
+) -> None:
+    """Add `scatter(weights).T @ scatter(values)` to total [R, U], one bag after another; as many at a time as their
+    pairs of slots fit into the scratch."""
+    flat, width = total.view(-1), total.shape[1]
+    bag, slot = (rows >= 0).nonzero(as_tuple=True)
+    for part in chunks(len(bag), PAIR_BYTES * ids.shape[1], scratch_bytes):
+        own, read = (bag[part], slot[part]), ids[bag[part]]
+        places = rows[own].long()[:, None] * width + read.clamp_min(0)
+        products = weights[own][:, None] * values[bag[part]]
+        add_at_(flat, places.flatten(), products.masked_fill_(read < 0, 0).flatten())
 
 
 def dense(values: Tensor, indices: Tensor, count: int) -> Tensor:

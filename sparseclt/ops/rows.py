@@ -13,13 +13,16 @@ from typing import NamedTuple
 from torch import Tensor
 
 from sparseclt.ops import _torch_rows
-from sparseclt.ops._torch_rows import Transpose, accumulation_dtype, add_at_, chunks, section, transpose
-from sparseclt.ops.backend import choose
+from sparseclt.ops._torch_rows import PAIR_BYTES, Transpose, accumulation_dtype, add_at_, chunks, section
+from sparseclt.ops.backend import INSTALLED, choose
+from sparseclt.ops.scratch import default_scratch
 
 __all__ = [
+    "PAIR_BYTES",
     "Transpose",
     "accumulation_dtype",
     "add_at_",
+    "add_outer_products_",
     "chunks",
     "gather_sum",
     "row_dots",
@@ -56,10 +59,33 @@ def transposed_gather_sum(
     return _products("transposed_gather_sum", backend, bags).transposed_gather_sum(weights, *transposed, bags)
 
 
+def transpose(indices: Tensor, rows: int) -> Transpose:
+    """The slots of `indices` [N, K] sorted by the row of 0..rows-1 that they name; the same on every backend."""
+    if indices.device.type == "cpu" and "numba" in INSTALLED:
+        return _of_backend("numba").transpose(indices, rows)
+    return _torch_rows.transpose(indices, rows)
+
+
+def add_outer_products_(
+    total: Tensor, weights: Tensor, rows: Tensor, values: Tensor, ids: Tensor, *, backend: str | None = None
+) -> None:
+    """Add to `total` [R, U], in place and one bag after another, the outer product of two sparse vectors of each bag.
+
+    Equivalent to `total += scatter(weights).T @ scatter(values)`, scatter(weights) [N, R], scatter(values) [N, U].
+    `weights` `rows` [N, K], `values` `ids` [N, S], `total` contiguous. Only pairs of slots are met, and they take the
+    scratch of a backend at most.
+    """
+    backend = choose("add_outer_products_", backend, total)
+    scratch = default_scratch("add_outer_products_", backend, total.device)
+    _of_backend(backend).add_outer_products_(total, weights, rows, values, ids, scratch)
+
+
 class _Products(NamedTuple):
     gather_sum: Callable[[Tensor, Tensor, Tensor], Tensor]
     row_dots: Callable[[Tensor, Tensor, Tensor], Tensor]
     transposed_gather_sum: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+    transpose: Callable[[Tensor, int], Transpose] = _torch_rows.transpose
+    add_outer_products_: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, int], None] = _torch_rows.add_outer_products_
 
 
 def _products(name: str, backend: str | None, tensor: Tensor) -> _Products:
@@ -71,7 +97,9 @@ def _of_backend(backend: str) -> _Products:
     if backend == "numba":
         from sparseclt.ops import _numba as numba
 
-        return _Products(numba.gather_sum, numba.row_dots, numba.transposed_gather_sum)
+        return _Products(
+            numba.gather_sum, numba.row_dots, numba.transposed_gather_sum, numba.transpose, numba.add_outer_products_
+        )
     if backend == "triton":
         from csrc_triton.rows import gather_sum, row_dots, transposed_gather_sum
 

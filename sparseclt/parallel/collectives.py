@@ -36,7 +36,7 @@ def all_rows(rows: Tensor, group: Group) -> Tensor:
 
 def gather_columns(columns: Tensor, group: Group) -> Tensor:
     """All columns [N, D] of the ranks' columns [N, D/n]. Differentiable."""
-    return _exchanged(columns, group, _side_by_side, _summed_columns)
+    return _exchanged(columns, group, side_by_side, _summed_columns)
 
 
 def sum_over(part: Tensor, group: Group) -> Tensor:
@@ -61,15 +61,16 @@ def gather_rows(rows: Tensor, group: Group) -> Tensor:
     return rows if group.alone else group.gather(rows).flatten(0, 1)
 
 
+def side_by_side(columns: Tensor, group: Group) -> Tensor:
+    """`gather_columns`, without a gradient."""
+    return columns if group.alone else group.gather(columns).transpose(0, 1).flatten(1)
+
+
 Exchange = Callable[[Tensor, Group], Tensor]
 
 
 def _summed_rows(parts: Tensor, group: Group) -> Tensor:
     return group.reduce_scatter(parts.unflatten(0, (group.size, -1)))
-
-
-def _side_by_side(columns: Tensor, group: Group) -> Tensor:
-    return group.gather(columns).transpose(0, 1).flatten(1)
 
 
 def _summed_columns(parts: Tensor, group: Group) -> Tensor:

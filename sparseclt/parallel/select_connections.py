@@ -10,13 +10,12 @@ from sparseclt import ops
 from sparseclt.ops.rows import chunks
 from sparseclt.parallel.group import Group
 
-TILE_BYTES = 64 << 20  # of effective decoders that are gathered at a time
+TILE_BYTES = 64 << 20  # of rows that are gathered at a time
 
-# Importance [rows, columns] of upstream latents `columns` for this rank's latents `rows`.
+# Importance [rows, columns] of upstream latents `columns` for the latents `rows`, of all that ranks have.
 Importance = Callable[[slice, slice], Tensor]
 
 
-@torch.no_grad()
 def select_connections(
     W_enc: Tensor,
     E: Tensor,
@@ -30,36 +29,77 @@ def select_connections(
 ) -> Tensor:
     """Upstream ids [F/n, C] int64 of this rank's latents with the largest importance x |virtual weight|, best first.
 
-    Equivalent to this rank's rows of `ops.select_connections(all W_enc, all E, all importances, C)`. Effective decoders
-    are gathered a tile of upstream latents at a time, once each: a rank sends U D numbers in all.
+    Equivalent to this rank's rows of `ops.select_connections(all W_enc, all E, all importances, C)`. Each rank takes
+    U/n of the upstream latents, whose columns the ranks exchange for whole rows, and finds the C best of these for all
+    F latents, whose encoder rows are gathered a tile at a time; of what the ranks found, each then takes the C best for
+    its own latents. A rank sends about U D / n + F D + 2 F C numbers.
 
     `W_enc` [F/n, D] or [H, F/n, D]: this rank's rows; `E` [U, D/n]: this rank's columns; `importance`: a function that
-    gives [rows, columns] of this rank's latents. `tile_bytes` bounds a tile, `scratch_bytes` its importances; both must
-    be the same on all ranks. `group`: a `torch.distributed` process group, or None for one rank. Errors as in
+    gives [rows, columns] of all latents. `tile_bytes` bounds a tile, `scratch_bytes` its importances; both must be the
+    same on all ranks. `group`: a `torch.distributed` process group, or None for one rank. Errors as in
     `ops.select_connections`.
     """
-    group = Group.of(group)
-    rows = W_enc.shape[-2]
-    best = W_enc.new_empty(rows, 0, dtype=torch.int64)
-    scores = W_enc.new_empty(rows, 0)
-    for tile in chunks(len(E), E.shape[1] * group.size * E.element_size(), tile_bytes):
-        decoders = group.gather(E[tile]).transpose(0, 1).flatten(1)  # [tile, D]
+    sizes = {"tile_bytes": tile_bytes, "scratch_bytes": scratch_bytes}
+    return most_important(W_enc, E, importance, C, group=Group.of(group), backend=backend, **sizes)[0]
+
+
+@torch.no_grad()
+def most_important(
+    W_enc: Tensor,
+    E: Tensor,
+    importance: Importance,
+    C: int,
+    *,
+    group: Group,
+    backend: str | None = None,
+    tile_bytes: int = TILE_BYTES,
+    scratch_bytes: int = TILE_BYTES,
+) -> tuple[Tensor, Tensor]:
+    """The ids of `select_connections`, and their importance x |virtual weight|, [F/n, C] each."""
+    rows, share = W_enc.shape[-2], group.part(len(E), "upstream latents")
+    decoders = _own_rows(E, group, tile_bytes)
+    best = [(W_enc.new_empty(0, C, dtype=torch.int64), W_enc.new_empty(0, C, dtype=E.dtype))]
+    for tile in chunks(rows, group.size * W_enc[..., :1, :].nbytes, tile_bytes):
+        encoders = group.gather(W_enc[..., tile, :])  # of each rank some rows
         found = [
-            _best_of_tile(W_enc[..., part, :], decoders, importance(part, tile), C, backend)
-            for part in chunks(rows, len(decoders) * E.element_size(), scratch_bytes)
+            _best_of_share(encoders[rank][..., part, :], decoders, importance(of_all, share), C, backend)
+            for rank in range(group.size)
+            for part, of_all in _parts(rank * rows, tile, decoders, scratch_bytes)
         ]
-        # Stably, and earlier tiles first: of equal scores, the lowest ids.
-        scores = torch.cat([scores, torch.cat([score for _, score in found])], 1)
-        best = torch.cat([best, torch.cat([ids for ids, _ in found]) + tile.start], 1)
-        scores, order = scores.sort(dim=1, descending=True, stable=True)
-        scores, best = scores[:, :C].contiguous(), best.gather(1, order[:, :C])
-    return best
+        # For each rank's rows what this one found; then for this one's what each rank found, of increasing ids.
+        ids, scores = (torch.cat(both).unflatten(0, (group.size, -1)) for both in zip(*found, strict=True))
+        narrow = torch.int32 if len(E) < 2**31 else torch.int64
+        ids = group.exchange((ids + share.start).to(narrow)).transpose(0, 1).flatten(1).long()
+        scores = group.exchange(scores).transpose(0, 1).flatten(1)
+        scores, order = scores.sort(dim=1, descending=True, stable=True)  # of equal ones the lowest id first
+        best.append((ids.gather(1, order[:, :C]), scores[:, :C]))
+    ids, scores = (torch.cat(both) for both in zip(*best, strict=True))
+    return ids, scores
 
 
-def _best_of_tile(
+def _own_rows(E: Tensor, group: Group, tile_bytes: int) -> Tensor:
+    """This rank's share of the whole rows, [U/n, D], of its columns [U, D/n]."""
+    if group.alone:
+        return E
+    by_rank = E.unflatten(0, (group.size, -1))  # [n, U/n, D/n]: the rows that each rank will have
+    whole = E.new_empty(by_rank.shape[1], group.size * E.shape[1])
+    for tile in chunks(len(whole), whole[:1].nbytes, tile_bytes):
+        whole[tile] = group.exchange(by_rank[:, tile]).transpose(0, 1).flatten(1)
+    return whole
+
+
+def _parts(first: int, tile: slice, decoders: Tensor, scratch_bytes: int) -> list[tuple[slice, slice]]:
+    """A tile of a rank's rows in parts whose importances fit into `scratch_bytes`: where they are in the tile, and
+    among all latents, of which the rank has those from `first` on."""
+    parts = chunks(tile.stop - tile.start, len(decoders) * decoders.element_size(), scratch_bytes)
+    begin = first + tile.start
+    return [(part, slice(begin + part.start, begin + part.stop)) for part in parts]
+
+
+def _best_of_share(
     rows: Tensor, decoders: Tensor, importance: Tensor, C: int, backend: str | None
 ) -> tuple[Tensor, Tensor]:
-    """The best ids of a tile, numbered from its start, and their scores."""
+    """The best ids among some upstream latents, numbered from the first of them, and their scores."""
     ids = ops.select_connections(rows, decoders, importance, min(C, len(decoders)), backend=backend)
     heads = rows if rows.ndim == 3 else rows[None]
     V = torch.stack([ops.virtual_weights(head.contiguous(), decoders, ids, backend=backend) for head in heads])

@@ -11,7 +11,7 @@ from sparseclt.model.decoder_gradients import CHUNK_BYTES
 from sparseclt.model.shape import ModelShape
 from sparseclt.training.evaluation_memory import evaluation_terms
 from sparseclt.training.optimizer import KEPT_BYTES, PIECE_BYTES
-from sparseclt.training.rank_plan import Sent, of_rank, selection_bytes, step_exchanges
+from sparseclt.training.rank_plan import Sent, exchanges_ahead, of_rank, selection_bytes, step_exchanges
 from sparseclt.training.run_sizes import ALWAYS, FORWARD, NOTED, STEP, MemoryTerm, RunSizes, captured_bytes
 from sparseclt.training.scratch_memory import scratch_terms
 from sparseclt.training.selection_memory import selection_terms
@@ -28,6 +28,8 @@ class Plan:
     available: int | None
     sent: tuple[Sent, ...] = ()
     """What one of several ranks sends in a step."""
+    sent_ahead: tuple[Sent, ...] = ()
+    """What it sends meanwhile for the next step."""
     sent_to_choose: int = 0
     """Bytes that it sends besides in a step that chooses connections."""
 
@@ -57,9 +59,8 @@ def make_plan(config: TrainConfig, shape: ModelShape, available: int | None = No
     terms = of_rank(terms, run)
     held = sum(term.bytes for term in terms if "evaluation" in term.phases)
     terms += evaluation_terms(run, None if available is None else available - held)
-    return Plan(
-        tuple(term for term in terms if term.bytes), available, tuple(step_exchanges(run)), selection_bytes(run)
-    )
+    held_terms, sent = tuple(term for term in terms if term.bytes), tuple(step_exchanges(run))
+    return Plan(held_terms, available, sent, tuple(exchanges_ahead(run)), selection_bytes(run))
 
 
 def dense_plan(config: TrainConfig, shape: ModelShape, available: int | None = None) -> Plan:
@@ -91,13 +92,17 @@ def table(plan: Plan) -> str:
 
 def _sent(plan: Plan) -> list[str]:
     """What a rank sends, as a table, and how long that takes."""
-    if not plan.sent:
+    if not plan.sent and not plan.sent_ahead:
         return []
     lines = ["", "| sent by a rank in a step | MiB | collective | formula (bytes) |", "| --- | ---: | --- | --- |"]
     for sent in sorted(plan.sent, key=lambda sent: -sent.bytes):
         lines.append(f"| {sent.name} | {sent.bytes / MiB:.3f} | {sent.collective} | {sent.formula} |")
     total = sum(sent.bytes for sent in plan.sent)
     lines.append(f"| **all** | **{total / MiB:.3f}** | | |")
+    for sent in plan.sent_ahead:
+        lines.append(
+            f"| {sent.name}, for the next step | {sent.bytes / MiB:.3f} | {sent.collective} | {sent.formula} |"
+        )
     times = ", ".join(f"{total / (speed * 1e9) * 1e3:.3g} ms at {speed} GB/s" for speed in BANDWIDTHS)
     lines.append(f"\nA step waits {times} per rank, as far as nothing is computed meanwhile.")
     if plan.sent_to_choose:
@@ -113,7 +118,7 @@ def _state_terms(x: RunSizes) -> list[MemoryTerm]:
         MemoryTerm("weights", x.w * x.size.parameters, ALWAYS, "w (P_enc + P_dec)"),
         MemoryTerm("optimiser state", state, ALWAYS,
                    "8 (P_enc + P_dec), 8bit: 2 (P_enc + P_dec) + 8 (P_enc + P_dec) / D"),
-        MemoryTerm("language model", x.model_number * x.shape.parameters, ALWAYS, "4 P_model; bf16, fp16: 2 P_model"),
+        MemoryTerm("language model", x.own_model, ALWAYS, "4 P_model; bf16, fp16: 2 P_model"),
         _activations(x),
         MemoryTerm(
             "activity of latents", _activity_bytes(x), ALWAYS,

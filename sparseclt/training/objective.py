@@ -17,6 +17,7 @@ from sparseclt.model.activations import Activations
 from sparseclt.model.clt import SparseCLT
 from sparseclt.model.decoder_gradients import DecoderGradients
 from sparseclt.model.modules import Latents
+from sparseclt.model.over_ranks import counted_by_all
 from sparseclt.model.replacement import replacement
 from sparseclt.model.sites import Mode, Site
 from sparseclt.parallel import Group, sum_over
@@ -162,8 +163,7 @@ class Objective:
 
     def tokens(self, activations: Activations) -> int:
         """How many tokens of the whole batch count."""
-        own, data = activations.counted_tokens, self.clt.ranks.data
-        return own if data.alone else int(data.sum_(torch.tensor(own, device=activations.tokens.device)))
+        return counted_by_all(activations, self.clt.ranks.data)
 
     def loss(self, terms: dict[str, LossTerm], tokens: int, rho: float) -> tuple[Tensor, Values]:
         """The loss of a batch of so many tokens, and its terms by name. `rho`: weight of the sparsely-connected

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from sparseclt.config import TrainConfig
+from sparseclt.connections.selection import MOST
 from sparseclt.costs import BYTES, FLOAT, ID, CLTSize
 from sparseclt.data.activation_stream import number_bytes
 from sparseclt.devices import resolve
@@ -72,6 +73,8 @@ class RunSizes:
         self.p = BYTES["bf16"] if self.rounds else self.w
         self.mean_number = FLOAT  # of real outputs and of sums over them
         self.model_number = BYTES[config.model.dtype]
+        # Of the first of the ranks that share the CLT; the others have none.
+        self.own_model = 0 if config.parallel.model_devices else self.model_number * shape.parameters
         self.half = self.model_number < FLOAT
         self.readers = [u for u in self.size.upstream if u]
         self.sparse = config.connections.policy != "none" and bool(self.readers)
@@ -82,12 +85,18 @@ class RunSizes:
         self.widest = max(self.size.targets)
         c = config.connections
         C = max(c.per_latent, (c.start_per_latent or 0) * (c.policy == "top"))
+        self.shares_out = c.budget == "module"
+        if self.shares_out:
+            C *= MOST
         if c.policy == "dense-learned":
             C = self.M * self.F
         self.learned = c.policy in ("learned", "dense-learned")
         self.exchanging = c.policy == "learned" and c.exchange_share > 0
+        # The share of steps that choose connections.
+        self.choosing = (self.exchanging or c.policy == "top") * self.sparse / c.refresh_steps
         self.connections = [min(C, u * self.F) for u in self.readers]  # per latent of each reader
         self.slots = self.F * sum(self.connections)
         read = [site for site, u in zip(self.sites, self.size.upstream, strict=True) if u]
         self.heads_of_readers = [shape.heads if site.kind == "attn" else 1 for site in read]
-        self.gradients = 4 * self.M + self.learned * len(self.readers)  # tensors of parameters that have one
+        thresholds = self.M * (config.clt.activation == "jumprelu")
+        self.gradients = 4 * self.M + thresholds + self.learned * len(self.readers)  # tensors that have one

@@ -1,11 +1,12 @@
 """The memory that choosing connections takes, at the start of a step."""
 
 from sparseclt.costs import FLOAT, ID
+from sparseclt.ops.rows import PAIR_BYTES
 from sparseclt.ops.scratch import SELECTION_BYTES
 from sparseclt.training.run_sizes import MemoryTerm, RunSizes
 from sparseclt.training.scratch_memory import scratch_bytes
 
-PAIR = 28  # bytes of a pair of latents that fire together: its place, its value, and both while they are sorted
+TOKEN_SLOT = 40  # bytes of a latent of a recent token: ids and values of both readers and read, and their order
 
 
 def selection_terms(x: RunSizes) -> list[MemoryTerm]:
@@ -16,7 +17,7 @@ def selection_terms(x: RunSizes) -> list[MemoryTerm]:
     rows = FLOAT * x.F * x.D * (1 + 2 * heads)
     return [
         MemoryTerm("scores of connections", max(_score_bytes(x, u * x.F) for u in x.readers), ("selection",),
-                   "at most 3 x 32 MiB, or 1/32 of a free GPU; co-activation: 28 bytes per pair that fires together"),
+                   "3 x 32 MiB, or 1/32 of a free GPU; co-activation: 40 bytes per recent token and active latent"),
         MemoryTerm("encoder rows that choose", rows, ("selection",), "4 F D; attention: 4 F D (1 + 2 H)"),
         MemoryTerm("connections chosen anew", ID * x.slots, ("selection",), "8 F C per reader"),
     ]  # fmt: skip
@@ -29,6 +30,6 @@ def _score_bytes(x: RunSizes, U: int) -> int:
         return scratch
     rows = min(x.F, max(1, SELECTION_BYTES // (FLOAT * U)))
     scores = FLOAT * rows * U
-    # Of the recent tokens' latents, as many as belong to these rows if all fire equally often.
-    firing = x.config.connections.recent_tokens * x.K * rows // x.F
-    return max(3 * scores, 2 * scores + PAIR * firing * x.K, scores + scratch)
+    recent = x.config.connections.recent_tokens * x.K
+    pairs = scratch_bytes(x, "add_outer_products_", PAIR_BYTES * recent * x.K)
+    return max(3 * scores, scores + TOKEN_SLOT * recent + pairs, scores + scratch)

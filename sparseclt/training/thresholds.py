@@ -10,7 +10,9 @@ from sparseclt.model.activations import Activations
 from sparseclt.model.clt import SparseCLT
 from sparseclt.model.modules import Latents
 from sparseclt.model.nonlinearity import full_rows
+from sparseclt.model.over_ranks import counted_by_all
 from sparseclt.model.sites import Mode
+from sparseclt.parallel.collectives import gather_rows
 
 RATE = 0.1  # of the running mean of BatchTopK's thresholds: a mean over some ten batches
 
@@ -21,10 +23,12 @@ def calibrate(clt: SparseCLT, activations: Activations, backend: str | None = No
     batch and in vanilla mode. They start at zero, as those of a plain ReLU."""
     if clt.architecture.activation != "jumprelu":
         return
+    data = clt.ranks.data
+    tokens = counted_by_all(activations, data)
     for module, latents in zip(clt, clt(activations, "vanilla", backend=backend).latents, strict=True):
-        found = latents.values.flatten()
+        found = gather_rows(latents.values, data).flatten()
         module.threshold_of("vanilla").fill_(
-            found.topk(activations.counted_tokens * clt.architecture.active_of(module.site.layer)).values[-1]
+            found.topk(tokens * clt.architecture.active_of(module.site.layer)).values[-1]
         )
 
 

@@ -66,6 +66,32 @@ def test_tiles_fit_in_the_scratch_beyond_one_token(tokens, columns, scratch_byte
     assert height * width * 4 <= max(scratch_bytes, columns * 4)
 
 
+@pytest.mark.parametrize("width", [64, 150, 400])
+@pytest.mark.parametrize("numbers", ["distinct", "many equal", "few positive", "some NaN"])
+@pytest.mark.parametrize("absolute", [False, True])
+def test_lists_fed_tile_by_tile_are_the_head_of_a_stable_sort(numbers, width, absolute):
+    from sparseclt.ops import _numba_select as select
+
+    N, F, k, generator = 40, 400, 12, torch.Generator().manual_seed(0)
+    pre = torch.randn(N, F, generator=generator)
+    pre = {"distinct": pre, "many equal": (2 * pre).round(), "few positive": pre - 2}.get(numbers, pre)
+    if numbers == "some NaN":
+        pre[torch.rand(N, F, generator=generator) < 0.02] = torch.nan
+    bias = torch.randn(F, generator=generator).round() / 2
+    values, indices, counts = torch.empty(N, k), torch.empty(N, k, dtype=torch.int64), torch.zeros(N, dtype=torch.int64)
+    lists = [tensor.numpy() for tensor in (values, indices, counts)]
+    for offset in range(0, F, width):
+        tile = pre[:, offset : offset + width].contiguous().numpy()
+        select.take_encoded(0, N, tile, offset, bias.numpy(), absolute, *lists)
+    select.finish(0, N, *lists)
+    pre += bias
+    score = pre.abs() if absolute else pre.relu()
+    order = score.nan_to_num(torch.inf).sort(dim=1, descending=True, stable=True).indices[:, :k]
+    expected = (pre if absolute else score).gather(1, order)
+    assert torch.equal(values.nan_to_num(99), expected.nan_to_num(99))
+    assert torch.equal(indices[values != 0], order[values != 0])
+
+
 def test_compiled_functions_are_cached_on_disk():
     from sparseclt.ops import _numba_rows, _numba_select
 

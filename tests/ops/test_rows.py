@@ -1,6 +1,6 @@
 import pytest
 import torch
-from op_helpers import BACKENDS, DEVICE, ids, rows
+from op_helpers import BACKENDS, DEVICE, LargestAllocation, ids, rows
 
 from sparseclt.ops import _torch_rows
 from sparseclt.ops import rows as products
@@ -48,6 +48,32 @@ def test_the_products_are_dense_ones_under_every_backend(backend):
     torch.testing.assert_close(products.row_dots(bags, indices, table, backend=backend), dots)
     summed = products.transposed_gather_sum(weights, products.transpose(indices, 9), bags, backend=backend)
     torch.testing.assert_close(summed, scattered.T @ bags)
+
+
+@pytest.mark.parametrize("backend", [None, "reference", *BACKENDS])
+def test_outer_products_of_sparse_vectors_are_added_as_dense_ones(backend):
+    weights, indices, values, columns = rows(70, 4), ids(70, 4, count=9), rows(70, 6, seed=1), ids(70, 6, count=5)
+    total = rows(9, 5, seed=2)
+    expected = total + _torch_rows.dense(weights, indices, 9).T @ _torch_rows.dense(values, columns, 5)
+    total, weights, values = total.float(), weights.float(), values.float()
+    products.add_outer_products_(total, weights, indices.int(), values, columns.int(), backend=backend)
+    torch.testing.assert_close(total.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_outer_products_take_only_their_scratch_and_are_the_same_bits_whatever_it_is():
+    weights, indices, values, columns = rows(100, 8), ids(100, 8, count=9), rows(100, 8, seed=1), ids(100, 8, count=9)
+    totals, largest = [], []
+    for scratch in (1, 10_000, 10_000_000):
+        total = torch.zeros(9, 9, dtype=torch.float64, device=DEVICE)
+        with LargestAllocation() as seen:
+            _torch_rows.add_outer_products_(total, weights, indices, values, columns, scratch)
+        totals.append(total)
+        largest.append(seen.elements)
+    assert all(torch.allclose(total, totals[0], rtol=1e-12) for total in totals)
+    if DEVICE == "cpu":
+        assert all(torch.equal(total, totals[0]) for total in totals)
+    pairs = int((indices >= 0).sum()) * 8
+    assert largest[1] < pairs <= largest[2]
 
 
 def test_an_unknown_backend_is_refused_by_name():
