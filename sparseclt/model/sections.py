@@ -10,7 +10,8 @@ from sparseclt.ops.rows import Transpose
 def cut(transposed: Sequence[Transpose], first: Sequence[int], rows: int, size: int) -> list[list[Transpose]]:
     """Of each of `transposed`, the rows from its `first` on, `rows` of them, in sections of `size` rows.
 
-    Equivalent to `section(t, start, stop)` for every chunk, except that the host waits for the device once.
+    A section is a transpose by itself, with rows from 0 on and without the empty slots. The host waits for the device
+    once, to learn where all of them begin.
     """
     if not transposed or not rows:
         return [[] for _ in transposed]
