@@ -121,12 +121,13 @@ def store_tile(
     tile,
     scores,  # [n, F] fp32
     maxima,  # [n, ceil(F / GROUP)] int32 keys
-    rows, columns, n, F,
+    rows, columns, first, n, F,
     scores_row, maxima_row,
     ABSOLUTE: tl.constexpr,
     GROUP: tl.constexpr,
 ):  # fmt: skip
-    """Writes a tile of scores, and the key of the largest of each GROUP of its columns (GROUP 1: no maxima)."""
+    """Writes a tile of scores, whose columns begin at `first`, and the key of the largest of each GROUP of them
+    (GROUP 1: no maxima)."""
     row_offsets = rows.to(tl.int64)[:, None]
     valid = (rows < n)[:, None] & (columns < F)[None, :]
     tl.store(scores + row_offsets * scores_row + columns[None, :], tile, mask=valid)
@@ -134,7 +135,7 @@ def store_tile(
         key = tl.where((columns < F)[None, :], float_key(tile, ABSOLUTE), LOWEST)
         GROUPS: tl.constexpr = columns.shape[0] // GROUP
         largest = tl.max(tl.reshape(key, (rows.shape[0], GROUPS, GROUP)), axis=2)
-        groups = tl.min(columns, axis=0) // GROUP + tl.arange(0, GROUPS)
+        groups = first // GROUP + tl.arange(0, GROUPS)
         inside = (rows < n)[:, None] & (groups < tl.cdiv(F, GROUP))[None, :]
         tl.store(maxima + row_offsets * maxima_row + groups[None, :], largest, mask=inside)
 
@@ -165,13 +166,14 @@ def encoder_scores_kernel(
     tile = tl.program_id(0)
     row_tiles = tl.cdiv(n, ROWS)
     rows = (tile % row_tiles) * ROWS + tl.arange(0, ROWS)
-    columns = (tile // row_tiles) * COLUMNS + tl.arange(0, COLUMNS)
+    first = (tile // row_tiles) * COLUMNS
+    columns = first + tl.arange(0, COLUMNS)
     total = dot_tile(x, W_enc, rows, columns, n, F, D, x_row, x_col, W_row, W_col, DEPTH, PRECISION, UPCAST, RUN)
     if HAS_SCALE:
         total /= tl.load(scale + rows * scale_step, mask=rows < n, other=1.0).to(tl.float32)[:, None]
     if HAS_BIAS:
         total += tl.load(b_enc + columns.to(tl.int64) * b_step, mask=columns < F, other=0.0).to(tl.float32)[None, :]
-    store_tile(total, scores, maxima, rows, columns, n, F, scores_row, maxima_row, ABSOLUTE, GROUP)
+    store_tile(total, scores, maxima, rows, columns, first, n, F, scores_row, maxima_row, ABSOLUTE, GROUP)
 
 
 def encoder_scores(

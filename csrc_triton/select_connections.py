@@ -36,7 +36,8 @@ def connection_scores_kernel(
     tile = tl.program_id(0)
     row_tiles = tl.cdiv(n, ROWS)
     rows = (tile % row_tiles) * ROWS + tl.arange(0, ROWS)
-    columns = (tile // row_tiles) * COLUMNS + tl.arange(0, COLUMNS)
+    first = (tile // row_tiles) * COLUMNS
+    columns = first + tl.arange(0, COLUMNS)
     if MANY_HEADS:
         squares = tl.zeros((ROWS, COLUMNS), tl.float32)
         for _ in range(H):
@@ -54,7 +55,7 @@ def connection_scores_kernel(
         other=0.0,
     )
     size *= weight.to(tl.float32)
-    store_tile(size, scores, maxima, rows, columns, n, U, scores_row, maxima_row, False, GROUP)
+    store_tile(size, scores, maxima, rows, columns, first, n, U, scores_row, maxima_row, False, GROUP)
 
 
 @launcher
