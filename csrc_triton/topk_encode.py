@@ -16,8 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import select
 from .launch import LaunchConfig, cdiv, launcher, pow2, spans
+from .place import place
 from .rows import gather_sum, transposed_gather_sum
 from .scores import LOWEST, encoder_scores, float_key
 from .stream import plan, streamed_topk
@@ -138,7 +138,7 @@ def _groupmax(
         groupmax_kernel[(cdiv(n * k, tile.pairs),)](
             scratch, best_values, best_ids, n * k, F, k, longest, F, **tile.constexprs, **tile.options
         )
-        select.place(best_values[:n], best_ids[:n], values[rows], indices[rows], relu=True)
+        place(best_values[:n], best_ids[:n], values[rows], indices[rows], relu=True)
 
 
 @launcher

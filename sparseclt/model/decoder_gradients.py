@@ -18,10 +18,11 @@ from sparseclt.model.attention import centre, head_rows
 from sparseclt.model.cross_layer import Reader, effective_decoders
 from sparseclt.model.modules import Latents
 from sparseclt.model.rounding import SharedRounding
+from sparseclt.model.sections import cut
 from sparseclt.model.transcoders import Transcoders
 from sparseclt.ops import rows as products
 from sparseclt.ops.backend import choose
-from sparseclt.ops.rows import Transpose, accumulation_dtype, chunks, section, transpose
+from sparseclt.ops.rows import Transpose, accumulation_dtype, chunks, transpose
 from sparseclt.parallel.collectives import columns_of, gather_rows, rows_of
 
 CHUNK_BYTES = Budget(cpu=8 << 20, gpu=64 << 20, gpu_share=1 / 64)  # of gradient in memory at a time, with its parts
@@ -187,17 +188,32 @@ class DecoderGradients:
                 yield Chunk(rows, *kernel.rows(rows))
             return
         parts = [
-            (values.to(self.dtype), transpose(indices, F), torch.stack(grads, 1).flatten(1).to(self.dtype))
-            for values, indices, grads in self.written[index]
+            (values.to(self.dtype), torch.stack(grads, 1).flatten(1).to(self.dtype))
+            for values, _, grads in self.written[index]
         ]
-        for rows in chunks(F, (T + 3) * D * 4, self.chunk_bytes):
-            sections = [(values, section(order, rows.start, rows.stop), bags) for values, order, bags in parts]
+        slices = list(chunks(F, (T + 3) * D * 4, self.chunk_bytes))
+        orders = self._sections(index, slices[0].stop)
+        for number, rows in enumerate(slices):
+            sections = [(values, order[number], bags) for (values, bags), order in zip(parts, orders[0], strict=True)]
             size = rows.stop - rows.start
             gradient, touched = self._sum(sections, size, T * D)
             gradient = self.clt.ranks.data.sum_(gradient).view(size, T, D)
-            touched = self.clt.ranks.data.max_(touched) | self._add_read(gradient, index, rows)
+            touched = self.clt.ranks.data.max_(touched) | self._add_read(
+                gradient, index, [o[number] for o in orders[1]]
+            )
             touched |= self._add_direct(gradient, index, rows)
             yield Chunk(rows, gradient, touched)
+
+    def _sections(self, index: int, size: int) -> tuple[list[list[Transpose]], list[list[Transpose]]]:
+        """The slots of what module `index` wrote, by pass, and those of its readers, in chunks of `size` rows."""
+        F = self.clt.architecture.latents
+        written = [transpose(w.indices, F) for w in self.written[index]]
+        read = [r.all_connections.transposed for r in self._readers_of(index) if r.all_connections is not None]
+        found = cut([*written, *read], [0] * len(written) + [index * F] * len(read), F, size)
+        return found[: len(written)], found[len(written) :]
+
+    def _readers_of(self, index: int) -> list[Reader]:
+        return [r for r in self.readers if r.index in self.read and r.upstream_modules > index]
 
     def _add_direct(self, gradient: Tensor, index: int, rows: slice) -> Tensor:
         """Add, in place, what autograd left in `.grad`: that of a loss which reads the decoder itself. Which rows it
@@ -230,21 +246,20 @@ class DecoderGradients:
             total = torch.zeros(size, width, dtype=self.dtype, device=device)
         return total, touched
 
-    def _add_read(self, gradient: Tensor, index: int, rows: slice) -> Tensor:
+    def _add_read(self, gradient: Tensor, index: int, orders: list[Transpose]) -> Tensor:
         """Add what virtual weights read of these rows, in place; which rows are read. A reader meets the sum of what
         a module wrote before it, so the gradient of a slice is a sum over the readers behind that slice's target."""
-        F, site = self.clt.architecture.latents, self.clt.sites[index]
-        D, first = gradient.shape[-1], index * F
+        site, D = self.clt.sites[index], gradient.shape[-1]
         touched = torch.zeros(len(gradient), dtype=torch.bool, device=gradient.device)
-        readers = [r for r in self.readers if r.index in self.read and r.upstream_modules > index]
+        readers = self._readers_of(index)
+        by_reader = {reader.index: order for reader, order in zip(readers, orders, strict=True)}
         if not readers:
             return touched
         behind = torch.zeros(len(gradient), D, dtype=gradient.dtype, device=gradient.device)
 
         def take(layer_readers: list[Reader]) -> None:
             for reader in layer_readers:
-                assert reader.all_connections is not None
-                order = section(reader.all_connections.transposed, first + rows.start, first + rows.stop)
+                order = by_reader[reader.index]
                 for dV, encoder, carry in self._reads_of(reader):
                     # Linear: rows are added up first, and carried to the decoder then.
                     total, some = self._sum([(dV, order, encoder)], len(gradient), D)

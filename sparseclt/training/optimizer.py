@@ -21,9 +21,9 @@ from sparseclt.training import eight_bit
 KEPT_BYTES = 256 << 20  # decoder gradients that are kept for the update; larger ones are computed again for it
 PIECE_BYTES = Budget(cpu=1 << 20, gpu=64 << 20, gpu_share=1 / 64)  # of float32 weights that are widened at a time
 EPSILON = 1e-8
+UNCOUNTED = ("cuda",)  # where untouched rows are computed and dropped: counting the others would make the host wait
 SCALED = ("W_enc", "W_dec", "b_dec")  # parameters that have a scale; b_enc is in the latents' own units
 CODES = {"mean": eight_bit.MEAN, "square": eight_bit.SQUARE}
-
 
 # Adam's state of a parameter, or of some rows. "mean": running mean of the gradient; "square": of its square;
 # "mean_scale", "square_scale": of each vector [D], where those two are codes of 8 bits; "last": by row, the step that
@@ -107,17 +107,28 @@ class RowAdam:
             self._adam(name, weights, gradient, part, learning_rate, first, factor)
             return
         assert touched is not None
+        if weights.device.type in UNCOUNTED:
+            before = [(tensor, tensor.clone()) for tensor in (weights, *part.values())]
+            self._decay(part)
+            self._adam(name, weights, gradient, part, learning_rate, first, factor)
+            for tensor, old in before:
+                tensor.copy_(torch.where(touched.view(-1, *[1] * (tensor.ndim - 1)), tensor, old))
+            return
         ids = touched.nonzero().flatten()
         some, few = weights[ids], {key: tensor[ids] for key, tensor in part.items()}
-        idle = (self.step - 1 - few["last"]).to(torch.float32)
-        for key, beta in zip(("mean", "square"), self.config.betas, strict=True):
-            moment = few.get(f"{key}_scale", few[key])
-            moment.mul_((beta**idle).view(-1, *[1] * (moment.ndim - 1)))
-        few["last"].fill_(self.step)
+        self._decay(few)
         self._adam(name, some, gradient[ids], few, learning_rate, first, factor)
         weights[ids] = some
         for key, tensor in part.items():
             tensor[ids] = few[key]
+
+    def _decay(self, moments: Moments) -> None:
+        """Of rows that were left alone, up to the step before this one."""
+        idle = (self.step - 1 - moments["last"]).to(torch.float32)
+        for key, beta in zip(("mean", "square"), self.config.betas, strict=True):
+            moment = moments.get(f"{key}_scale", moments[key])
+            moment.mul_((beta**idle).view(-1, *[1] * (moment.ndim - 1)))
+        moments["last"].fill_(self.step)
 
     def _adam(
         self,

@@ -1,8 +1,10 @@
 """The thresholds of BatchTopK and JumpReLU during training."""
 
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
+from torch import Tensor
 
 from sparseclt.model.activations import Activations
 from sparseclt.model.clt import SparseCLT
@@ -42,22 +44,23 @@ def follow(clt: SparseCLT, latents: Mapping[Mode, Sequence[Latents]]) -> None:
         return
     for mode, of_modules in latents.items():
         for module, (values, _) in zip(clt, of_modules, strict=True):
-            threshold, kept = module.threshold_of(mode), values[values > 0]
-            if len(kept):
-                rate = RATE if threshold.any() else 1.0  # nothing to average with at first
-                threshold.mul_(1 - rate).add_(kept.min(), alpha=rate)
+            threshold = module.threshold_of(mode)
+            least = values.where(values > 0, math.inf).min().to(threshold.dtype)
+            mean = (threshold * (1 - RATE)).add_(least, alpha=RATE)
+            followed = torch.where(threshold.any(), mean, least)  # nothing to average with at first
+            threshold.copy_(torch.where(least.isinf(), threshold, followed))
     if "sparse" not in latents:
         for module in clt:
             module.threshold_of("sparse").copy_(module.threshold_of("vanilla"))
 
 
-def metrics(clt: SparseCLT, latents: Mapping[Mode, Sequence[Latents]], counted: int) -> dict[str, float]:
+def metrics(clt: SparseCLT, latents: Mapping[Mode, Sequence[Latents]], counted: int) -> dict[str, Tensor]:
     """Means over modules: active latents per token, of which so many count, and the share of tokens that use all their
-    slots and may have wanted more latents than that."""
-    found: dict[str, float] = {}
+    slots and may have wanted more latents than that. On the device, in float64."""
+    found: dict[str, Tensor] = {}
     for mode, of_modules in latents.items():
         tokens = len(of_modules) * counted
-        found[f"l0_{mode}"] = sum(int((z.values > 0).sum()) for z in of_modules) / tokens
+        found[f"l0_{mode}"] = torch.stack([(z.values > 0).sum() for z in of_modules]).sum().double() / tokens
         if clt.architecture.slots < clt.architecture.latents:
-            found[f"full_{mode}"] = sum(int(full_rows(z)) for z in of_modules) / tokens
+            found[f"full_{mode}"] = torch.stack([full_rows(z) for z in of_modules]).sum().double() / tokens
     return found

@@ -169,7 +169,7 @@ class Trainer:
         counts = {}
         if config.clt.activation != "topk":
             counts = thresholds.metrics(self.clt, latents, self.objective.tokens(activations))
-        return self._metrics(backward.terms, norm, dead) | counts
+        return self._metrics(backward.terms | counts, norm, dead)
 
     @contextmanager
     def _explaining_out_of_memory(self) -> Iterator[None]:
