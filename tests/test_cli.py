@@ -238,7 +238,7 @@ FLAGS = """
     --checkpoints.every-steps --checkpoints.keep --clt.activation --clt.active --clt.active-ratio --clt.attention
     --clt.bandwidth --clt.dtype --clt.latents --clt.targets --compute.backend --compute.micro-batch-rows
     --compute.precision
-    --connections.anneal-share --connections.candidates-after-steps --connections.exchange-share
+    --connections.anneal-share --connections.budget --connections.candidates-after-steps --connections.exchange-share
     --connections.freeze-after-share --connections.importance --connections.open-per-latent --connections.per-latent
     --connections.policy --connections.pressure-weight --connections.recent-tokens --connections.refresh-steps
     --connections.start-per-latent --data.bos --data.cache --data.held-out-share --data.held-out-tokens

@@ -124,6 +124,7 @@ BAD = {
     "checkpoints.keep": [0, -2],
     "parallel.latents": [0, -1],
     "parallel.data": [0, -1],
+    "parallel.model_devices": [("",)],
     "parallel.timeout_seconds": [0, -1],
 }
 

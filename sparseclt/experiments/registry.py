@@ -90,6 +90,7 @@ EXPERIMENTS = {
             (
                 *(Variant(f"top_{C}", f"--connections.per-latent {C}") for C in (16, 32)),
                 Variant("learned", f"{LEARNED} 64"),
+                Variant("learned_128", f"{LEARNED} 128"),
                 Variant("learned_16", f"{LEARNED} 64 --connections.open-per-latent 16"),
                 Variant("dense", "--connections.policy dense-learned"),
             ),

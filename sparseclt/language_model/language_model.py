@@ -129,11 +129,6 @@ class LanguageModel:
         return other
 
     @property
-    def here(self) -> "LanguageModel | None":
-        """The model itself, where this process has it (`language_model.over_ranks`)."""
-        return self
-
-    @property
     def device(self) -> torch.device:
         """Where the weights are."""
         return next(self.bridge.original_model.parameters()).device

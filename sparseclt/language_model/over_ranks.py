@@ -29,10 +29,6 @@ class LanguageModelOfRanks(LanguageModel):
         self.shape, self.tokenizer, self.dtype, self._weights = group.objects(facts)[0]
 
     @property
-    def here(self) -> LanguageModel | None:
-        return self._model
-
-    @property
     def device(self) -> torch.device:
         """Where the results are."""
         return self._device
@@ -62,6 +58,11 @@ class LanguageModelOfRanks(LanguageModel):
             return run.follow()
         on = {f"on_{kind.removesuffix('_out')}": partial(run.lead, kind) for kind, own in replace.items() if own}
         return run.end(self._model.cross_entropy(tokens.to(self._model.device), **on).to(self._device))
+
+
+def held_here(model: LanguageModel) -> LanguageModel | None:
+    """The language model itself, if this process has it."""
+    return model._model if isinstance(model, LanguageModelOfRanks) else model
 
 
 class _FollowedRun:

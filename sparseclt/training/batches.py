@@ -11,6 +11,7 @@ from sparseclt.data.activation_stream import block_batches, number_bytes, shuffl
 from sparseclt.data.prefetch import one_ahead
 from sparseclt.data.row_stream import RowStream
 from sparseclt.language_model.language_model import LanguageModel
+from sparseclt.language_model.over_ranks import held_here
 from sparseclt.model.activations import Activations
 from sparseclt.model.over_ranks import broadcast
 from sparseclt.parallel import ONE_RANK, Ranks
@@ -38,7 +39,7 @@ class Batches:
         self.cache = None
         if config.activations.cache is not None:
             with in_turn(ranks):
-                if (model := language_model.here) is not None:
+                if (model := held_here(language_model)) is not None:
                     self.cache = open_cache(config, model, rows)
 
     @property
@@ -48,7 +49,7 @@ class Batches:
 
     def capture(self, tokens: Tensor) -> Activations:
         """The model's activations on `tokens` [B, S]: the one run of the model that both modes share."""
-        model = self.language_model.here
+        model = held_here(self.language_model)
         assert model is not None  # on the first of the ranks that share the CLT
         found = model.capture(tokens.to(model.device), attention=self.config.clt.attention == "latents")
         return found.to(self.device)

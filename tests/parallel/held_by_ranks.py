@@ -84,19 +84,17 @@ def _resident(name: str) -> int:
 
 
 class _Made(TorchDispatchMode):
-    """The shapes of all tensors that are made, and the size of the largest. A view is none: not of a file, either."""
+    """The shapes of all tensors that are made. A view is none: not of a file, either."""
 
     def __init__(self) -> None:
         super().__init__()
         self.shapes: set[tuple[int, ...]] = set()
-        self.largest = 0
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = function(*args, **(kwargs or {}))
         for tensor in tree_leaves(result):
             if isinstance(tensor, torch.Tensor) and not function.is_view:
                 self.shapes.add(tuple(tensor.shape))
-                self.largest = max(self.largest, tensor.untyped_storage().nbytes())
         return result
 
 
@@ -122,4 +120,4 @@ def made_in_a_run(folder: Path, parallel: dict[str, int], changes: dict[str, Any
         t.state.load(path, IDENTITY)
     width = t.clt.architecture.model.d_model
     whole = {shape for shape in made.shapes if len(shape) > 1 and shape[0] % F == 0 and shape[-1] == width and shape[0]}
-    return {"whole": whole, "largest": made.largest, "seen": len(made.shapes)}
+    return {"whole": whole, "seen": len(made.shapes)}

@@ -23,6 +23,7 @@ from sparseclt.config import (
 from sparseclt.evaluation.metrics import evaluate
 from sparseclt.evaluation.pruning import fvu_against_c
 from sparseclt.language_model.language_model import LanguageModel
+from sparseclt.language_model.over_ranks import held_here
 from sparseclt.model.activations import Activations
 from sparseclt.storage.checkpoint import latest
 from sparseclt.storage.parts import Part
@@ -102,7 +103,7 @@ def captured_ahead(parallel: dict[str, int]) -> int:
     """How many batches this rank captures while the first one is in use."""
     t = trainer(Path("nowhere"), parallel)
     captured: list[int] = []
-    if (model := t.language_model.here) is not None:
+    if (model := held_here(t.language_model)) is not None:
         capture = model.capture
 
         def counted(tokens: torch.Tensor, *, attention: bool = False) -> Activations:

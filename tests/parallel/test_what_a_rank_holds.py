@@ -22,7 +22,6 @@ def test_no_rank_makes_a_tensor_of_a_whole_module(ranks, folder, kind):
     for found in ranks.run(4, made_in_a_run, folder, {"latents": 4, "data": 1}, KINDS[kind]):
         assert found["seen"] > 50
         assert not found["whole"]
-        assert found["largest"] <= F * L * D * 8 // 2  # half of the first decoder, in float64
 
 
 def test_one_rank_does(folder):
