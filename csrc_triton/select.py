@@ -23,7 +23,7 @@ from .scores import LOWEST, float_key
 MAX_BLOCK = 2048  # keys of a row held in registers at a time; longer rows are read again for every bit
 MIN_TILE = 2048  # keys per program: short rows share one
 ONE_WARP = 2048  # keys that one warp counts without waiting for others; more would not fit into its registers
-COMPACTED = 512  # keys that one warp compacts at a time
+COMPACTED = 128  # keys that one warp compacts at a time; with more, Triton 3.9 spills
 
 
 @dataclass(frozen=True)
