@@ -5,7 +5,7 @@ virtual weights read. The backward pass only notes these parts, which are no lar
 computes the gradient of one decoder some rows at a time, for an optimiser that updates those rows and drops it.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -76,7 +76,8 @@ class DecoderGradients:
         self.written: list[list[Written]] = [[] for _ in clt]
         self.read: dict[int, Tensor] = {}  # by reader: gradient of its virtual weights
         self._reads: dict[int, list[Read]] = {}  # by reader: the same of all ranks' rows, once that is exchanged
-        self._kernels: dict[int, Any] = {}  # by module: the decoder of csrc_triton.decoder_gradient
+        self._kernels: dict[int, Any] = {}  # by module: the decoder of csrc_triton.decoder_gradient, or numba's
+        self._bags: dict[tuple[int, ...], Tensor] = {}  # gradients of a target in all passes, that decoders share
         self._means: dict[int, Tensor] = {}  # by reader: of its encoder's rows
 
     def decode(self, index: int, latents: Latents) -> tuple[Tensor, ...]:
@@ -128,31 +129,61 @@ class DecoderGradients:
 
     def squares(self, index: int) -> Tensor:
         """[T]: the sums of squares of module `index`'s decoder gradient, by target."""
-        if (kernel := self._kernel(index)) is not None:
+        if (kernel := self._kernel(index) or self.gathered(index)) is not None:
             squares: Tensor = kernel.squares()
             return squares
         return torch.stack([squares_by_target(chunk.gradient) for chunk in self.chunks(index)]).sum(0)
 
-    def _kernel(self, index: int) -> Any:
-        """The kernel that computes module `index`'s gradient in one launch; None on another backend than triton, on
+    def gathered(self, index: int) -> Any:
+        """The numba backend's `Decoder` of module `index`, which takes the optimiser's step with a gradient that is
+        never stored; None where `_kernel` would be, too."""
+        return self._kernel(index, "numba")
+
+    def _kernel(self, index: int, backend: str = "triton") -> Any:
+        """What computes module `index`'s gradient in one launch, or a target at a time; None on another backend, on
         several ranks, where attention reads, whose heads it does not carry back, and where a loss reads the decoder
         itself."""
-        W_dec, readers = self.clt.transcoder(index).W_dec, [r for r in self.readers if r.index in self.read]
-        triton = choose("decoder_gradient", self.backend, W_dec) == "triton"
+        W_dec, readers = self.clt.transcoder(index).W_dec, self._read_by()
         more = W_dec.grad is not None or any(r.attention for r in readers) or not self.clt.ranks.world.alone
-        if not triton or more or not (self.written[index] or readers):
+        used = self.written[index] or backend == "triton" and readers
+        if choose("decoder_gradient", self.backend, W_dec) != backend or more or not used:
             return None
         if index not in self._kernels:
-            self._kernels[index] = self._make_kernel(index, readers)
+            self._kernels[index] = self._make_kernel(index) if backend == "triton" else self._make_gathered(index)
         return self._kernels[index]
 
-    def _make_kernel(self, index: int, readers: Sequence[Reader]) -> Any:
+    def _read_by(self) -> list[Reader]:
+        return [reader for reader in self.readers if reader.index in self.read]
+
+    def _behind(self, index: int) -> list[Reader | None]:
+        """By target of module `index`, and of every later layer: the MLP reader behind it, which meets the sum up to
+        there."""
+        site, layers = self.clt.sites[index], self.clt.architecture.model.layers
+        by_layer = {reader.site.layer: reader for reader in self._read_by() if reader.upstream_modules > index}
+        return [by_layer.get(layer) for layer in range(site.layer + 1, layers + 1)]
+
+    def _make_gathered(self, index: int) -> Any:
+        from sparseclt.ops.optimizer_step import Read, Written, gathered_decoder
+
+        def read(reader: Reader | None) -> Read | None:
+            if reader is None:
+                return None
+            assert reader.connections is not None
+            W_enc, centred = self.clt.transcoder(reader.index).W_enc.detach(), self.clt.architecture.model.centred
+            return Read(self.read[reader.index], reader.connections.transposed, W_enc, centred)
+
+        written = [Written(w.values, w.indices, w.grads) for w in self.written[index]]
+        F, T, D = self.clt.transcoder(index).W_dec.shape
+        readers = [read(reader) for reader in self._behind(index)]
+        return gathered_decoder((F, T, D), index * F, written, readers, self._bags)
+
+    def _make_kernel(self, index: int) -> Any:
         from csrc_triton.decoder_gradient import Decoder, Read, Written
         from csrc_triton.transpose import Transpose
 
-        (F, T, D), site = self.clt.transcoder(index).W_dec.shape, self.clt.sites[index]
-        by_layer = {reader.site.layer: reader for reader in readers if reader.upstream_modules > index}
-        for i in {reader.index for reader in by_layer.values()} - self._means.keys():
+        F, T, D = self.clt.transcoder(index).W_dec.shape
+        readers = self._behind(index)
+        for i in {reader.index for reader in readers if reader} - self._means.keys():
             self._means[i] = self.clt.transcoder(i).W_enc.detach().mean(1, dtype=torch.float32)
 
         def read(reader: Reader | None) -> Read | None:
@@ -163,10 +194,8 @@ class DecoderGradients:
             W_enc = self.clt.transcoder(reader.index).W_enc.detach()
             return Read(self.read[reader.index], Transpose(*reader.connections.transposed), W_enc, means)
 
-        # A reader of the layer behind a target meets the sum up to that target.
-        behind = range(site.layer + 1, self.clt.architecture.model.layers + 1)
         written = [Written(w.values, Transpose(*transpose(w.indices, F)), w.grads) for w in self.written[index]]
-        return Decoder((F, T, D), index * F, written, [read(by_layer.get(layer)) for layer in behind])
+        return Decoder((F, T, D), index * F, written, [read(reader) for reader in readers])
 
     def chunks(self, index: int) -> Iterator[Chunk]:
         """The gradient of module `index`'s decoder, all of it, some rows at a time."""
