@@ -1,8 +1,8 @@
-"""The numba backend's optimiser step: Adam in one pass over a parameter, and on a decoder whose gradient never exists.
+"""The numba backend's optimiser step: Adam in one pass over a parameter, a decoder's with a gathered gradient.
 
-A decoder's gradient is a sum of gathered vectors. It is made twice, one vector [D] at a time: for the sum of its
-squares, by which gradients are clipped, and for the step. One target's vectors are gathered at a time, as those of all
-targets are larger than the caches.
+A decoder's gradient is a sum of gathered vectors. That of a large one is made twice, one vector [D] at a time: for the
+sum of its squares, by which gradients are clipped, and for the step. One target's vectors are gathered at a time, as
+those of all targets are larger than the caches.
 """
 
 from collections.abc import Iterator, Sequence
@@ -20,7 +20,10 @@ from sparseclt.ops._torch_rows import section
 class Decoder:
     """The gradient of a decoder `shape` [F, T, D], whose latents are `first`.. among all modules side by side.
     `written` by the passes; `read`: by target, the reader that meets the sum up to that target, or None. `bags`: what
-    several decoders share, the gradients of all passes side by side, by where they lie."""
+    several decoders share, the gradients of all passes side by side, by where they lie.
+
+    With `keep`, `squares` stores the gradient for `adam`: of small decoders, that takes less time than to gather it
+    twice."""
 
     def __init__(
         self,
@@ -31,6 +34,7 @@ class Decoder:
         bags: dict[tuple[int, ...], Tensor],
     ):
         self.shape, self.first, self.read, self.written, self.bags = shape, first, read, written, bags
+        self.keep = False
         values = torch.cat([w.values for w in written])
         by_latent = transpose(torch.cat([w.indices for w in written]), shape[0])
         order = by_latent.order.long()
@@ -40,12 +44,19 @@ class Decoder:
         """[T]: the sum of squares of each target's gradient."""
         F, T, D = self.shape
         squares = self.slots[0].new_empty(T, F)
+        self.kept = self.slots[0].new_empty(F if self.keep else 0, T, D)
         for target, behind in self._targets():
-            run(decoder_squares, F, self._work, *self.slots, self._bag(target), behind, squares[target])
+            read = *self.slots, self._bag(target), behind
+            run(decoder_squares, F, self._work, *read, target, self.kept, squares[target])
         return squares.sum(1)
 
     def adam(self, weights: Tensor, mean: Tensor, square: Tensor, steps: Sequence[Adam]) -> None:
         """Adam on `weights` [F, T, D] with moments `mean` and `square`, in place; one of `steps` for each target."""
+        if self.keep:
+            for target, step in enumerate(steps):
+                updated = weights, mean, square
+                run(kept_adam, self.shape[0], self._work, self.kept, target, _numbers(step, weights), *updated)
+            return
         for target, behind in self._targets():
             read = *self.slots, self._bag(target), behind, target, _numbers(steps[target], weights)
             run(decoder_adam, self.shape[0], self._work, *read, weights, mean, square)
@@ -132,15 +143,23 @@ def _gradient(r, slots, tokens, starts, bags, behind, out):
 
 
 @kernel(SUMS)
-def decoder_squares(start, stop, slots, tokens, starts, bags, behind, squares):
-    """squares[r] = the sum of squares of row r's gradient."""
+def decoder_squares(start, stop, slots, tokens, starts, bags, behind, target, kept, squares):
+    """squares[r] = the sum of squares of row r's gradient, which goes to kept [F, T, D], if that has any rows."""
     row = np.empty(bags.shape[1], dtype=bags.dtype)
     for r in range(start, stop):
-        _gradient(r, slots, tokens, starts, bags, behind, row)
+        out = kept[r, target] if len(kept) > 0 else row
+        _gradient(r, slots, tokens, starts, bags, behind, out)
         total = row.dtype.type(0)
-        for x in range(len(row)):
-            total += row[x] * row[x]
+        for x in range(len(out)):
+            total += out[x] * out[x]
         squares[r] = total
+
+
+@kernel(SUMS)
+def kept_adam(start, stop, kept, target, numbers, weights, mean, square):
+    """Adam on rows [r, target] of weights [F, T, D], with the gradient that `decoder_squares` kept."""
+    for r in range(start, stop):
+        _adam(weights[r, target], kept[r, target], mean[r, target], square[r, target], numbers)
 
 
 @kernel(SUMS)

@@ -32,7 +32,8 @@ def gathered_decoder(
     bags: dict[tuple[int, ...], Tensor],
 ) -> Any:
     """The gradient of a decoder `shape` [F, T, D] whose latents are `first`.. among those of all modules side by side.
-    It is never stored: `squares()` [T] and `adam(weights, mean, square, steps)`, with one of `steps` for each target.
+    It has `squares()` [T] and, called next, `adam(weights, mean, square, steps)`, with one of `steps` for each target;
+    between these it is stored if `keep` is set.
 
     `written`: by at least one pass. `read`: by target, the reader that meets the sum up to that target, or None.
     `bags`: what the decoders of one step share, {} at first.

@@ -1,7 +1,7 @@
 """Adam that updates some rows of a parameter at a time, so that a decoder's gradient need never be whole."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import reduce
 from typing import Any
 
@@ -231,13 +231,6 @@ def _ones(name: str, parameter: Parameter) -> Tensor:
     return torch.ones(shape, dtype=torch.promote_types(parameter.dtype, torch.float32), device=parameter.device)
 
 
-def _together(squares: Iterable[Tensor]) -> Tensor:
-    """One after another, in float64."""
-    parts = list(squares)
-    wide = reduce(torch.promote_types, (part.dtype for part in parts))
-    return torch.stack([part.to(wide) for part in parts]).to(torch.float64)
-
-
 @torch.no_grad()
 def clip_and_step(
     clt: Transcoders,
@@ -265,12 +258,16 @@ def clip_and_step(
         if name not in decoders:
             if parameter.grad is not None:
                 squares[name] = optimizer.square_sum(name, parameter.grad)
-        elif size <= KEPT_BYTES and gathered[name] is None:
+        elif (own := gathered[name]) is not None:
+            own.keep = size <= KEPT_BYTES
+            squares[name] = optimizer.square_sum_of_targets(name, own.squares())
+        elif size <= KEPT_BYTES:
             kept[name] = list(gradients.chunks(decoders[name]))
             squares[name] = torch.stack([optimizer.square_sum(name, chunk.gradient) for chunk in kept[name]]).sum()
         else:
             squares[name] = optimizer.square_sum_of_targets(name, gradients.squares(decoders[name]))
-    total = _together(squares.values())
+    wide = reduce(torch.promote_types, (square.dtype for square in squares.values()))
+    total = torch.stack([square.to(wide) for square in squares.values()]).to(torch.float64)
     if clt.ranks.latents.rank:
         total *= torch.tensor([not name.endswith("b_dec") for name in squares], device=total.device)  # counted once
     total = clt.ranks.latents.sum_(total)
