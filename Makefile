@@ -9,7 +9,7 @@ export NO_MKDOCS_2_WARNING = 1
 # The tests are small: one thread is fastest, two processes side by side. Nothing is timed in them.
 TEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --benchmark-disable
 
-.PHONY: demo sweep test test-circuit-tracer check docs tutorial bench gpu clean
+.PHONY: demo sweep test test-circuit-tracer test-triton-versions check docs tutorial bench gpu clean
 
 demo: .venv/demo  ## train on the embedded model and text, evaluate, print the table
 	$(BIN)/sparseclt train --out $(RUN)
@@ -28,6 +28,17 @@ test-circuit-tracer: .venv/test .venv-circuit-tracer/ready  ## circuit-tracer ru
 	rm -rf build/circuit-tracer
 	OMP_NUM_THREADS=1 $(BIN)/python tests/circuit_tracer/prepare.py build/circuit-tracer $(ARGS)
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 .venv-circuit-tracer/bin/python tests/circuit_tracer/compare.py build/circuit-tracer
+
+# Each is laid over the environment, whose torch stays. The interpreter of triton 3.6 needs numpy below 2.4.
+TRITONS ?= 3.6.0 3.7.1 newest
+test-triton-versions: $(TRITONS:%=test-triton-%)  ## kernels and ops, interpreted and compiled, with other versions of triton
+
+test-triton-%: .venv/test
+	$(BIN)/python -m pip install -q --no-deps --upgrade --target build/triton-$* \
+	  triton$(if $(filter newest,$*),,==$*) $(if $(filter 3.6.%,$*),'numpy<2.4')
+	PYTHONPATH=$(CURDIR)/build/triton-$* $(BIN)/python -c \
+	  'import numpy, triton; print("triton", triton.__version__, "numpy", numpy.__version__, triton.__file__)'
+	PYTHONPATH=$(CURDIR)/build/triton-$* $(TEST) tests/kernels tests/ops $(ARGS)
 
 check: .venv/check docs  ## lint, types, import floors, the documentation and the test suite
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(BIN)/lint-imports

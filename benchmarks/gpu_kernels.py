@@ -11,7 +11,7 @@ from gpu_clock import DEVICE, GPU, Results, host_ms, ms, peak_mib
 from torch import Tensor
 from torch.nn import functional
 
-from csrc_triton import scores, select, transpose
+from csrc_triton import place, scores, select, transpose
 from csrc_triton.rows import row_dots, transposed_gather_sum
 from sparseclt import ops
 
@@ -104,7 +104,7 @@ def _parts(out: Results, x: Sizes, a: Tensor, W: Tensor, b: Tensor) -> None:
     out.time(f"product of {n} tokens", product, flops=2.0 * n * x.F * x.D)
     choose = partial(select.select, dense, maxima, group, x.K, winners, ids, values)
     out.time(f"both selections of {n} tokens", choose, bytes_=4.0 * n * (x.F / group + x.K * group))
-    out.time(f"order of {n} tokens", partial(select.place, values, ids, out_values, out_ids, relu=True))
+    out.time(f"order of {n} tokens", partial(place.place, values, ids, out_values, out_ids, relu=True))
     for config in _other_tiles() if GPU else _other_tiles()[:1]:
         with patch.object(scores, "HALF", config):
             name = f"product, {config.rows} x {config.columns} x {config.depth}"

@@ -63,10 +63,12 @@ def step(out: Results, x: Sizes) -> None:
             with out.guarded(f"{mode}, {label}"):
                 trainer, activations = _trainer(mode, sizes)
                 run = partial(trainer.train_step, activations)
-                more: dict[str, Any] = {"tokens": sizes["N"], "planned_GiB": _planned(trainer) if GPU else None}
-                more |= {"MiB": peak_mib(run), "waits": syncs(run)}
-                used = torch.cuda.max_memory_allocated() / 2**30 if GPU else None
-                out.time(f"{mode}, {label}: train_step", run, GiB=used, **more)
+                for precision in ("bf16", "fp32"):
+                    _take(trainer, precision)
+                    more: dict[str, Any] = {"tokens": sizes["N"], "planned_GiB": _planned(trainer) if GPU else None}
+                    more |= {"MiB": peak_mib(run), "waits": syncs(run)}
+                    used = torch.cuda.max_memory_allocated() / 2**30 if GPU else None
+                    out.time(f"{mode}, {label}: train_step, {precision}", run, GiB=used, **more)
                 if label == "B" and mode == "both":
                     continue  # see FEW_LAYERS
                 i = SimpleNamespace(
@@ -83,14 +85,25 @@ def step(out: Results, x: Sizes) -> None:
                     loss(i, mode).backward()
                     adam.step()
 
-                out.time(f"{mode}, {label}: dense, fp32", dense, MiB=peak_mib(dense), tokens=sizes["N"])
+                for precision in ("bf16", "fp32"):
+                    with torch.autocast(DEVICE, torch.bfloat16, enabled=precision == "bf16"):
+                        out.time(f"{mode}, {label}: dense, {precision}", dense, MiB=peak_mib(dense), tokens=sizes["N"])
+
+
+def _take(trainer: Any, precision: Any) -> None:
+    """Let the trainer's products have another precision from now on."""
+    from sparseclt.training.precision import products
+
+    trainer.config = replace(trainer.config, compute=replace(trainer.config.compute, precision=precision))
+    trainer.objective.config, trainer.clt.products = trainer.config, products(trainer.config)
 
 
 def _planned(trainer: Any) -> float:
     """GiB that the memory plan gives this run."""
     from sparseclt.training.memory import make_plan
 
-    return make_plan(trainer.config, trainer.shape, 1 << 50).peak / 2**30
+    total = torch.cuda.get_device_properties(0).total_memory
+    return make_plan(trainer.config, trainer.shape, total).peak / 2**30
 
 
 def peers(out: Results, x: Sizes) -> None:

@@ -14,6 +14,7 @@ from . import (
     batchtopk_encode,
     connected_encode,
     decoder_gradient,
+    place,
     ragged_slots,
     rows,
     scores,
@@ -163,24 +164,23 @@ def _select() -> list[AheadOfTime]:
 def _place() -> list[AheadOfTime]:
     flags = {"HAS_VALUES": True, "RELU": True, "ABSOLUTE": False}
     pointers = {"values": "*fp32:16", "ids": "*i32:16", "out_values": "*bf16:16", "out_ids": "*i64:16"}
-    configs = {k: select.place_config(k) for k in (8, 32, 128)}
+    configs = {k: place.place_config(k) for k in (8, 32, 128)}
     return [
-        _case(f"place {k}", select.place_kernel, pointers, {**flags, **config.constexprs}, config.options)
+        _case(f"place {k}", place.place_kernel, pointers, {**flags, **config.constexprs}, config.options)
         for k, config in configs.items()
     ]
 
 
 def _connected() -> list[AheadOfTime]:
-    kernels, match = [], connected_encode.MATCH
-    kernel = connected_encode.d_upstream_kernel
-    for dtype in FEW_ELEMENTS:
-        types = {"dz": "*fp32:16", "read": "*fp32:16", "grad": "*fp32:16", "slots": "*i64:16", "order": "*i32:16"}
-        types |= {"z_values": f"*{dtype}:16", "weights": f"*{dtype}:16", "targets": "*i32:16"}
-        types |= {"ends": "*i32:16", "shifts": "*i32:16"}
+    kernels, kernel = [], connected_encode.d_upstream_kernel
+    for dtype, C in itertools.product(FEW_ELEMENTS, (32, 64)):
+        lookup = connected_encode.lookup_config(C)
+        types = {"dz": "*fp32:16", "read": "*fp32:16", "grad": "*fp32:16", "slots": "*i64:16", "ids": "*i32:16"}
+        types |= {"z": "*fp32:16", "V": f"*{dtype}:16", "connections": "*i64:16"}
         flags = {"HAS_DZ": True, "HAS_READ": True, "STEPS": 11}
-        steps = {arg: 1 for arg in kernel.arg_names if arg.endswith(("_k", "_s"))}
-        constexprs = steps | flags | match.constexprs
-        kernels.append(_case(f"connected d_upstream {dtype}", kernel, types, constexprs, match.options))
+        steps = {arg: 1 for arg in kernel.arg_names if arg.endswith(("_k", "_c"))}
+        constexprs = steps | flags | lookup.constexprs
+        kernels.append(_case(f"connected d_upstream {dtype} C {C}", kernel, types, constexprs, lookup.options))
     return kernels
 
 

@@ -17,9 +17,10 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.nn import functional
 
-from .add_upstream import OutLists, add_upstream, added_up, block_of_pairs, out_lists, search_steps, token_pairs
-from .launch import LaunchConfig, cdiv, check_range, launcher, spans
+from .add_upstream import add_upstream, out_lists
+from .launch import LaunchConfig, cdiv, check_range, launcher, pow2, spans
 from .rows import transposed_gather_sum
 from .scores import LOWEST, encoder_scores, float_key
 from .stream import streamed_topk
@@ -28,15 +29,19 @@ from .transpose import Transpose, transpose
 
 
 @dataclass(frozen=True)
-class Match(LaunchConfig):
-    """How many pairs are compared at a time with how many selected latents."""
+class Lookup(LaunchConfig):
+    """How many connections of a latent find their slots at a time."""
 
-    block: int = 32
-    selected: int = 64
+    block: int = 64
 
     @property
     def constexprs(self) -> dict[str, int]:
-        return {"BLOCK": self.block, "SELECTED": self.selected}
+        return {"BLOCK": self.block}
+
+
+def lookup_config(C: int) -> Lookup:
+    block = pow2(C, 32, 128)
+    return Lookup(num_warps=block // 32, block=block)
 
 
 @dataclass(frozen=True)
@@ -51,8 +56,8 @@ class MaximaTile(LaunchConfig):
         return {"ROWS": self.rows, "COLUMNS": self.columns}
 
 
-MATCH = Match(num_warps=2)
 MAXIMA = MaximaTile(num_warps=8)
+LAST = 2**31 - 1  # an id above all upstream latents
 READ_BYTES = 512 << 20  # upstream values read for dV at a time. Fixed: blocks of tokens decide how dV is rounded.
 
 
@@ -135,64 +140,57 @@ def _group_maxima(scores: Tensor, maxima: Tensor, group: int) -> None:
 
 @triton.jit
 def d_upstream_kernel(
-    dz,  # [N, S] fp32, zeros (HAS_DZ)
+    dz,  # [N, S] fp32, zeros, in the order of `ids` (HAS_DZ)
     read,  # [N, K*C] fp32, zeros (HAS_READ)
     grad,  # [N, K] fp32
     slots,  # [N, K] selected latents, -1 where inactive
-    z_values,  # [N, S]
-    ends,  # [N, S]
-    shifts,  # [N, S]
-    weights,  # [F*C]
-    targets,  # [F*C]
-    order,  # [F*C]
+    ids,  # [N, 2^STEPS] int32: upstream latents of a token's S slots, ascending, and at least one LAST
+    z,  # [N, S] fp32: their values
+    V,  # [F, C]
+    connections,  # [F, C]
     K, C, S,
-    grad_n, grad_k, slots_n, slots_k, value_n, value_s,
+    grad_n, grad_k, slots_n, slots_k, V_f, V_c, connections_f, connections_c,
     HAS_DZ: tl.constexpr,
     HAS_READ: tl.constexpr,
     STEPS: tl.constexpr,
-    SELECTED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The pairs of a token whose downstream latent it selected: what they add to the gradient of their upstream slot,
-    and the upstream values that the connections of selected latents read.
+    """One token: the upstream values that the connections of its selected latents read, and what these connections add
+    to the gradient of the slots that they read.
 
-    Pairs are few (S C F / U), and each is compared with the K selected latents only.
+    A connection finds its slot by a binary search. Those of one latent read different slots: no two lanes write to the
+    same one.
     """
     n = tl.program_id(0).to(tl.int64)
-    ends += n * S
-    shifts += n * S
-    grad += n * grad_n
-    slots += n * slots_n
-    place = tl.arange(0, SELECTED)
-    chosen = tl.load(slots + place.to(tl.int64) * slots_k, mask=place < K, other=-1).to(tl.int32)
-    count = tl.load(ends + S - 1)
-    for first in range(0, count, BLOCK):
-        slot, entry, used = block_of_pairs(ends, shifts, first, count, S, STEPS, BLOCK)
-        i = tl.load(targets + entry, mask=used, other=-2).to(tl.int32)
-        number = tl.max(tl.where(i[None, :] == chosen[:, None], place[:, None] + 1, 0), axis=0)
-        for start in range(SELECTED, K, SELECTED):
-            later = start + place
-            others = tl.load(slots + later.to(tl.int64) * slots_k, mask=later < K, other=-1).to(tl.int32)
-            more = tl.where(i[None, :] == others[:, None], later[:, None] + 1, 0)
-            number = tl.maximum(number, tl.max(more, axis=0))
-        if tl.max(number, axis=0) > 0:
-            hit = number > 0
-            k = (number - 1).to(tl.int64)
-            if HAS_DZ:
-                part = tl.load(weights + entry, mask=hit, other=0).to(tl.float32)
-                part *= tl.load(grad + k * grad_k, mask=hit, other=0)
-                sums, writes = added_up(slot, part, hit)
-                at_slot = dz + n * S + slot
-                tl.store(at_slot, tl.load(at_slot, mask=writes, other=0) + sums, mask=writes)
-            if HAS_READ:
-                position = tl.load(order + entry, mask=hit, other=0).to(tl.int64)
-                value = tl.load(z_values + n * value_n + slot.to(tl.int64) * value_s, mask=hit, other=0)
-                at = (k * C + position % C).to(tl.int32)
-                # A latent that is in two slots of the token meets the same connection twice.
-                sums, writes = added_up(at, value.to(tl.float32), hit)
-                at_read = read + n * (K * C) + at
-                tl.store(at_read, tl.load(at_read, mask=writes, other=0) + sums, mask=writes)
-            tl.debug_barrier()
+    dz += n * S
+    ids += n << STEPS
+    z += n * S
+    read += n * K * C
+    for k in range(0, K):
+        i = tl.load(slots + n * slots_n + k * slots_k).to(tl.int64)
+        if i >= 0:
+            g = tl.load(grad + n * grad_n + k * grad_k)
+            for first in range(0, C, BLOCK):
+                c = first + tl.arange(0, BLOCK)
+                u = tl.load(connections + i * connections_f + c * connections_c, mask=c < C, other=-1).to(tl.int32)
+                weight = tl.load(V + i * V_f + c * V_c, mask=c < C, other=0).to(tl.float32) * g
+                before = tl.zeros((BLOCK,), tl.int32)  # ids below u
+                half = 1 << (STEPS - 1)
+                for _ in range(STEPS):
+                    further = before + half
+                    before = tl.where(tl.load(ids + further - 1) < u, further, before)
+                    half = half >> 1
+                found = (tl.load(ids + before) == u) & (u >= 0)
+                value = tl.zeros((BLOCK,), tl.float32)
+                while tl.max(found.to(tl.int32), axis=0) > 0:  # again where a latent is in two slots of the token
+                    value += tl.load(z + before, mask=found, other=0)
+                    if HAS_DZ:
+                        tl.store(dz + before, tl.load(dz + before, mask=found, other=0) + weight, mask=found)
+                    before += 1
+                    found = found & (tl.load(ids + before, mask=found, other=-1) == u)
+                if HAS_READ:
+                    tl.store(read + k * C + c, value, mask=c < C)
+            tl.debug_barrier()  # the next latent may add to a slot that another thread wrote
 
 
 @launcher
@@ -215,8 +213,8 @@ def backward(
 ) -> tuple[Tensor | None, ...]:
     """dr0 [N, D], dW [F, D], db [F], dz [N, S] and dV [F, C] from `grad_values` [N, K]; None where not `needed`.
 
-    Only active slots and kept connections carry gradient. `scratch_bytes` is not read: READ_BYTES bounds the upstream
-    values read for dV. Other arguments as in `forward`.
+    Only active slots and kept connections carry gradient. `order`, `starts` and `scratch_bytes` are not read:
+    READ_BYTES bounds the upstream values read for dV. Other arguments as in `forward`.
     """
     active = values != 0  # a NaN slot is active: its gradient is not dropped
     grad = torch.where(active, grad_values, 0)
@@ -227,8 +225,7 @@ def backward(
     dz = torch.zeros_like(z_values) if needed[3] else None
     dV = torch.zeros_like(V) if needed[4] else None
     if (needed[3] or needed[4]) and 0 not in (slots.numel(), z_values.numel(), V.numel()):
-        lists = out_lists(V, order, starts)
-        _upstream_gradients(dz, dV, scaled, slots, lists, order, z_values, z_indices, upstream, by_latent)
+        _upstream_gradients(dz, dV, scaled, slots, V, connections, z_values, z_indices, by_latent)
     return *gradients, dz, dV
 
 
@@ -237,31 +234,34 @@ def _upstream_gradients(
     dV: Tensor | None,
     grad: Tensor,
     slots: Tensor,
-    lists: OutLists,
-    order: Tensor,
+    V: Tensor,
+    connections: Tensor,
     z_values: Tensor,
     z_indices: Tensor,
-    upstream: int,
     by_latent: Transpose | None,
 ) -> None:
     """Fills dz [N, S] and dV [F, C]. The values that tokens read are written out for a block of tokens, then summed by
     latent like any gradient."""
-    (N, K), S = slots.shape, z_values.shape[1]
-    C = 0 if dV is None else dV.shape[1]
+    (N, K), S, C = slots.shape, z_values.shape[1], V.shape[1]
+    lookup, steps = lookup_config(C), S.bit_length()
     size = N if dV is None else min(N, max(1, READ_BYTES // (4 * K * C)))
     total: Tensor | None = None
     for tokens in spans(N, size):
-        part, g, z, ids = slots[tokens], grad[tokens], z_values[tokens], z_indices[tokens]
+        part, g = slots[tokens], grad[tokens]
+        ids, order = functional.pad(z_indices[tokens].to(torch.int32), (0, (1 << steps) - S), value=LAST).sort(
+            stable=True
+        )
+        order = order[:, :S]
         sums = g.new_zeros(len(part), S if dz is not None else 0)
-        read = g.new_zeros(len(part) * K, C)
+        read = g.new_zeros(len(part) * K, C if dV is not None else 0)
         d_upstream_kernel[(len(part),)](
-            sums, read, g, part, z, *token_pairs(ids, lists, upstream), lists.weights, lists.targets, order, K, C, S,
-            *g.stride(), *part.stride(), *z.stride(),
-            HAS_DZ=dz is not None, HAS_READ=dV is not None, STEPS=search_steps(S),
-            **MATCH.constexprs, **MATCH.options,
+            sums, read, g, part, ids, z_values[tokens].float().gather(1, order), V, connections, K, C, S,
+            *g.stride(), *part.stride(), *V.stride(), *connections.stride(),
+            HAS_DZ=dz is not None, HAS_READ=dV is not None, STEPS=steps,
+            **lookup.constexprs, **lookup.options,
         )  # fmt: skip
         if dz is not None:
-            dz[tokens] = sums
+            dz[tokens] = torch.zeros_like(sums).scatter_(1, order, sums)
         if dV is not None:
             of_part = by_latent if by_latent is not None and size == N else transpose(part, len(dV))
             added = transposed_gather_sum(g.reshape(-1, 1), *of_part, read)

@@ -12,8 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import select
 from .launch import LaunchConfig, spans
+from .place import place
 from .scores import encoder_scores, float_key
 from .stream import plan
 
@@ -151,7 +151,7 @@ class Slots:
         ids[self.tokens, slots] = self.ids
         out_values = torch.empty(N, S, dtype=dtype, device=device)
         indices = torch.empty(N, S, dtype=torch.int64, device=device)
-        select.place(values, ids, out_values, indices, relu=False)
+        place(values, ids, out_values, indices, relu=False)
         return out_values, indices
 
 

@@ -5,7 +5,7 @@
 2. Of their k x GROUP scores, a binary search finds the k-th largest key bit by bit (32 counts of numbers held in
    registers), and the k largest are compacted in the order of their columns. Ties at the k-th key go to the lowest
    columns, which come first.
-3. To put them in descending order, each of the k survivors counts those ahead of it.
+3. To put them in descending order, each of the k survivors counts those ahead of it (place.py).
 
 Keys are integers that order as floats do (float_key), so the result does not depend on scheduling, and NaN is the
 largest. There is no sort, and nothing to autotune.
@@ -13,7 +13,6 @@ largest. There is no sort, and nothing to autotune.
 
 from dataclasses import dataclass
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -23,9 +22,8 @@ from .scores import LOWEST, float_key
 
 MAX_BLOCK = 2048  # keys of a row held in registers at a time; longer rows are read again for every bit
 MIN_TILE = 2048  # keys per program: short rows share one
-ONE_WARP = 512  # keys that one warp counts without waiting for others; more would not fit into its registers
-LONG = 1024  # above this k, torch.sort orders the survivors: counting takes k x k comparisons
-PLACE_TILE = 4096  # comparisons at a time when the survivors are ordered
+ONE_WARP = 2048  # keys that one warp counts without waiting for others; more would not fit into its registers
+COMPACTED = 128  # keys that one warp compacts at a time; with more, Triton 3.9 spills
 
 
 @dataclass(frozen=True)
@@ -36,38 +34,20 @@ class SelectConfig(LaunchConfig):
     num_stages: int = 1
     rows: int = 1
     block: int = MAX_BLOCK
+    part: int = MAX_BLOCK  # how many of them are compacted at a time
     one_block: bool = False  # all candidates fit
 
     @property
     def constexprs(self) -> dict[str, int | bool]:
-        return {"ROWS": self.rows, "BLOCK": self.block, "ONE_BLOCK": self.one_block}
+        return {"ROWS": self.rows, "BLOCK": self.block, "PART": self.part, "ONE_BLOCK": self.one_block}
 
 
 def select_config(candidates: int) -> SelectConfig:
     block = pow2(candidates, 16, MAX_BLOCK)
     if candidates <= ONE_WARP and not INTERPRETED:  # the interpreter likes few programs
-        return SelectConfig(1, rows=max(1, 128 // block), block=block, one_block=True)
+        return SelectConfig(1, rows=max(1, 128 // block), block=block, part=min(block, COMPACTED), one_block=True)
     warps = 16 if block == MAX_BLOCK else 8  # 8 keys per thread
-    return SelectConfig(warps, rows=max(1, MIN_TILE // block), block=block, one_block=candidates <= block)
-
-
-@dataclass(frozen=True)
-class PlaceConfig(LaunchConfig):
-    """Rows per program, and how many survivors are compared at a time with as many others."""
-
-    num_warps: int = 8
-    num_stages: int = 1
-    rows: int = 1
-    block: int = 64
-
-    @property
-    def constexprs(self) -> dict[str, int]:
-        return {"ROWS": self.rows, "BLOCK": self.block}
-
-
-def place_config(k: int) -> PlaceConfig:
-    block = pow2(k, 8, 64)
-    return PlaceConfig(rows=PLACE_TILE // block**2, block=block)
+    return SelectConfig(warps, rows=max(1, MIN_TILE // block), block=block, part=block, one_block=candidates <= block)
 
 
 def group_size(columns: int, k: int) -> int:
@@ -107,6 +87,32 @@ def _load_keys(
 
 
 @triton.jit
+def _compact(
+    column, key, bound, wanted, equal_before, taken_before, source, labels, ids, values, rows, n, first_id,
+    source_row, labels_row, out_row,
+    HAS_LABELS: tl.constexpr,
+    IS_KEY: tl.constexpr,
+):  # fmt: skip
+    """Writes the candidates above the bound, and the first `wanted` equal to it, behind those before them; how many
+    were equal and taken up to here."""
+    equal = (key == bound[:, None]).to(tl.int32)
+    equal_rank = tl.cumsum(equal, axis=1) - equal + equal_before[:, None]
+    take = (key > bound[:, None]) | ((equal > 0) & (equal_rank < wanted[:, None]))
+    take = take & (rows < n)[:, None]
+    took = take.to(tl.int32)
+    place = tl.cumsum(took, axis=1) - took + taken_before[:, None]
+    offset = rows.to(tl.int64)[:, None]
+    label = column + first_id
+    if HAS_LABELS:
+        label = tl.load(labels + offset * labels_row + column, mask=take, other=0)
+    tl.store(ids + offset * out_row + place, label, mask=take)
+    if not IS_KEY:
+        value = tl.load(source + offset * source_row + column, mask=take, other=0.0)
+        tl.store(values + offset * out_row + place, value, mask=take)
+    return equal_before + tl.sum(equal, axis=1), taken_before + tl.sum(took, axis=1)
+
+
+@triton.jit
 def select_kernel(
     source,  # [n, columns] fp32 scores, or int32 keys
     parents,  # [n, k] int32 groups of GROUP columns to look into (HAS_PARENTS), ascending
@@ -122,6 +128,7 @@ def select_kernel(
     ABSOLUTE: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
+    PART: tl.constexpr,
     ONE_BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The k largest of each row's candidates, in the order of their columns."""
@@ -159,68 +166,21 @@ def select_kernel(
     wanted = k - above  # of those equal to the bound, the first
     equal_before = tl.zeros((ROWS,), tl.int32)
     taken_before = tl.zeros((ROWS,), tl.int32)
-    offset = rows.to(tl.int64)[:, None]
-    for start in range(0, candidates, BLOCK):
-        if not ONE_BLOCK:
-            column, key = _load_keys(
+    if ONE_BLOCK and PART == BLOCK:
+        _compact(
+            column, key, bound, wanted, equal_before, taken_before, source, labels, ids, values, rows, n, first_id,
+            source_row, labels_row, out_row, HAS_LABELS, IS_KEY,
+        )  # fmt: skip
+    else:
+        for start in range(0, candidates, PART):
+            part_column, part_key = _load_keys(
                 source, parents, rows, start, n, columns, candidates, source_row, parents_row,
-                GROUP, HAS_PARENTS, IS_KEY, ABSOLUTE, BLOCK,
+                GROUP, HAS_PARENTS, IS_KEY, ABSOLUTE, PART,
             )  # fmt: skip
-        equal = (key == bound[:, None]).to(tl.int32)
-        equal_rank = tl.cumsum(equal, axis=1) - equal + equal_before[:, None]
-        take = (key > bound[:, None]) | ((equal > 0) & (equal_rank < wanted[:, None]))
-        take = take & (rows < n)[:, None]
-        took = take.to(tl.int32)
-        place = tl.cumsum(took, axis=1) - took + taken_before[:, None]
-        label = column + first_id
-        if HAS_LABELS:
-            label = tl.load(labels + offset * labels_row + column, mask=take, other=0)
-        tl.store(ids + offset * out_row + place, label, mask=take)
-        if not IS_KEY:
-            value = tl.load(source + offset * source_row + column, mask=take, other=0.0)
-            tl.store(values + offset * out_row + place, value, mask=take)
-        equal_before += tl.sum(equal, axis=1)
-        taken_before += tl.sum(took, axis=1)
-
-
-@triton.jit
-def place_kernel(
-    values,  # [n, k] fp32
-    ids,  # [n, k] int32, ascending; -1 for an empty slot, which goes last
-    out_values,  # [n, k] out, any floating dtype (HAS_VALUES)
-    out_ids,  # [n, k] int64 out
-    n, k,
-    in_row, out_values_row, out_ids_row,
-    HAS_VALUES: tl.constexpr,
-    RELU: tl.constexpr,
-    ABSOLUTE: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Descending order by rank: the number of slots in the row that are larger, or equal and earlier."""
-    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    slots = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    offset = rows.to(tl.int64)[:, None]
-    valid = (rows < n)[:, None] & (slots < k)[None, :]
-    label = tl.load(ids + offset * in_row + slots[None, :], mask=valid, other=-1)
-    value = tl.load(values + offset * in_row + slots[None, :], mask=valid, other=0.0)
-    key = tl.where(label >= 0, float_key(value, ABSOLUTE), LOWEST)
-    rank = tl.zeros((ROWS, BLOCK), tl.int32)
-    for start in range(0, k, BLOCK):
-        others = start + tl.arange(0, BLOCK)
-        there = (rows < n)[:, None] & (others < k)[None, :]
-        other_label = tl.load(ids + offset * in_row + others[None, :], mask=there, other=-1)
-        other_value = tl.load(values + offset * in_row + others[None, :], mask=there, other=0.0)
-        other_key = tl.where(other_label >= 0, float_key(other_value, ABSOLUTE), LOWEST)
-        before = (others[None, :] < slots[:, None])[None, :, :]
-        other = other_key[:, None, :]
-        ahead = (other > key[:, :, None]) | ((other == key[:, :, None]) & before)
-        rank += tl.sum((ahead & there[:, None, :]).to(tl.int32), axis=2)
-    if HAS_VALUES:
-        if RELU:
-            value = tl.where((value > 0.0) | (value != value), value, 0.0)
-        tl.store(out_values + offset * out_values_row + rank, value.to(out_values.dtype.element_ty), mask=valid)
-    tl.store(out_ids + offset * out_ids_row + rank, label.to(tl.int64), mask=valid)
+            equal_before, taken_before = _compact(
+                part_column, part_key, bound, wanted, equal_before, taken_before, source, labels, ids, values, rows, n,
+                first_id, source_row, labels_row, out_row, HAS_LABELS, IS_KEY,
+            )  # fmt: skip
 
 
 def select(
@@ -259,28 +219,5 @@ def select(
         scores, winners, ids if labels is None else labels, ids, values, n, columns, candidates, k, first_id,
         scores.stride(0), winners.stride(0), ids_row, ids.stride(0),
         GROUP=group, HAS_PARENTS=maxima is not None, HAS_LABELS=labels is not None, IS_KEY=False, ABSOLUTE=absolute,
-        **config.constexprs, **config.options,
-    )  # fmt: skip
-
-
-def place(
-    values: Tensor, ids: Tensor, out_values: Tensor | None, out_ids: Tensor, *, relu: bool, absolute: bool = False
-) -> None:
-    """Puts slots [n, k] in descending order (of magnitude if `absolute`); stores negative values as 0 if `relu`."""
-    n, k = ids.shape
-    if n == 0 or k == 0:
-        return
-    if k > LONG:
-        key = (values.abs() if absolute else values).masked_fill(ids < 0, -torch.inf)
-        order = key.sort(dim=1, descending=True, stable=True).indices  # stable: ties keep the order of the ids
-        out_ids.copy_(ids.gather(1, order))
-        if out_values is not None:
-            out_values.copy_((values.relu() if relu else values).gather(1, order))
-        return
-    config = place_config(k)
-    target = values if out_values is None else out_values
-    place_kernel[(cdiv(n, config.rows), cdiv(k, config.block))](
-        values, ids, target, out_ids, n, k, ids.stride(0), target.stride(0), out_ids.stride(0),
-        HAS_VALUES=out_values is not None, RELU=relu, ABSOLUTE=absolute,
         **config.constexprs, **config.options,
     )  # fmt: skip

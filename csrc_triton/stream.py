@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from .launch import cdiv, spans
-from .select import LONG, group_size, place, select
+from .place import LONG, place
+from .select import group_size, select
 
 ROWS_WANTED = 1024
 ALIGNMENT = 128  # of a block's rows and columns: whole tiles, and no group crosses a block

@@ -16,8 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import select
 from .launch import LaunchConfig, cdiv, launcher, pow2, spans
+from .place import place
 from .rows import gather_sum, transposed_gather_sum
 from .scores import LOWEST, encoder_scores, float_key
 from .stream import plan, streamed_topk
@@ -112,9 +112,11 @@ def check_encoder(x: Tensor, W_enc: Tensor, b_enc: Tensor | None, k: int) -> Non
         raise ValueError(f"x: expected shape [N, {D}], as W_enc has {D} columns, got {tuple(x.shape)}")
     if b_enc is not None and b_enc.shape != (F,):
         raise ValueError(f"b_enc: expected shape [{F}], one per latent, got {tuple(b_enc.shape)}")
-    if W_enc.dtype != x.dtype or (b_enc is not None and b_enc.dtype != x.dtype):
+    if W_enc.dtype != x.dtype or (b_enc is not None and b_enc.dtype not in (x.dtype, torch.float32)):
         got = W_enc.dtype if b_enc is None else f"{W_enc.dtype} and {b_enc.dtype}"
-        raise TypeError(f"W_enc, b_enc: expected {x.dtype}, the dtype of x, got {got}; cast them or x")
+        raise TypeError(
+            f"W_enc, b_enc: expected {x.dtype}, the dtype of x (b_enc: or float32), got {got}; cast them or x"
+        )
     if not 1 <= k <= F:
         raise ValueError(f"k: expected from 1 to {F}, the number of latents, got {k}")
 
@@ -136,7 +138,7 @@ def _groupmax(
         groupmax_kernel[(cdiv(n * k, tile.pairs),)](
             scratch, best_values, best_ids, n * k, F, k, longest, F, **tile.constexprs, **tile.options
         )
-        select.place(best_values[:n], best_ids[:n], values[rows], indices[rows], relu=True)
+        place(best_values[:n], best_ids[:n], values[rows], indices[rows], relu=True)
 
 
 @launcher

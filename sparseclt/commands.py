@@ -3,13 +3,17 @@
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from sparseclt.config import TrainConfig
+from sparseclt.costs import Rates
 from sparseclt.experiments.experiment import Experiment
 from sparseclt.export import FormatName
 from sparseclt.model.shape import ModelShape
 from sparseclt.storage.run_config import check_trained, read_config
+
+if TYPE_CHECKING:
+    from sparseclt.training.trainer import Trainer
 
 Split = Literal["held_out", "train"]
 
@@ -19,7 +23,9 @@ def train(config: TrainConfig) -> None:
     from sparseclt import runs
     from sparseclt.evaluation import report
 
-    result = runs.train(config)
+    trainer = runs.begin(config)
+    _say_grid(trainer)
+    result = runs.finish(trainer)
     if result is not None:  # on the first of several ranks
         print(report.evaluation_table(result.to_dict()))
         print(f"\nRun directory: {config.out}")
@@ -31,11 +37,19 @@ def resume(run: Path, config: TrainConfig, checkpoint: Path | None) -> None:
     from sparseclt.evaluation import report
 
     trainer = runs.resume(run, config, checkpoint=checkpoint)
+    _say_grid(trainer)
     if trainer.step == config.steps and trainer.ranks.first:
         print(f"{run} has done all its {config.steps} steps; --steps gives it more. It is evaluated again.\n")
     result = runs.finish(trainer)
     if result is not None:
         print(report.evaluation_table(result.to_dict()))
+
+
+def _say_grid(trainer: "Trainer") -> None:
+    from sparseclt.training.grid import description
+
+    if trainer.ranks.first and not trainer.ranks.world.alone:
+        print(description(trainer.ranks), flush=True)
 
 
 def repeat(run: Path, out: Path) -> None:
@@ -110,16 +124,18 @@ def atlas(run: Path, out: Path | None, tokens: int | None, port: int, split: Spl
         server.serve_forever()
 
 
-def plan(config: TrainConfig, shape: ModelShape, memory_gib: float | None) -> int:
-    """Print the plan of a run; 1 if it does not fit."""
+def plan(config: TrainConfig, shape: ModelShape, memory_gib: float | None, rates: Rates) -> int:
+    """Print the plan of a run, with `rates` also the time of a step; 1 if it does not fit."""
     from sparseclt.devices import resolve
-    from sparseclt.training import memory
+    from sparseclt.training import memory, step_time
 
     if not shape.layers:
         shape = memory.shape_of(config.model.path, config.model.layers)
     available = memory.available_bytes(resolve(config.device)) if memory_gib is None else int(memory_gib * memory.GiB)
     plan = memory.make_plan(config, shape, available)
     print(memory.table(plan))
+    if rates.given:
+        print(step_time.table(config, shape, rates, available))
     if available is not None and not plan.fits:
         print(memory.advice_text(config, shape, available))
     return 0 if plan.fits else 1

@@ -35,6 +35,26 @@ class Cost:
         return Cost(self.flops * times, self.used * times, self.once * times)
 
 
+@dataclass(frozen=True)
+class Rates:
+    """What one device does at best, and what connects it to the others. 0: not given."""
+
+    tflops: float = 0.0
+    """Dense matrix products, in 10^12 operations per second."""
+    memory: float = 0.0
+    """Its memory, in 10^9 bytes per second."""
+    link: float = 0.0
+    """What it sends to other devices, in 10^9 bytes per second."""
+
+    @property
+    def given(self) -> bool:
+        return bool(self.tflops and self.memory and self.link)
+
+    def seconds(self, cost: Cost) -> float:
+        """How long a device takes at least: for the operations, or for the bytes if they take longer."""
+        return max(cost.flops / (self.tflops * 1e12), cost.used / (self.memory * 1e9))
+
+
 Passes = dict[str, Cost]
 """The cost of an op by pass: "forward", and one or several passes of its backward."""
 

@@ -26,6 +26,15 @@ def usable(name: str) -> torch.device:
     return device
 
 
+def has_bf16(device: torch.device) -> bool:
+    """Whether a device multiplies bf16 faster than fp32: GPUs from Ampere on. One that is not here, for which a run is
+    planned, is taken for such a GPU."""
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return device.type == "cuda"
+    with torch.cuda.device(device):
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+
+
 class Budget(NamedTuple):
     """Bytes to work in: on a CPU about what its caches hold; on a GPU a share of its memory, and at least `gpu`.
 

@@ -10,6 +10,7 @@ import tyro
 from sparseclt import commands
 from sparseclt.commands import Split
 from sparseclt.config import ConnectionConfig, DataConfig, ModelConfig, TrainConfig
+from sparseclt.costs import Rates
 from sparseclt.experiments.registry import find
 from sparseclt.export import FormatName
 from sparseclt.model.shape import ModelShape
@@ -147,15 +148,18 @@ def plan(
     config: Config = TrainConfig(),  # noqa: B008
     shape: ModelShape = ModelShape(),  # noqa: B008
     memory_gib: float | None = None,
+    rates: Rates = Rates(),  # noqa: B008
 ) -> Work:
     """Show what a training run would hold in memory, term by term, and whether it fits; exit status 1 if it does not.
+    With all three rates, also how long a step takes at least, by count, on this and on other numbers of ranks.
 
     Args:
         config: The configuration of the run.
         shape: The shape of the language model, if the model itself is not at hand.
         memory_gib: The memory of the device, in GiB. None: what is free on it now.
+        rates: What a device does at best.
     """
-    return partial(commands.plan, config, shape, memory_gib)
+    return partial(commands.plan, config, shape, memory_gib, rates)
 
 
 def graph(

@@ -237,7 +237,8 @@ FLAGS = """
     --activations.cache --activations.cache-dtype --activations.shuffle-bytes --batch-rows --checkpoints.every-minutes
     --checkpoints.every-steps --checkpoints.keep --clt.activation --clt.active --clt.active-ratio --clt.attention
     --clt.bandwidth --clt.dtype --clt.latents --clt.targets --compute.backend --compute.micro-batch-rows
-    --connections.anneal-share --connections.candidates-after-steps --connections.exchange-share
+    --compute.precision
+    --connections.anneal-share --connections.budget --connections.candidates-after-steps --connections.exchange-share
     --connections.freeze-after-share --connections.importance --connections.open-per-latent --connections.per-latent
     --connections.policy --connections.pressure-weight --connections.recent-tokens --connections.refresh-steps
     --connections.start-per-latent --data.bos --data.cache --data.held-out-share --data.held-out-tokens
@@ -246,7 +247,8 @@ FLAGS = """
     --loss.l0-weight --loss.latent-agreement-weight --loss.sparse-ramp-share --loss.sparse-start-share --model.dtype
     --model.layers --model.path --optimizer.betas --optimizer.clip-norm --optimizer.dead-after-tokens
     --optimizer.decay-share --optimizer.learning-rate --optimizer.revival-rate --optimizer.rows --optimizer.state
-    --optimizer.warmup-share --out --parallel.data --parallel.latents --parallel.timeout-seconds --seed --steps
+    --optimizer.warmup-share --out --parallel.data --parallel.latents --parallel.model-devices
+    --parallel.timeout-seconds --seed --steps
 """.split()
 
 

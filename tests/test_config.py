@@ -84,6 +84,7 @@ BAD = {
     "clt.dtype": ["fp16", "float32", "bfloat16"],
     "connections.policy": ["tpo", "Top", "dense_learned", ""],
     "connections.per_latent": [-1],
+    "connections.budget": ["model", ""],
     "connections.importance": ["max", ""],
     "connections.recent_tokens": [0, -1],
     "connections.start_per_latent": [0, -1, 7],
@@ -114,6 +115,7 @@ BAD = {
     "activations.cache_dtype": ["fp8", "fp32"],
     "compute.micro_batch_rows": [0, -1],
     "compute.backend": ["cobol", "", "Torch"],
+    "compute.precision": ["fp16", "", "BF16"],
     "logging.every_steps": [0, -10],
     "logging.loggers": [("carrierpigeon",), ("wandb", "wandb"), ("wandb", "")],
     "logging.progress": ["yes", 0, 1],
@@ -122,6 +124,7 @@ BAD = {
     "checkpoints.keep": [0, -2],
     "parallel.latents": [0, -1],
     "parallel.data": [0, -1],
+    "parallel.model_devices": [("",)],
     "parallel.timeout_seconds": [0, -1],
 }
 
@@ -197,9 +200,20 @@ CONTRADICTIONS = {
     "clt.dtype: expected 'fp32' with clt.attention 'latents', got 'bf16'": {
         "clt": {"attention": "latents", "dtype": "bf16"}
     },
+    "compute.precision: expected 'fp32' or None with compute.backend 'numba', which has no bf16, got 'bf16'": {
+        "compute": {"precision": "bf16", "backend": "numba"}
+    },
+    "compute.precision: expected 'bf16' or None with clt.dtype 'bf16', in which products read the weights, got": {
+        "compute": {"precision": "fp32"}, "clt": {"dtype": "bf16"}
+    },
+    "compute.precision: expected 'fp32' or None with clt.attention 'latents', whose pre-activations are added up head "
+    "after head, got 'bf16'": {"compute": {"precision": "bf16"}, "clt": {"attention": "latents"}},
     "data.max_tokens: expected at least data.row_tokens = 64, got 63": {"data": {"row_tokens": 64, "max_tokens": 63}},
     "connections.start_per_latent: expected at least connections.per_latent = 8 or None, got 4": {
         "connections": {"per_latent": 8, "start_per_latent": 4}
+    },
+    "connections.budget: expected 'latent' unless connections.policy is 'top' and connections.importance": {
+        "connections": {"policy": "random", "budget": "module"}
     },
     "activations.shuffle_bytes, activations.cache: expected 0 and None with clt.attention 'latents'": {
         "clt": {"attention": "latents"}, "activations": {"cache": "x"},

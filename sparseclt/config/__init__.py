@@ -6,6 +6,7 @@ command, whose help shows the text below each field.
 
 from sparseclt.config.groups import (
     ActivationConfig,
+    Budget,
     CheckpointConfig,
     CLTConfig,
     ComputeConfig,
@@ -27,6 +28,7 @@ __all__ = [
     "ComputeConfig",
     "ConnectionConfig",
     "DataConfig",
+    "Budget",
     "Importance",
     "LoggingConfig",
     "LossConfig",

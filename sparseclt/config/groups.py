@@ -8,6 +8,7 @@ from pydantic import AfterValidator, Field
 from sparseclt.config.strict import no_repeats, strict
 
 Importance = Literal["coactivation", "mean", "rms"]
+Budget = Literal["latent", "module"]
 
 LARGEST = 2**63 - 1  # the largest int64
 Natural = Annotated[int, Field(ge=0, le=LARGEST)]
@@ -101,6 +102,9 @@ class ConnectionConfig:
     random. none: vanilla mode only."""
     per_latent: Natural = 8
     """Connections per latent (C), 0 for none at all; with policy learned, candidates per latent."""
+    budget: Budget = "latent"
+    """With policy top, who has per_latent connections. latent: each latent. module: its latents in the mean, and each
+    at most four times as many; those have more that would miss them most."""
     importance: Importance = "coactivation"
     """What makes an upstream latent important, besides the size of its virtual weight |V|.
     coactivation: its mean while the reading latent fires. mean: over all tokens. rms: its root mean square."""
@@ -129,6 +133,11 @@ class ConnectionConfig:
     """With the learned policies, the price of each connection that a latent is expected to keep open."""
 
     def __post_init__(self) -> None:
+        if self.budget == "module" and (self.policy, self.importance) != ("top", "coactivation"):
+            raise ValueError(
+                f"connections.budget: expected 'latent' unless connections.policy is 'top' and connections.importance "
+                f"'coactivation', got {self.budget!r} with {self.policy!r} and {self.importance!r}"
+            )
         if self.start_per_latent is not None and self.start_per_latent < self.per_latent:
             raise ValueError(
                 f"connections.start_per_latent: expected at least connections.per_latent = {self.per_latent} or None, "
@@ -206,6 +215,16 @@ class ComputeConfig:
     None: all rows, which saves a forward pass."""
     backend: Literal["reference", "torch", "numba", "triton"] | None = None
     """Backend of the ops. None: the best one installed for the device (resumed runs need the same one)."""
+    precision: Literal["fp32", "bf16"] | None = None
+    """bf16: products with encoders and decoders round what they multiply to bf16, and add up in fp32; weights, biases,
+    norms, losses and Adam stay in fp32. fp32: nothing is rounded. None: bf16 on a GPU that has it, fp32 elsewhere and
+    with attention latents (resumed runs need the same one)."""
+
+    def __post_init__(self) -> None:
+        if self.precision == "bf16" and self.backend == "numba":
+            raise ValueError(
+                "compute.precision: expected 'fp32' or None with compute.backend 'numba', which has no bf16, got 'bf16'"
+            )
 
 
 @strict("logging")

@@ -74,6 +74,16 @@ class TrainConfig:
                 f"compute.micro_batch_rows: expected None with clt.activation 'batchtopk', which chooses the latents "
                 f"of a whole batch at once, got {micro_rows}"
             )
+        if self.compute.precision == "bf16" and self.clt.attention == "latents":
+            yield (
+                "compute.precision: expected 'fp32' or None with clt.attention 'latents', whose pre-activations are "
+                "added up head after head, got 'bf16'"
+            )
+        if self.compute.precision == "fp32" and self.clt.dtype == "bf16":
+            yield (
+                "compute.precision: expected 'bf16' or None with clt.dtype 'bf16', in which products read the weights, "
+                "got 'fp32'"
+            )
         if c.policy == "learned" and c.candidates_after_steps >= self.steps:
             yield (
                 f"connections.candidates_after_steps: expected less than steps = {self.steps} with connections.policy "

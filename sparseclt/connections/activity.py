@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from sparseclt.connections.attended import KEYS, Attended, RecentlyAttended, attended
+from sparseclt.connections.ring import Ring
 from sparseclt.model.activations import Activations
 from sparseclt.model.modules import Latents
 from sparseclt.model.sites import Site
@@ -84,6 +85,12 @@ class Activity:
         means = self.magnitude("mean").flatten()[ids] * self.recent.mixed(module)
         return torch.where(fired[:, None] < RARE, means, sums.div_(fired.clamp_min(1)[:, None]))
 
+    def firings(self, module: int) -> Tensor:
+        """On how many of the recent tokens each latent of a module fired, [F]."""
+        assert self.recent is not None
+        fired = self.recent.indices[module][self.recent.values[module] > 0]
+        return torch.bincount(fired, minlength=self.mean.shape[1])
+
     def dead(self, after_tokens: int | Tensor) -> Tensor:
         """Boolean [M, F]: latents that have not fired for `after_tokens` tokens, of which each module may have its own
         number [M, 1]."""
@@ -100,29 +107,20 @@ class Activity:
         return state | (self.recent.state() if self.recent is not None else {})
 
 
-class RecentLatents:
-    """The active latents of the last `tokens` tokens of every module, a ring: values and ids [M, tokens, K], where K is
-    the most that a module has; and what the attention modules among `sites` attended to there."""
+class RecentLatents(Ring):
+    """The active latents of the last `tokens` tokens of every module, and what the attention modules among `sites`
+    attended to there."""
 
     def __init__(self, sites: Sequence[Site], active: int, tokens: int, device: str | torch.device = "cpu"):
-        self.values = torch.zeros(len(sites), tokens, active, device=device)
-        self.indices = torch.zeros(len(sites), tokens, active, dtype=torch.int32, device=device)
-        self.seen = torch.zeros((), dtype=torch.int64)  # tokens in all; the next one's place is seen % tokens
+        super().__init__(len(sites), active, tokens, device)
         attention = {m: site.layer for m, site in enumerate(sites) if site.kind == "attn"}
         self.attention_layers = list(attention.values())
         self.attended = RecentlyAttended(list(attention), tokens, device)
 
-    def add(self, latents: list[Latents], counted: Tensor | None = None, keys: Sequence[Attended] = ()) -> None:
+    def add(self, latents: Sequence[Latents], counted: Tensor | None = None, keys: Sequence[Attended] = ()) -> None:
         """Put the latents of N more tokens in place of the oldest, except tokens that are not `counted` [N].
         `keys`: what each attention module attends to there."""
-        device, capacity = self.values.device, self.values.shape[1]
-        every = torch.arange(len(latents[0].values), device=device)
-        taken = (every if counted is None else every[counted])[-capacity:]
-        places = (int(self.seen) + torch.arange(len(taken), device=device)) % capacity
-        for m, (values, indices) in enumerate(latents):
-            K = values.shape[1]  # of this module; the others may have more
-            self.values[m, places, :K] = values.detach()[taken].float()
-            self.indices[m, places, :K] = indices[taken].clamp_min(0).int()
+        taken, places = self.take(latents, counted)
         self.attended.add(keys, taken, places)
         self.seen += len(taken)
 
@@ -139,11 +137,8 @@ class RecentLatents:
         n, U = rows.stop - rows.start, upstream.stop - upstream.start
         sums = self.values.new_zeros(n, U)
         for at, weights in self._read_by(module, places):
-            for u in range(upstream.start // F, -(-upstream.stop // F)):
-                of_u = self.indices[u, at] + (u * F - upstream.start)
-                if u * F < upstream.start or (u + 1) * F > upstream.stop:
-                    of_u.masked_fill_((of_u < 0) | (of_u >= U), -1)
-                add_outer_products_(sums, ones, ids, self.values[u, at] * weights, of_u)
+            for values, of_these in self.at(at, upstream, F):
+                add_outer_products_(sums, ones, ids, values * weights, of_these)
         return sums, torch.bincount(ids[here], minlength=n)
 
     def mixed(self, module: int) -> float:

@@ -1,5 +1,6 @@
 """Candidates for learned connections, exchanged for those whose opening would lower the loss more."""
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -9,8 +10,8 @@ from sparseclt.connections.gradients import RecentGradients
 from sparseclt.model.attention import rows_of_heads
 from sparseclt.model.cross_layer import Reader, effective_decoders
 from sparseclt.model.transcoders import Transcoders
-from sparseclt.ops.rows import chunks
 from sparseclt.ops.scratch import SELECTION_BYTES
+from sparseclt.parallel.select_connections import best_of_shares
 
 
 class Exchange(NamedTuple):
@@ -29,41 +30,72 @@ def exchanged_candidates(
 
     Opening connection (i, j) changes the loss by V_ij dL/dV_ij, the gradient being the same for a closed connection as
     for an open one: Evci et al., "Rigging the Lottery" (2020), grow connections in this way. Streams tiles: nothing of
-    size F x U is allocated. None for modules without logits.
+    size F x U is allocated. None for modules without logits. Of a CLT that is spread over ranks: those of this rank's
+    latents.
     """
     result: list[Exchange | None] = [None] * len(clt.sites)
-    F = clt.architecture.latents
     for reader, E in effective_decoders(clt.readers(), clt.sites, [m.W_dec.detach() for m in clt]):
         logits = clt.transcoder(reader.index).logits
         if logits is None:
             continue
-        parts = []
-        for rows in chunks(F, 3 * len(E) * E.element_size(), bytes_at_a_time):
-            gain = _gain(clt, recent, reader, E, rows)
-            assert reader.connections is not None
-            parts.append(_exchanged(gain, reader.connections.indices[rows], logits[rows], price, most))
-        result[reader.index] = Exchange(*map(torch.cat, zip(*parts, strict=True)))
+        assert reader.connections is not None
+        C = min(most, len(E), logits.shape[1])
+        best = partial(_best, clt, recent, reader, C)
+        rows = _carried(reader, clt.reading_rows(reader.index).detach().to(E.dtype))
+        found = best_of_shares(rows, E, best, C, group=reader.group, scratch_bytes=bytes_at_a_time // 3)
+        result[reader.index] = _exchanged(*found, reader.connections.indices, logits, price)
     return result
 
 
-def _exchanged(gain: Tensor, candidates: Tensor, logits: Tensor, price: float, most: int) -> Exchange:
-    """Of some latents: those candidates [rows, C] that are most closed, in exchange for the largest gains [rows, U]."""
-    gain.scatter_(1, candidates.clamp_min(0), -torch.inf)
-    best = gain.topk(min(most, *gain.shape[1:], *logits.shape[1:]), dim=1)
-    lowest = logits.topk(best.values.shape[1], dim=1, largest=False)
-    taken = (lowest.values <= 0) & (best.values > price)
+def _exchanged(ids: Tensor, gains: Tensor, candidates: Tensor, logits: Tensor, price: float) -> Exchange:
+    """Of all latents those candidates [F, C] that are most closed, in exchange for `ids` [F, most], which have the
+    largest `gains`."""
+    lowest = logits.topk(ids.shape[1], dim=1, largest=False)
+    taken = (lowest.values <= 0) & (gains > price)
     new = torch.zeros_like(candidates, dtype=torch.bool).scatter_(1, lowest.indices, taken)
-    ids = torch.where(taken, best.indices.to(candidates.dtype), candidates.gather(1, lowest.indices))
+    ids = torch.where(taken, ids.to(candidates.dtype), candidates.gather(1, lowest.indices))
     return Exchange(candidates.scatter(1, lowest.indices, ids), new)
 
 
-def _gain(clt: Transcoders, recent: RecentGradients, reader: Reader, E: Tensor, rows: slice) -> Tensor:
-    """-V dL/dV [rows, U], over heads the sum: by how much opening each connection lowers the loss, to first order."""
-    F, W_enc = clt.architecture.latents, clt.reading_rows(reader.index).detach()[rows].to(E.dtype)
-    weights = reader.attention
-    heads = W_enc[None] if weights is None else rows_of_heads(W_enc, weights)
-    gain = E.new_zeros(len(W_enc), len(E))
+def _carried(reader: Reader, rows: Tensor) -> Tensor:
+    """Encoder rows as they meet decoder rows, [F, D], or [H, F, D] of an attention reader."""
+    return rows if reader.attention is None else rows_of_heads(rows, reader.attention)
+
+
+def _best(
+    clt: Transcoders,
+    recent: RecentGradients,
+    reader: Reader,
+    C: int,
+    encoders: Tensor,
+    decoders: Tensor,
+    rows: slice,
+    columns: slice,
+) -> tuple[Tensor, Tensor]:
+    """`parallel.select_connections.Best` by what opening a connection would gain, of those that are no candidates."""
+    assert reader.all_connections is not None
+    gain = _gain(clt, recent, reader, encoders, decoders, rows, columns)
+    place = reader.all_connections.indices[rows].long() - columns.start
+    row, slot = ((place >= 0) & (place < len(decoders))).nonzero(as_tuple=True)
+    gain[row, place[row, slot]] = -torch.inf
+    gains, ids = gain.topk(min(C, len(decoders)), dim=1)
+    return ids, gains
+
+
+def _gain(
+    clt: Transcoders,
+    recent: RecentGradients,
+    reader: Reader,
+    encoders: Tensor,
+    decoders: Tensor,
+    rows: slice,
+    columns: slice,
+) -> Tensor:
+    """-V dL/dV [rows, columns], over heads the sum: by how much opening each connection of latents `rows`, which have
+    `encoders`, to the upstream latents `columns`, which have `decoders`, lowers the loss, to first order."""
+    F, heads = clt.architecture.latents, encoders if encoders.ndim == 3 else encoders[None]
+    gain = decoders.new_zeros(heads.shape[1], len(decoders))
     for head, carried in enumerate(heads):
-        gradient = recent.gradient(reader.index, rows, reader.upstream_modules, F, head)
-        gain -= (carried @ E.T).mul_(gradient)
+        gradient = recent.gradient_with(reader.index, rows, columns, F, head)
+        gain -= (carried @ decoders.T).mul_(gradient)
     return gain

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from sparseclt.config import ConnectionConfig, Importance
+from sparseclt.config import Budget, ConnectionConfig, Importance
 from sparseclt.connections.activity import Activity
 from sparseclt.connections.exchange import exchanged_candidates
 from sparseclt.connections.gradients import RecentGradients
@@ -16,8 +16,10 @@ from sparseclt.connections.selection import random_connections, select_top_conne
 from sparseclt.model.activations import Activations
 from sparseclt.model.modules import Latents
 from sparseclt.model.transcoders import Transcoders
+from sparseclt.parallel import ALONE, Group
 
 FIRST_LOGIT = 0.1
+FREE = 2  # connections of each latent without a price: latents that fire rarely would lose all of theirs, and die
 STEERING = 0.02  # exponent with which the pressure follows, in each step, the connections that are too many
 EXCHANGING = 0.75  # share of the steps up to the freeze in which candidates are exchanged: new gates need time to close
 MOST_EXCESS = 4.0  # times the wanted number, beyond which the pressure rises no faster
@@ -52,7 +54,7 @@ def make_policy(
     return TopConnections(
         config.per_latent, start=config.start_per_latent, anneal_steps=round(config.anneal_share * steps),
         refresh_every=config.refresh_steps, freeze_at=round(config.freeze_after_share * steps),
-        importance=config.importance, backend=backend,
+        importance=config.importance, budget=config.budget, backend=backend,
     )  # fmt: skip
 
 
@@ -82,10 +84,15 @@ class ConnectionPolicy(ABC):
         """Choose connections anew where `step` asks for it; returns whether it did."""
 
     def observe(  # noqa: B027  most policies need to know no more than the activity of latents
-        self, latents: Sequence[Latents], gradients: Sequence[Tensor], activations: Activations
+        self,
+        latents: Sequence[Latents],
+        gradients: Sequence[Tensor],
+        activations: Activations,
+        data: Group = ALONE,
     ) -> None:
         """Take in a step's latents of sparsely-connected mode and the gradient [N, K] of its loss with respect to
-        them, as it would be at full weight."""
+        them, as it would be at full weight. With `data` those of the rows of all its ranks, while `activations` are of
+        this rank's own."""
 
     def state(self) -> dict[str, Tensor]:
         """The tensors that change while the policy works, by name, to be saved, or copied into."""
@@ -101,7 +108,7 @@ class TopConnections(ConnectionPolicy):
     `refresh_every` steps.
 
     C falls geometrically from `start` to `per_latent` until step `anneal_steps`. From step `freeze_at` on the
-    connections stay as they are, so that the weights settle.
+    connections stay as they are, so that the weights settle. With `budget` "module" a module's latents share theirs.
     """
 
     def __init__(
@@ -113,11 +120,12 @@ class TopConnections(ConnectionPolicy):
         refresh_every: int = 50,
         freeze_at: int | None = None,
         importance: Importance = "coactivation",
+        budget: Budget = "latent",
         backend: str | None = None,
     ):
         self.per_latent, self.start = per_latent, start or per_latent
         self.anneal_steps, self.refresh_every, self.freeze_at = anneal_steps, refresh_every, freeze_at
-        self.importance, self.backend = importance, backend
+        self.importance, self.budget, self.backend = importance, budget, backend
         if self.start < per_latent:
             raise ValueError(f"connections.start_per_latent: expected at least per_latent = {per_latent}, got {start}")
         if not per_latent and self.start:
@@ -138,7 +146,8 @@ class TopConnections(ConnectionPolicy):
             return False
         if not activity.weight:
             return False
-        clt.connect(select_top_connections(clt, activity, self.at(step), self.importance, self.backend))
+        C = self.at(step)
+        clt.connect(select_top_connections(clt, activity, C, self.importance, self.backend, self.budget))
         return True
 
 
@@ -177,12 +186,13 @@ class CandidateExchange:
 class LearnedConnections(ConnectionPolicy):
     """A logit for each candidate connection: open where it is positive, with the sigmoid's gradient.
 
-    An L1 pressure on the probabilities closes connections; how many stay is an outcome, unless `open_per_latent` says
-    how many should, on average over latents: the pressure then rises while there are more and falls while there are
-    fewer. The candidates are at first the `candidates` most important upstream latents of each latent, at `start_step`.
-    With an `exchange`, closed ones then give way to those whose opening would lower the loss by more than it costs.
-    With `candidates=None` all upstream latents are candidates: the post's dense F x U mask, for small models. Logits
-    start at N(0.1, 0.001^2), those of new candidates at 0.1, and stay in fp32.
+    An L1 pressure on the probabilities, except the largest `FREE` of each latent, closes connections; how many stay is
+    an outcome, unless `open_per_latent` says how many should, on average over latents: the pressure then rises while
+    there are more and falls while there are fewer. The candidates are at first the `candidates` most important upstream
+    latents of each latent, at `start_step`. With an `exchange`, closed ones then give way to those whose opening would
+    lower the loss by more than it costs. With `candidates=None` all upstream latents are candidates, and none is free:
+    the post's dense F x U mask, for small models. Logits start at N(0.1, 0.001^2), those of new candidates at 0.1, and
+    stay in fp32.
     """
 
     def __init__(
@@ -225,7 +235,7 @@ class LearnedConnections(ConnectionPolicy):
     def _steer(self, clt: Transcoders) -> None:
         if self.open_per_latent is None:
             return
-        counts = [(m.logits > 0).sum(1).double().mean() for m in clt if m.logits is not None]
+        counts = [m.group.sum_((m.logits > 0).sum()).double() / m.latents for m in clt if m.logits is not None]
         excess = float(torch.stack(counts).mean()) / self.open_per_latent
         self.weight *= min(max(excess, 1 / MOST_EXCESS), MOST_EXCESS) ** STEERING
 
@@ -241,15 +251,27 @@ class LearnedConnections(ConnectionPolicy):
         """What the pressure charges for the whole probability of one connection."""
         return float(self.weight) / sum(m.latents for m in clt if m.logits is not None)
 
-    def observe(self, latents: Sequence[Latents], gradients: Sequence[Tensor], activations: Activations) -> None:
+    def observe(
+        self,
+        latents: Sequence[Latents],
+        gradients: Sequence[Tensor],
+        activations: Activations,
+        data: Group = ALONE,
+    ) -> None:
         if self.exchange is not None:
-            self.exchange.recent.add(latents, gradients, activations)
+            self.exchange.recent.add(latents, gradients, activations, data)
 
     def state(self) -> dict[str, Tensor]:
         recent = self.exchange.recent.state() if self.exchange is not None else {}
         return recent | ({} if self.open_per_latent is None else {"pressure": self.weight})
 
     def pressure(self, clt: Transcoders) -> Tensor | None:
-        """The expected number of open connections of a latent, averaged over modules, times the weight."""
-        probabilities = [torch.sigmoid(m.logits).sum(1).mean() for m in clt if m.logits is not None]
-        return float(self.weight) * torch.stack(probabilities).mean() if probabilities else None
+        """The expected number of open connections of a latent beyond those that are free, averaged over modules, times
+        the weight."""
+        free = 0 if self.candidates is None else FREE
+        numbers = []
+        for logits in (module.logits for module in clt if module.logits is not None):
+            open_ = torch.sigmoid(logits)
+            charged = open_.sum(1) - open_.topk(min(free, logits.shape[1]), dim=1).values.sum(1)
+            numbers.append(charged.mean())
+        return float(self.weight) * torch.stack(numbers).mean() if numbers else None

@@ -1,50 +1,108 @@
 """The upstream latents that matter most to each latent, found by streaming tiles."""
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
 from sparseclt import ops
-from sparseclt.config import Importance
+from sparseclt.config import Budget, Importance
 from sparseclt.connections.activity import Activity
-from sparseclt.connections.over_ranks import select_of_rank
+from sparseclt.connections.over_ranks import most_important_of_rank
 from sparseclt.model.attention import rows_of_heads
-from sparseclt.model.cross_layer import effective_decoders
+from sparseclt.model.cross_layer import Reader, effective_decoders
 from sparseclt.model.transcoders import Transcoders
 from sparseclt.ops.rows import chunks
 from sparseclt.ops.scratch import SELECTION_BYTES
+from sparseclt.parallel.collectives import gather_rows
+from sparseclt.parallel.group import ALONE, Group
+
+LEAST, MOST = 2, 4  # connections of a latent where a module's latents share theirs: at least, and at most times C
 
 
 def select_top_connections(
-    clt: Transcoders, activity: Activity, C: int, importance: Importance = "coactivation", backend: str | None = None
+    clt: Transcoders,
+    activity: Activity,
+    C: int,
+    importance: Importance = "coactivation",
+    backend: str | None = None,
+    budget: Budget = "latent",
 ) -> list[Tensor | None]:
     """For every module the C upstream latents [F, C] that matter most to each of its latents.
 
     Importance of (i, j) is |V[i, j]| x s, over heads the root of the sum of squares for an attention reader. s is
     the running "mean" or "rms" of z_j, or with "coactivation" the mean of z_j over the tokens on which latent i
     fires; for an attention reader, at the keys that it attends to from there (`Activity.coactivation`).
+    With `budget` "module" the F C connections of a module are shared out (`shared_out`): [F, at most 4 C].
     A module with fewer than C upstream latents keeps all of them; None without any upstream. Streams tiles: nothing of
     size F x U is allocated. Of a CLT that is spread over ranks: those of this rank's latents.
     """
     if C == 0:
         return no_connections(clt)
-    if not clt.ranks.latents.alone:
-        return select_of_rank(clt, activity, C, importance, backend)
     chosen: list[Tensor | None] = [None] * len(clt.sites)
+    if not clt.ranks.latents.alone:
+        most = MOST * C if budget == "module" else C
+        for reader, ids, strength in most_important_of_rank(clt, activity, most, importance, backend):
+            chosen[reader.index] = ids
+            if budget == "module":
+                costs, U = _costs(clt, activity, reader.index, strength), clt.transcoder(reader.index).upstream
+                chosen[reader.index] = shared_out(ids, costs, min(C, U), reader.group)
+        return chosen
     decoders = [m.W_dec.detach() for m in clt]
     for reader, E in effective_decoders(clt.readers(), clt.sites, decoders):
         rows, keep = clt.reading_rows(reader.index).detach().to(E.dtype), min(C, len(E))
         if reader.attention is not None:
             rows = rows_of_heads(rows, reader.attention)
-        if importance == "coactivation":
-            parts = []
-            for part in chunks(rows.shape[-2], len(E) * rows.element_size(), SELECTION_BYTES):
-                s = activity.coactivation(reader.index, part, reader.upstream_modules).to(E.dtype)
-                parts.append(ops.select_connections(rows[..., part, :], E, s, keep, backend=backend))
-            chosen[reader.index] = torch.cat(parts)
-            continue
-        s = activity.magnitude(importance)[: reader.upstream_modules].flatten().to(E.dtype)
-        chosen[reader.index] = ops.select_connections(rows, E, s, keep, backend=backend)
+        if budget == "module":
+            importance_of = _most_important(activity, reader, rows, E, min(MOST * C, len(E)), backend)
+            ids, strength = map(torch.cat, zip(*importance_of, strict=True))
+            chosen[reader.index] = shared_out(ids, _costs(clt, activity, reader.index, strength), keep)
+        elif importance == "coactivation":
+            parts = _most_important(activity, reader, rows, E, keep, backend)
+            chosen[reader.index] = torch.cat([ids for ids, _ in parts])
+        else:
+            s = activity.magnitude(importance)[: reader.upstream_modules].flatten().to(E.dtype)
+            chosen[reader.index] = ops.select_connections(rows, E, s, keep, backend=backend)
     return chosen
+
+
+def shared_out(ids: Tensor, costs: Tensor, C: int, group: Group = ALONE) -> Tensor:
+    """Of upstream latents `ids` [F, M] those F C whose loss would cost the most, `costs` [F, M]: [F, at most M], with
+    -1 in empty slots. Every latent keeps its first `LEAST`: one that fires rarely would die without any. In a `group`
+    each rank has its own rows of all of these."""
+    least = min(LEAST, C)
+    costs = torch.cat([torch.full_like(costs[:, :least], torch.inf), costs[:, least:]], 1)
+    of_all = gather_rows(costs, group)
+    kept = torch.zeros_like(of_all, dtype=torch.bool)
+    kept.view(-1)[of_all.flatten().topk(min(len(of_all) * C, of_all.numel())).indices] = True
+    most = int(kept.sum(1).max())
+    kept = kept.unflatten(0, (group.size, -1))[group.rank]
+    first = kept.int().sort(dim=1, descending=True, stable=True).indices[:, :most]
+    return torch.where(kept, ids, -1).gather(1, first)
+
+
+def _most_important(
+    activity: Activity, reader: Reader, rows: Tensor, E: Tensor, keep: int, backend: str | None
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """By co-activation, a few rows of the reader at a time: the `keep` most important upstream latents, and their
+    importance, [rows, keep] each."""
+    for part in chunks(rows.shape[-2], len(E) * rows.element_size(), SELECTION_BYTES):
+        s = activity.coactivation(reader.index, part, reader.upstream_modules).to(E.dtype)
+        ids = ops.select_connections(rows[..., part, :], E, s, keep, backend=backend)
+        heads = rows[..., part, :].view(-1, *rows[..., part, :].shape[-2:])
+        V = torch.stack([ops.virtual_weights(head, E, ids, backend=backend) for head in heads])
+        yield ids, V.square().sum(0).sqrt() * s.gather(1, ids)
+
+
+def _costs(clt: Transcoders, activity: Activity, module: int, strength: Tensor) -> Tensor:
+    """What it would cost, up to a factor, to leave out connections of a module's latents, [F, M]: the square of their
+    `strength`, which is the error of a pre-activation, times how much the latent writes, as a share of what the latents
+    of its module write to each target, and the root of how often it fires: with the number itself, rare latents, which
+    would get too few, die. Of a CLT that is spread over ranks: of this rank's."""
+    own = clt.transcoder(module)
+    written = own.group.sum_(own.W_dec.detach().float().square().sum(2))
+    share = (written / written.mean(0).clamp_min(torch.finfo(written.dtype).tiny)).sum(1)
+    return strength.square() * (activity.firings(module).sqrt() * share)[own.rows, None]
 
 
 def no_connections(clt: Transcoders) -> list[Tensor | None]:

@@ -11,6 +11,8 @@ from sparseclt.costs import BYTES, FLOAT
 from sparseclt.data.prefetch import one_ahead
 from sparseclt.data.row_stream import RowStream, permutation
 from sparseclt.model.activations import Activations
+from sparseclt.model.over_ranks import rows_of_all
+from sparseclt.parallel import ALONE, Group
 
 Read = Callable[[Tensor], Activations]  # the activations [B, S, ...] of rows [B], given by number
 LEAST_BATCHES = 2  # in a block: with a single one, only tokens of the same batch would change places
@@ -104,7 +106,12 @@ class Block:
 
 
 def shuffled(
-    read: Read, stream: RowStream, steps: range, batches: int, device: torch.device | None = None
+    read: Read,
+    stream: RowStream,
+    steps: range,
+    batches: int,
+    device: torch.device | None = None,
+    data: Group = ALONE,
 ) -> Iterator[Activations]:
     """One batch [B, S, ...] for each of `steps`, whose tokens stand at random places.
 
@@ -112,19 +119,22 @@ def shuffled(
     follows from the seed and k: steps that begin elsewhere get the same batches. While one block is in use a thread
     reads the next, in pieces of B rows, into the second of two buffers; on a CUDA `device`, on a stream of its own.
 
+    `data`: the ranks that share the rows of a batch. Each reads its share of them, sends it to the others, so that all
+    have the whole block, and is given its share of every batch.
+
     `stream` is moved about: its position means nothing afterwards.
     """
     B, S = stream.batch_rows, stream.rows.shape[1]
     buffers: dict[int, Block] = {}
-    closed = threading.Event()
+    share, closed = data.part(B, "batch_rows"), threading.Event()
 
     def fill(number: int) -> Block | None:
         count = min(batches, steps.stop - number * batches)
         stream.position = number * batches * B
         for i in range(count):
-            if closed.is_set():
+            if closed.is_set() and data.alone:  # others would wait for this one's rows
                 return None
-            piece = read(stream.take())
+            piece = rows_of_all(read(stream.take()[share]), data)
             if number % 2 not in buffers:
                 buffers[number % 2] = Block(count * B * S, piece)
             # The block before last, which was here, has been given out: one_ahead begins this one no sooner.
@@ -139,7 +149,7 @@ def shuffled(
             last = min((number + 1) * batches, steps.stop)
             order = permutation((last - number * batches) * B * S, stream.seed, number, TOKENS)
             for chosen in order.view(-1, B, S)[step - number * batches :]:
-                yield block.take(chosen)  # type: ignore[union-attr]
+                yield block.take(chosen[share])  # type: ignore[union-attr]
             step = last
     finally:
         closed.set()  # nobody waits for the rest of a block that is not needed any more

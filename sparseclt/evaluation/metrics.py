@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparseclt.evaluation.over_ranks import add_up_, added_up, own_share
 from sparseclt.evaluation.statistics import DENSITY_EDGES, ModeStatistics, Twins, Variance
 from sparseclt.evaluation.structure import NEAR, TWIN, connection_structure, nearest_of
 from sparseclt.language_model.language_model import LanguageModel
@@ -59,6 +60,8 @@ class Metrics:
     either of the two does."""
     connections_in_effect: float | None = None
     """Median over live latents of the open connections with |V| > 1e-4."""
+    connections_mean: float | None = None
+    """Their mean over live latents: with learned connections few latents have most of them."""
     fan_out_top1pct: float | None = None
     """Share of all connections in effect that the 1 % most used upstream latents serve."""
 
@@ -138,7 +141,7 @@ def evaluate(
 ) -> Evaluation:
     """Measure `clt` on `rows` [R, S] of held-out tokens, `batch_rows` of them at a time, in each mode.
 
-    Of a CLT that is spread over ranks, all of them call this with the same rows.
+    Of a CLT that is spread over ranks, all of them call this with the same rows, and share them.
 
     `cross_entropy=False` leaves out the runs of the language model with replaced outputs, which take most of the time.
     """
@@ -147,7 +150,7 @@ def evaluate(
     nearest = [nearest_of(module) for module in clt]
     M, variance, twins = len(clt.sites), Variance(clt), Twins([index for _, index in nearest])
     entropies: dict[str, float] = {}
-    for batch, activations in captures(clt, language_model, rows, batch_rows):
+    for batch, activations in captures(clt, language_model, own_share(clt, rows), batch_rows):
         real = activations.outputs(clt.sites)
         variance.add(real, activations.counted_flat)
         for name, (mode, open_connections) in passes.items():
@@ -159,6 +162,9 @@ def evaluate(
         if cross_entropy:
             for name, value in _cross_entropies(clt, language_model, batch, modes, backend).items():
                 entropies[name] = entropies.get(name, 0.0) + value * len(batch) / len(rows)
+    of_passes = [part for s in statistics.values() for part in s.sums()]
+    add_up_(clt, [*variance.sums(), *of_passes, *twins.both])
+    entropies = added_up(clt.ranks.data, entropies)
     V = clt.virtual_weights(backend) if "sparse" in modes else [None] * M
     modules = tuple(
         ModuleMetrics(
@@ -227,7 +233,8 @@ def _connections(clt: SparseCLT, m: int, V: Tensor | None, statistics: dict[str,
     module = clt.transcoder(m)
     if V is not None:
         return connection_structure(module, V, live=statistics["sparse"].fired[m] > 0)
-    return {"connections_in_effect": 0.0} if module.connections else {}  # connected, with C = 0
+    none = {"connections_in_effect": 0.0, "connections_mean": 0.0}
+    return none if module.connections else {}  # connected, with C = 0
 
 
 def _latents(

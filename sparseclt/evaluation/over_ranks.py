@@ -1,10 +1,13 @@
-"""Figures of a CLT that is spread over ranks, for which rows and columns have to be gathered."""
+"""Figures of a CLT that is spread over ranks, for which rows and columns have to be gathered, and of text that is."""
+
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
 from sparseclt.model.modules import Transcoder
-from sparseclt.parallel import to_rows
+from sparseclt.model.transcoders import Transcoders
+from sparseclt.parallel import Group, to_rows
 from sparseclt.parallel.collectives import gather_rows
 
 
@@ -38,3 +41,24 @@ def nearest_decoders_of_ranks(module: Transcoder, tile: int = 1024) -> tuple[Ten
 def of_all_rows(module: Transcoder, tensor: Tensor, axis: int = 0) -> Tensor:
     """A tensor of which each rank has its rows along `axis`, with those of all ranks."""
     return gather_rows(tensor.movedim(axis, 0).contiguous(), module.group).movedim(0, axis)
+
+
+def own_share(clt: Transcoders, rows: Tensor) -> Tensor:
+    """Of text `rows` [R, S] those that this rank is to measure `clt` on: every one that shares the data has others."""
+    data = clt.ranks.data
+    return rows[data.rank :: data.size]
+
+
+def add_up_(clt: Transcoders, sums: Iterable[Tensor]) -> None:
+    """Sums over text, in place, with those of the other rows."""
+    data, device = clt.ranks.data, clt.transcoder(0).W_dec.device
+    for part in () if data.alone else sums:
+        part.copy_(data.sum_(part.to(device)))
+
+
+def added_up(data: Group, parts: dict[str, float]) -> dict[str, float]:
+    """The same of numbers by name."""
+    found = data.objects(parts)
+    return {
+        name: sum(one.get(name, 0.0) for one in found) for name in dict.fromkeys(key for one in found for key in one)
+    }

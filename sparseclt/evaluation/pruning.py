@@ -9,6 +9,7 @@ from torch import Tensor
 from sparseclt.config import Importance
 from sparseclt.connections.selection import select_top_connections
 from sparseclt.evaluation.metrics import ModuleMetrics, captures, mean_over_modules, module_row
+from sparseclt.evaluation.over_ranks import add_up_, own_share
 from sparseclt.evaluation.reconnected import activity_on, checked, connected
 from sparseclt.evaluation.statistics import ModeStatistics, Variance
 from sparseclt.language_model.language_model import LanguageModel
@@ -40,13 +41,14 @@ def fvu_against_c(
     best = select_top_connections(clt, activity, max(Cs), importance, backend)
     chosen = {C: checked(clt, [None if ids is None else ids[:, :C] for ids in best]) for C in Cs}
     variance, vanilla, sparse = Variance(clt), ModeStatistics(clt), {C: ModeStatistics(clt) for C in Cs}
-    for _, activations in captures(clt, language_model, rows[1::2], batch_rows):
+    for _, activations in captures(clt, language_model, own_share(clt, rows[1::2]), batch_rows):
         real = activations.outputs(clt.sites)
         variance.add(real, activations.counted_flat)
         vanilla.add(clt(activations, "vanilla", backend=backend), real)
         for C in Cs:
             with connected(clt, chosen[C]):
                 sparse[C].add(clt(activations, "sparse", backend=backend), real)
+    add_up_(clt, [*variance.sums(), *(part for s in (vanilla, *sparse.values()) for part in s.sums())])
     points = []
     for C in Cs:
         statistics = {"vanilla": vanilla, "sparse": sparse[C]}

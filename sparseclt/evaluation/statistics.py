@@ -33,6 +33,10 @@ class ModeStatistics:
             self.active[m] += on.sum().cpu()
             self.fired[m] += torch.bincount(latents.indices[on], minlength=self.fired.shape[1]).cpu()
 
+    def sums(self) -> list[Tensor]:
+        """All of them, which add up over parts of a text."""
+        return [self.squared_error, self.active, self.fired]
+
     def density(self, m: int, tokens: int) -> list[int]:
         """Latents of module `m` in each bin of `DENSITY_EDGES`: rarer ones in the first, dead ones in none."""
         rates = (self.fired[m][self.fired[m] > 0].double() / tokens).log10()
@@ -69,7 +73,7 @@ class Variance:
     def __init__(self, clt: Transcoders):
         M, D = len(clt.sites), clt.architecture.model.d_model
         self.total, self.square = torch.zeros(M, D, dtype=torch.float64), torch.zeros(M, dtype=torch.float64)
-        self.tokens = 0
+        self.counted = torch.zeros((), dtype=torch.int64)
 
     def add(self, real: dict[Site, Tensor], counted: Tensor | None = None) -> None:
         """Take in the real outputs [N, D] of one batch. `counted` [N]: the tokens that count; None: all."""
@@ -77,7 +81,16 @@ class Variance:
             y = (y if counted is None else y[counted]).double()
             self.total[m] += y.sum(0).cpu()
             self.square[m] += y.square().sum().cpu()
-        self.tokens += len(next(iter(real.values()))) if counted is None else int(counted.sum())
+        self.counted += len(next(iter(real.values()))) if counted is None else int(counted.sum())
+
+    def sums(self) -> list[Tensor]:
+        """All of them, which add up over parts of a text."""
+        return [self.total, self.square, self.counted]
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens count."""
+        return int(self.counted)
 
     def value(self) -> Tensor:
         """[M]"""

@@ -11,7 +11,7 @@ TWIN, NEAR = 0.9, 0.7  # cosine of two decoders
 
 
 def connection_structure(module: Transcoder, V: Tensor, live: Tensor) -> dict[str, float]:
-    """`connections_in_effect` and `fan_out_top1pct` (see `metrics.Metrics`).
+    """`connections_in_effect`, `connections_mean` and `fan_out_top1pct` (see `metrics.Metrics`).
 
     `V` [F, C] or [H, F, C]: the module's virtual weights, or this rank's rows of them; `live` boolean [F]: latents that
     fire in sparsely-connected mode.
@@ -22,11 +22,12 @@ def connection_structure(module: Transcoder, V: Tensor, live: Tensor) -> dict[st
     strength = V.abs() if V.dim() == 2 else V.abs().amax(0)
     live = live.to(V.device)
     used = open_connections & (strength > VIRTUAL_WEIGHT_IN_EFFECT)
-    counts = used[live].sum(1)
+    counts = used[live].sum(1).double()
     fan_out = torch.bincount(module.all_connections.indices[used & live[:, None]], minlength=module.upstream)
     hubs = fan_out.sort(descending=True).values[: max(1, module.upstream // 100)].sum()
     return {
-        "connections_in_effect": counts.double().median().item() if len(counts) else 0.0,
+        "connections_in_effect": counts.median().item() if len(counts) else 0.0,
+        "connections_mean": counts.mean().item() if len(counts) else 0.0,
         "fan_out_top1pct": (hubs / fan_out.sum().clamp_min(1)).item(),
     }
 

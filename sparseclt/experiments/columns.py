@@ -118,6 +118,7 @@ COLUMNS: dict[str, Column] = {
     "splitting_near": _of_modules("decoder cosine > 0.7", ".1%", "splitting_near"),
     "cofiring_twins": _of_modules("co-firing twins", ".1%", "cofiring_twins"),
     "connections": _of_modules("connections in effect", ".1f", "connections_in_effect"),
+    "connections_mean": _of_modules("mean connections", ".1f", "connections_mean"),
     "l0_vanilla": _of_modules("L0 vanilla", ".1f", "l0_vanilla"),
     "l0_sparse": _of_modules("L0 sparse", ".1f", "l0_sparse"),
     "total_l0": Column("L0 vanilla, all modules", ".1f", _total_l0),

@@ -3,20 +3,22 @@
 from collections.abc import Sequence
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from sparseclt.config import TrainConfig, to_dict
+from sparseclt.config.strict import ConfigError
 from sparseclt.evaluation import plots
 from sparseclt.evaluation.metrics import Metrics
 from sparseclt.experiments.columns import COLUMNS, Measurement, Record
 from sparseclt.experiments.experiment import Experiment
 from sparseclt.experiments.table import mean_curves, page, rows_of
 from sparseclt.runs.measurement import measure, measure_faithfulness, measure_interaction
-from sparseclt.runs.series import Series, is_finished, seconds_of
+from sparseclt.runs.series import Series, begun_run, is_finished, seconds_of
 from sparseclt.storage.json_files import read_json, replace_file, replace_json
-from sparseclt.storage.run_config import read_config
+from sparseclt.storage.run_config import CONFIG, changed_fields, read_config
 
 RECORD = "experiment.json"
+NO_MATTER = ("out", "logging.", "checkpoints.")  # how runs may differ that are the same
 
 Plan = dict[tuple[str, int], TrainConfig]
 
@@ -32,6 +34,7 @@ def conduct(
     Returns the table, and writes it as NAME.md and NAME.json into `base.out` after each run: one row per variant with a
     finished run. Goes on where it was stopped: finished runs are kept, one under way is resumed. A text without a
     held-out part of its own is divided by the seed, so that the spread over seeds includes that of the held-out text.
+    A finished run of an experiment beside this one is taken in place of a new one if it was trained in the same way.
 
     Raises ValueError, before anything is trained, for labels that do not exist, a run that does not fit, and a run of
     other options in the place of one of these.
@@ -58,10 +61,26 @@ def planned(experiment: Experiment, base: TrainConfig, seeds: int) -> Plan:
         raise ValueError(f"seed: expected none in an experiment, which trains with seeds 0 to {seeds - 1}")
     variants = {variant.label: variant.of(base) for variant in experiment.variants}
     return {
-        (label, seed): replace(config, seed=seed, out=str(Path(base.out) / label / f"seed_{seed}"))
-        for label, config in variants.items()
+        (label, seed): _shared(replace(config, seed=seed, out=str(Path(base.out) / label / f"seed_{seed}")))
         for seed in range(seeds)
+        for label, config in variants.items()
     }
+
+
+def _shared(config: TrainConfig) -> TrainConfig:
+    """`config` in the directory of a finished run that is the same, of an experiment beside its own; or unchanged."""
+    out = Path(config.out)
+    if begun_run(config):
+        return config
+    for path in sorted(out.parents[2].glob(f"*/*/{out.name}/{CONFIG}")):
+        try:
+            stored = read_config(path.parent)
+        except ConfigError:  # of another version
+            continue
+        other = replace(config, out=str(path.parent))
+        if all(name.startswith(NO_MATTER) for name in changed_fields(stored, other)) and is_finished(other):
+            return other
+    return config
 
 
 def _check_labels(experiment: Experiment, only: Sequence[str]) -> None:
@@ -82,8 +101,12 @@ def _recorded(experiment: Experiment, config: TrainConfig) -> Record | None:
     record = read_json(path)
     evaluation = record.get("evaluation", {})
     whole = {field.name for field in fields(Metrics)} <= evaluation.get("mean", {}).keys()
-    has = {**record, "cross_entropy": evaluation.get("cross_entropy")}
-    return record if whole and all(has.get(name) is not None for name in _needs(experiment)) else None
+    return record if whole and all(_has(record, name) for name in _needs(experiment)) else None
+
+
+def _has(record: Record, measurement: Measurement) -> bool:
+    of = record.get("evaluation", {}) if measurement == "cross_entropy" else record
+    return of.get(measurement) is not None
 
 
 def _needs(experiment: Experiment) -> set[Measurement]:
@@ -92,7 +115,9 @@ def _needs(experiment: Experiment) -> set[Measurement]:
 
 
 def _carry_out(experiment: Experiment, series: Series, config: TrainConfig) -> Record:
-    clt, needs = series.fit(config), _needs(experiment)
+    clt, path = series.fit(config), Path(config.out) / RECORD
+    before = read_json(path) if path.is_file() else {}
+    needs = _needs(experiment) | {name for name in get_args(Measurement) if _has(before, name)}
     model, rows = series.language_model(config), series.held_out(config)
     evaluation = measure(config, clt, model, rows, cross_entropy="cross_entropy" in needs)
     record = {
@@ -101,13 +126,14 @@ def _carry_out(experiment: Experiment, series: Series, config: TrainConfig) -> R
         "interaction": measure_interaction(config, clt, model, rows) if "interaction" in needs else None,
         "faithfulness": measure_faithfulness(config, clt, model, rows) if "faithfulness" in needs else None,
     }
-    replace_json(Path(config.out) / RECORD, record)
+    replace_json(path, record)
     return record
 
 
 def _write(experiment: Experiment, base: TrainConfig, records: dict[tuple[str, int], Any]) -> str:
     """The table of the runs that are finished, which is also written into the experiment's directory."""
     rows, out = rows_of(experiment, records), Path(base.out)
+    out.mkdir(parents=True, exist_ok=True)  # all runs may be another experiment's
     table = page(experiment, base, rows)
     content = {"experiment": experiment.name, "question": experiment.question, "base": to_dict(base), "rows": rows}
     replace_json(out / f"{experiment.name}.json", content)

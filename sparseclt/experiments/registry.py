@@ -15,10 +15,12 @@ RECOVERED = ("recovered_vanilla", "recovered_sparse")
 VANILLA = ("fvu_vanilla", "worst_fvu_vanilla", "dead_vanilla", "worst_dead_vanilla")
 
 WIDTHS = (256, 512, 1024, 2048, 4096)
-RATES = ("1e-3", "2e-3", "4e-3", "8e-3")
 RANDOM = "--connections.policy random --connections.per-latent"
+SHARED = "--connections.budget module --connections.per-latent"
+LEARNED = "--connections.policy learned --connections.per-latent"
 PENALTIES = ("0.1", "1")
 ONLY_VANILLA = "--connections.policy none"
+SMALL = "--clt.latents 512 --clt.active 16 --steps 500"  # a third of the demonstration's time
 
 
 def _connected(Cs: tuple[int, ...]) -> tuple[Variant, ...]:
@@ -52,56 +54,86 @@ EXPERIMENTS = {
             "What do more latents bring in vanilla mode, and are they alive?",
             tuple(Variant(f"F_{F}", f"--clt.latents {F}") for F in WIDTHS),
             (*VANILLA, *TWINS, "seconds"),
-            f"{ONLY_VANILLA} --clt.active 32 --steps 800",
+            f"{ONLY_VANILLA} --steps 800",
         ),
         Experiment(
             "learning-rate",
-            "Which learning rate suits which width, in vanilla mode?",
-            tuple(
-                Variant(f"F_{F}_lr_{rate}", f"--clt.latents {F} --optimizer.learning-rate {rate}")
-                for F in WIDTHS
-                for rate in RATES
+            "Which learning rate suits which width, and which batch at equal tokens, in vanilla mode?",
+            (
+                *(
+                    Variant(f"F_{F}_lr_{rate}", f"--clt.latents {F} --optimizer.learning-rate {rate}")
+                    for F in (256, 1024, 4096)
+                    for rate in ("1e-3", "2e-3", "4e-3", "8e-3")
+                ),
+                *(
+                    Variant(
+                        f"rows_{rows}_lr_{rate}",
+                        f"--batch-rows {rows} --steps {1600 // rows} --optimizer.learning-rate {rate}",
+                    )
+                    for rows, rates in ((1, ("1e-3", "2e-3", "4e-3")), (16, ("4e-3", "8e-3", "1.6e-2")))
+                    for rate in rates
+                ),
             ),
             VANILLA,
-            f"{ONLY_VANILLA} --clt.active 32 --steps 800",
+            f"{ONLY_VANILLA} --steps 400",
         ),
         Experiment(
             "connections",
             "How few connections are enough, and how much do they explain?",
-            (*_connected((0, 1, 2, 4, 8, 16, 32)), Variant("random_C_8", f"{RANDOM} 8", "vanilla", "C_0")),
+            (*_connected((0, 2, 4, 8, 32)), Variant("random_C_8", f"{RANDOM} 8", "vanilla", "C_0")),
             (*FVU, *PARTS, "dead_vanilla", "dead_sparse", "connections"),
+            SMALL,
+        ),
+        Experiment(
+            "learned-connections",
+            "Are learned connections better than the most important ones, at an equal number?",
+            (
+                *(Variant(f"top_{C}", f"--connections.per-latent {C}") for C in (16, 32)),
+                Variant("learned", f"{LEARNED} 64"),
+                Variant("learned_128", f"{LEARNED} 128"),
+                Variant("learned_16", f"{LEARNED} 64 --connections.open-per-latent 16"),
+                Variant("dense", "--connections.policy dense-learned"),
+            ),
+            (*FVU, "propagated_error", "cost_of_sparsity", "connections_mean", "connections", *DEAD),
+            SMALL,
         ),
         Experiment(
             "attention",
-            "What do connections explain where attention has latents of its own?",
-            _connected((0, 8, 32)),
-            (*FVU, *PARTS, "worst_fvu_sparse", *DEAD, *RECOVERED, "seconds"),
-            "--clt.attention latents",
+            "What do connections explain where attention has latents, and should those of a module share them?",
+            (
+                *_connected((0, 8)),
+                *(Variant(f"shared_{C}", f"{SHARED} {C}", "vanilla", "C_0") for C in (8, 32)),
+            ),
+            (*FVU, *PARTS, "worst_fvu_sparse", *DEAD, "connections_mean"),
+            f"{SMALL} --clt.attention latents",
         ),
         Experiment(
             "dead-latents",
             "Are latents dead, and does raising their biases bring them back?",
             tuple(
-                Variant(f"F_{F}_{label}", f"--clt.latents {F} {options}".strip())
-                for F in (512, 2048)
+                Variant(f"F_{F}_{label}", f"--clt.latents {F} --clt.active {K} {options}".strip())
+                for F, K in ((512, 16), (2048, 32))
                 for label, options in (("never", "--optimizer.revival-rate 0"), ("default", ""))
             ),
             (*FVU, *DEAD, "cofiring_twins"),
+            SMALL,
         ),
         Experiment(
             "active-ratio",
             "Should early layers have more active latents than late ones, at the same number in all?",
             tuple(Variant(f"ratio_{ratio}", f"--clt.active-ratio {ratio}") for ratio in (1, 2, 4)),
             (*FVU, "propagated_error", "worst_fvu_vanilla", "worst_fvu_sparse", *DEAD, "total_l0"),
+            SMALL,
         ),
         Experiment(
             "splitting",
             "Do latents split into near twins, and does that depend on C and on F?",
             (
                 *(Variant(f"C_{C}", f"--connections.per-latent {C}") for C in (0, 2, 8, 32)),
-                *(Variant(f"F_{F}", f"--clt.latents {F}") for F in (256, 512, 2048, 4096)),
+                *(Variant(f"F_{F}", f"--clt.latents {F}") for F in (256, 1024, 2048)),
             ),
             (*TWINS, "fvu_vanilla", "fvu_sparse", "dead_vanilla", "dead_sparse"),
+            SMALL,
         ),
         Experiment(
             "faithfulness",
@@ -113,6 +145,7 @@ EXPERIMENTS = {
                 Variant("random_C_8", f"{RANDOM} 8"),
             ),
             FAITHFUL,
+            SMALL,
         ),
         Experiment(
             "per-layer",
@@ -124,6 +157,7 @@ EXPERIMENTS = {
                 Variant("per_layer", "--clt.targets own", "per_layer_vanilla"),
             ),
             (*FVU, "excess_over_vanilla", "propagated_error", "dead_vanilla", "dead_sparse", "total_l0", *RECOVERED),
+            SMALL,
         ),
         Experiment(
             "interaction-sparsity",
@@ -137,6 +171,7 @@ EXPERIMENTS = {
                 *_penalised("per_layer", f"--clt.targets own {ONLY_VANILLA}"),
             ),
             ("fvu_vanilla", "fvu_sparse", "dead_vanilla", *KL),
+            SMALL,
         ),
     )
 }

@@ -12,7 +12,7 @@ from sparseclt.evaluation.frontier import ROW, with_explained
 from sparseclt.runs.measurement import measure, pruned
 from sparseclt.runs.series import Series
 from sparseclt.storage.json_files import replace_file, replace_json
-from sparseclt.training.trainer import build_clt
+from sparseclt.training.untrained import build_clt
 
 
 def sweep(config: TrainConfig, Cs: Sequence[int], *, random: bool = True) -> list[dict[str, Any]]:

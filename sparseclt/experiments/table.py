@@ -1,7 +1,7 @@
 """The table of an experiment: a row per variant, with the spread over seeds in every cell."""
 
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from sparseclt.config import TrainConfig
@@ -10,6 +10,7 @@ from sparseclt.experiments.columns import COLUMNS, Record, References
 from sparseclt.experiments.experiment import Experiment, Variant
 from sparseclt.storage.run_config import changed_fields
 
+WIDEST = 6  # columns of a table
 NOT_SHOWN = ("out", "seed", "device", "logging.", "checkpoints.", "compute.")
 
 Records = Mapping[tuple[str, int], Record]
@@ -65,12 +66,12 @@ def mean_curves(experiment: Experiment, records: Records) -> dict[str, list[dict
 
 
 def page(experiment: Experiment, base: TrainConfig, rows: Sequence[Mapping[str, Any]]) -> str:
-    """The table as Markdown, with the question, the options of all runs, and what a cell is."""
+    """The table as Markdown, in parts that are not too wide, with the question, the command, and what a cell is."""
     return "\n\n".join(
         [
             experiment.question,
             f"    {command(experiment, base)}",
-            markdown_table([_shown(row) for row in rows], _titles(experiment)),
+            *(markdown_table([_shown(row) for row in rows], titles) for titles in _parts(experiment)),
             "Each cell: mean (least to most) over the seeds.",
         ]
     )
@@ -91,9 +92,12 @@ def _as_option(value: object) -> str:
     return " ".join(map(_as_option, value)) if isinstance(value, list | tuple) else shlex.quote(str(value))
 
 
-def _titles(experiment: Experiment) -> dict[str, tuple[str, str]]:
-    titles = {"variant": ("variant", ""), "options": ("options", ""), "seeds": ("seeds", "d")}
-    return titles | {name: (COLUMNS[name].title, "s") for name in experiment.columns}
+def _parts(experiment: Experiment) -> Iterator[dict[str, tuple[str, str]]]:
+    """The columns of each of its tables, which would be too wide as one: `WIDEST` besides the variant."""
+    titles = {"options": ("options", ""), "seeds": ("seeds", "d")}
+    titles |= {name: (COLUMNS[name].title, "s") for name in experiment.columns}
+    for first in range(0, len(titles), WIDEST):
+        yield {"variant": ("variant", ""), **dict([*titles.items()][first : first + WIDEST])}
 
 
 def _shown(row: Mapping[str, Any]) -> dict[str, Any]:

@@ -78,6 +78,18 @@ class Activations:
         mix = self.attn_pattern[layer] / self.attn_scale[layer][:, None, None, :]
         return mix / self.attn_post_scale[layer][:, None, :, None] if self.attn_post_scale else mix
 
+    def to(self, device: torch.device) -> "Activations":
+        """The same on `device`; these themselves, if they are there."""
+        if self.r_0.device == device:
+            return self
+        values: dict[str, Any] = {}
+        for name in (f.name for f in fields(self)):
+            value = getattr(self, name)
+            values[name] = [tensor.to(device) for tensor in value] if isinstance(value, list) else value
+            if isinstance(value, Tensor):
+                values[name] = value.to(device)
+        return Activations(**values)
+
     def split(self, rows: int) -> list["Activations"]:
         """Views of `rows` rows each; the last may have fewer."""
         return [self.rows(i, rows) for i in range(0, len(self.tokens), rows)]

@@ -14,13 +14,16 @@ from torch import Tensor
 
 from sparseclt import ops
 from sparseclt.devices import Budget
+from sparseclt.model import decoder_kernels
 from sparseclt.model.attention import centre, head_rows
 from sparseclt.model.cross_layer import Reader, effective_decoders
 from sparseclt.model.modules import Latents
+from sparseclt.model.rounding import SharedRounding
+from sparseclt.model.sections import cut
 from sparseclt.model.transcoders import Transcoders
 from sparseclt.ops import rows as products
 from sparseclt.ops.backend import choose
-from sparseclt.ops.rows import Transpose, accumulation_dtype, chunks, section, transpose
+from sparseclt.ops.rows import Transpose, accumulation_dtype, chunks, transpose
 from sparseclt.parallel.collectives import columns_of, gather_rows, rows_of
 
 CHUNK_BYTES = Budget(cpu=8 << 20, gpu=64 << 20, gpu_share=1 / 64)  # of gradient in memory at a time, with its parts
@@ -77,12 +80,21 @@ class DecoderGradients:
         self.read: dict[int, Tensor] = {}  # by reader: gradient of its virtual weights
         self._reads: dict[int, list[Read]] = {}  # by reader: the same of all ranks' rows, once that is exchanged
         self._kernels: dict[int, Any] = {}  # by module: the decoder of csrc_triton.decoder_gradient, or numba's
-        self._bags: dict[tuple[int, ...], Tensor] = {}  # gradients of a target in all passes, that decoders share
-        self._means: dict[int, Tensor] = {}  # by reader: of its encoder's rows
+        self.bags: dict[tuple[int, ...], Tensor] = {}  # gradients of a target in all passes, that decoders share
+        self.means: dict[int, Tensor] = {}  # by reader: of its encoder's rows
+        self._decoders: dict[int, Tensor] = {}  # by module: as products read them, until the last backward pass
+        self._round = SharedRounding()
+
+    def decoder(self, index: int) -> Tensor:
+        """Module `index`'s decoder as products read it, without a gradient. A rounded copy is made once a step."""
+        if index not in self._decoders:
+            self._decoders[index] = self.clt.rounded(self.clt.transcoder(index).W_dec.detach())
+        return self._decoders[index]
 
     def decode(self, index: int, latents: Latents) -> tuple[Tensor, ...]:
-        """What the latents of module `index` write to each target, [N, D] each, without bias."""
-        result: tuple[Tensor, ...] = _Decode.apply(*latents, self, index)
+        """What the latents of module `index` write to each target, [N, D] each, without bias; in fp32 at least."""
+        values = latents.values.to(self.decoder(index).dtype)
+        result: tuple[Tensor, ...] = _Decode.apply(values, latents.indices, self, index)
         return result
 
     def virtual_weights(self) -> list[Tensor | None]:
@@ -103,6 +115,7 @@ class DecoderGradients:
 
     def add_to_encoders(self) -> None:
         """Add to every encoder's `.grad` what it gets through virtual weights. Once, after the last backward pass."""
+        self._decoders.clear()
         decoders = [module.W_dec.detach() for module in self.clt]
         readers = [reader for reader in self.readers if reader.index in self.read]
         for reader in readers:
@@ -149,53 +162,18 @@ class DecoderGradients:
         if choose("decoder_gradient", self.backend, W_dec) != backend or more or not used:
             return None
         if index not in self._kernels:
-            self._kernels[index] = self._make_kernel(index) if backend == "triton" else self._make_gathered(index)
+            self._kernels[index] = decoder_kernels.make(self, index, backend)
         return self._kernels[index]
 
     def _read_by(self) -> list[Reader]:
         return [reader for reader in self.readers if reader.index in self.read]
 
-    def _behind(self, index: int) -> list[Reader | None]:
+    def behind(self, index: int) -> list[Reader | None]:
         """By target of module `index`, and of every later layer: the MLP reader behind it, which meets the sum up to
         there."""
         site, layers = self.clt.sites[index], self.clt.architecture.model.layers
         by_layer = {reader.site.layer: reader for reader in self._read_by() if reader.upstream_modules > index}
         return [by_layer.get(layer) for layer in range(site.layer + 1, layers + 1)]
-
-    def _make_gathered(self, index: int) -> Any:
-        from sparseclt.ops.optimizer_step import Read, Written, gathered_decoder
-
-        def read(reader: Reader | None) -> Read | None:
-            if reader is None:
-                return None
-            assert reader.connections is not None
-            W_enc, centred = self.clt.transcoder(reader.index).W_enc.detach(), self.clt.architecture.model.centred
-            return Read(self.read[reader.index], reader.connections.transposed, W_enc, centred)
-
-        written = [Written(w.values, w.indices, w.grads) for w in self.written[index]]
-        F, T, D = self.clt.transcoder(index).W_dec.shape
-        readers = [read(reader) for reader in self._behind(index)]
-        return gathered_decoder((F, T, D), index * F, written, readers, self._bags)
-
-    def _make_kernel(self, index: int) -> Any:
-        from csrc_triton.decoder_gradient import Decoder, Read, Written
-        from csrc_triton.transpose import Transpose
-
-        F, T, D = self.clt.transcoder(index).W_dec.shape
-        readers = self._behind(index)
-        for i in {reader.index for reader in readers if reader} - self._means.keys():
-            self._means[i] = self.clt.transcoder(i).W_enc.detach().mean(1, dtype=torch.float32)
-
-        def read(reader: Reader | None) -> Read | None:
-            if reader is None:
-                return None
-            assert reader.connections is not None
-            means = self._means[reader.index] if self.clt.architecture.model.centred else None
-            W_enc = self.clt.transcoder(reader.index).W_enc.detach()
-            return Read(self.read[reader.index], Transpose(*reader.connections.transposed), W_enc, means)
-
-        written = [Written(w.values, Transpose(*transpose(w.indices, F)), w.grads) for w in self.written[index]]
-        return Decoder((F, T, D), index * F, written, [read(reader) for reader in readers])
 
     def chunks(self, index: int) -> Iterator[Chunk]:
         """The gradient of module `index`'s decoder, all of it, some rows at a time."""
@@ -205,17 +183,32 @@ class DecoderGradients:
                 yield Chunk(rows, *kernel.rows(rows))
             return
         parts = [
-            (values.to(self.dtype), transpose(indices, F), torch.stack(grads, 1).flatten(1).to(self.dtype))
-            for values, indices, grads in self.written[index]
+            (values.to(self.dtype), torch.stack(grads, 1).flatten(1).to(self.dtype))
+            for values, _, grads in self.written[index]
         ]
-        for rows in chunks(F, (T + 3) * D * 4, self.chunk_bytes):
-            sections = [(values, section(order, rows.start, rows.stop), bags) for values, order, bags in parts]
+        slices = list(chunks(F, (T + 3) * D * 4, self.chunk_bytes))
+        orders = self._sections(index, slices[0].stop)
+        for number, rows in enumerate(slices):
+            sections = [(values, order[number], bags) for (values, bags), order in zip(parts, orders[0], strict=True)]
             size = rows.stop - rows.start
             gradient, touched = self._sum(sections, size, T * D)
             gradient = self.clt.ranks.data.sum_(gradient).view(size, T, D)
-            touched = self.clt.ranks.data.max_(touched) | self._add_read(gradient, index, rows)
+            touched = self.clt.ranks.data.max_(touched) | self._add_read(
+                gradient, index, [o[number] for o in orders[1]]
+            )
             touched |= self._add_direct(gradient, index, rows)
             yield Chunk(rows, gradient, touched)
+
+    def _sections(self, index: int, size: int) -> tuple[list[list[Transpose]], list[list[Transpose]]]:
+        """The slots of what module `index` wrote, by pass, and those of its readers, in chunks of `size` rows."""
+        F = self.clt.architecture.latents
+        written = [transpose(w.indices, F) for w in self.written[index]]
+        read = [r.all_connections.transposed for r in self._readers_of(index) if r.all_connections is not None]
+        found = cut([*written, *read], [0] * len(written) + [index * F] * len(read), F, size)
+        return found[: len(written)], found[len(written) :]
+
+    def _readers_of(self, index: int) -> list[Reader]:
+        return [r for r in self.readers if r.index in self.read and r.upstream_modules > index]
 
     def _add_direct(self, gradient: Tensor, index: int, rows: slice) -> Tensor:
         """Add, in place, what autograd left in `.grad`: that of a loss which reads the decoder itself. Which rows it
@@ -248,21 +241,20 @@ class DecoderGradients:
             total = torch.zeros(size, width, dtype=self.dtype, device=device)
         return total, touched
 
-    def _add_read(self, gradient: Tensor, index: int, rows: slice) -> Tensor:
+    def _add_read(self, gradient: Tensor, index: int, orders: list[Transpose]) -> Tensor:
         """Add what virtual weights read of these rows, in place; which rows are read. A reader meets the sum of what
         a module wrote before it, so the gradient of a slice is a sum over the readers behind that slice's target."""
-        F, site = self.clt.architecture.latents, self.clt.sites[index]
-        D, first = gradient.shape[-1], index * F
+        site, D = self.clt.sites[index], gradient.shape[-1]
         touched = torch.zeros(len(gradient), dtype=torch.bool, device=gradient.device)
-        readers = [r for r in self.readers if r.index in self.read and r.upstream_modules > index]
+        readers = self._readers_of(index)
+        by_reader = {reader.index: order for reader, order in zip(readers, orders, strict=True)}
         if not readers:
             return touched
         behind = torch.zeros(len(gradient), D, dtype=gradient.dtype, device=gradient.device)
 
         def take(layer_readers: list[Reader]) -> None:
             for reader in layer_readers:
-                assert reader.all_connections is not None
-                order = section(reader.all_connections.transposed, first + rows.start, first + rows.stop)
+                order = by_reader[reader.index]
                 for dV, encoder, carry in self._reads_of(reader):
                     # Linear: rows are added up first, and carried to the decoder then.
                     total, some = self._sum([(dV, order, encoder)], len(gradient), D)
@@ -285,16 +277,17 @@ class _Decode(torch.autograd.Function):
     def forward(ctx: Any, values: Tensor, indices: Tensor, notes: DecoderGradients, index: int) -> tuple[Tensor, ...]:
         ctx.save_for_backward(values, indices)
         ctx.notes, ctx.index = notes, index
-        W_dec = notes.clt.transcoder(index).W_dec.detach()
-        return ops.sparse_decode(values, indices, W_dec, backend=notes.backend).unbind(1)
+        written = ops.sparse_decode(values, indices, notes.decoder(index), backend=notes.backend)
+        return written.to(notes.dtype).unbind(1)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         values, indices = ctx.saved_tensors
         notes, index = ctx.notes, ctx.index
+        W_dec = notes.decoder(index).flatten(1)
+        rounded = tuple(notes._round(grad, W_dec.dtype) for grad in grads)
         # Detached: with their graph, which holds the notes, neither would ever be freed.
-        notes.written[index].append(Written(values.detach(), indices, tuple(grad.detach() for grad in grads)))
-        W_dec = notes.clt.transcoder(index).W_dec.detach().flatten(1)
-        d_values = products.row_dots(torch.stack(grads, 1).flatten(1), indices, W_dec, backend=notes.backend)
+        notes.written[index].append(Written(values.detach(), indices, tuple(grad.detach() for grad in rounded)))
+        d_values = products.row_dots(torch.stack(rounded, 1).flatten(1), indices, W_dec, backend=notes.backend)
         return d_values, None, None, None

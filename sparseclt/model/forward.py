@@ -11,6 +11,7 @@ from sparseclt.model.activations import Activations
 from sparseclt.model.attention import attention_write
 from sparseclt.model.decoder_gradients import DecoderGradients
 from sparseclt.model.modules import Latents
+from sparseclt.model.over_ranks import counted_by_all
 from sparseclt.model.sites import MODES, Mode, Open, Site
 from sparseclt.model.stream import UnmaskedStream
 from sparseclt.model.transcoders import Transcoders
@@ -50,6 +51,7 @@ class ForwardPass:
         self._upstream = UpstreamLatents(clt.architecture, clt.sites)
         self._outputs: dict[Site, Tensor] = {}
         self._readings: list[Tensor] = []  # [N, D] per module
+        self._batch_tokens: int | None = None
 
     def output(self, site: Site) -> Tensor:
         """The reconstruction [N, D] of a site, complete once all modules up to it have run; the model's own output at
@@ -77,15 +79,18 @@ class ForwardPass:
         latents = self.encode(index)
         latents = latents._replace(values=activations.where_counted(latents.values, 0.0))
         self.latents.append(latents)
+        read = latents._replace(values=self.clt.rounded(latents.values))
         if self.mode == "sparse":
-            self._upstream.add(latents)
-        self._write(index, latents)
+            self._upstream.add(read)
+        self._write(index, read)
 
     def decode(self, index: int, latents: Latents) -> Iterator[tuple[Site, Tensor]]:
         """What latents of module `index` write, without bias: each target with its [N, D], or this rank's columns."""
         module = self.clt.transcoder(index)
         if self.gradients is None:
-            parts = module.decode(latents, self.backend).unbind(1)
+            W_dec = self.clt.rounded(module.W_dec)
+            values = latents.values.to(W_dec.dtype)
+            parts = ops.sparse_decode(values, latents.indices, W_dec, backend=self.backend).unbind(1)
         else:
             parts = self.gradients.decode(index, latents)
         for target, written in enumerate(parts):
@@ -134,9 +139,8 @@ class ForwardPass:
         if a.activation == "batchtopk" and self.clt.training:
             # Emptied first: tokens that do not count take no part in the selection.
             values = self.activations.where_counted(candidates.values, 0.0)
-            counted = self.activations.counted_tokens
-            active = a.active_of(module.site.layer)
-            return nonlinearity.batch_top_k(candidates._replace(values=values), active, counted)
+            active, data = a.active_of(module.site.layer), self.clt.ranks.data
+            return nonlinearity.batch_top_k(candidates._replace(values=values), active, self._tokens_of_batch(), data)
         threshold = parallel.all_rows(module.threshold_of(self.mode), module.group)
         if a.activation == "batchtopk":
             return nonlinearity.above(candidates, threshold)
@@ -144,10 +148,16 @@ class ForwardPass:
         self.l0.append(self.activations.where_counted(l0[:, None], 0.0)[:, 0])
         return latents
 
+    def _tokens_of_batch(self) -> int:
+        """How many tokens count on all ranks that share a batch."""
+        if self._batch_tokens is None:
+            self._batch_tokens = counted_by_all(self.activations, self.clt.ranks.data)
+        return self._batch_tokens
+
     def _strongest(self, index: int, k: int, b_enc: Tensor | None = None) -> Latents:
         """The k strongest latents of module `index`; with other biases `b_enc` [F] than its own, if they are given."""
         module, reading = self.clt.transcoder(index), self._readings[index]
-        W_enc: Tensor = module.W_enc if self.mode == "vanilla" else self.clt.reading_rows(index)
+        W_enc = self.clt.rounded(module.W_enc if self.mode == "vanilla" else self.clt.reading_rows(index))
         b_enc = module.b_enc if b_enc is None else b_enc
         V, connections = None, module.connections
         if self.mode == "sparse":
@@ -155,9 +165,11 @@ class ForwardPass:
             reading = self._connected_reading(module.site, reading, connected=V is not None)
         reading = reading.to(W_enc.dtype)
         if V is None:
-            return Latents(*parallel.topk_encode(reading, W_enc, b_enc, k, group=module.group, backend=self.backend))
-        assert connections is not None
-        return self._connected_encode(index, reading, W_enc, b_enc, V, connections, k)
+            found = parallel.topk_encode(reading, W_enc, b_enc, k, group=module.group, backend=self.backend)
+        else:
+            assert connections is not None
+            found = self._connected_encode(index, reading, W_enc, b_enc, self.clt.rounded(V), connections, k)
+        return Latents(found[0].to(b_enc.dtype), found[1])  # thresholds and losses meet values as wide as biases
 
     def _connected_encode(
         self,
@@ -173,7 +185,7 @@ class ForwardPass:
         rows, group = len(W_enc), self.clt.ranks.latents
         own = min(k, rows)
         if site.kind == "mlp":
-            scale = self.activations.scale[site.layer].flatten().to(V.dtype)
+            scale = self.activations.scale[site.layer].flatten().to(b_enc.dtype)
             found = ops.connected_encode(reading, W_enc, b_enc, *z, V, connections, scale, own, backend=self.backend)
             return Latents(*parallel.strongest(*found, k, rows, group))
         by_sequence = self.activations.tokens.shape

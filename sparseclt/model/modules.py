@@ -151,10 +151,6 @@ class Transcoder(nn.Module):
         """This rank's columns of vectors [..., D]."""
         return vectors if self.group.alone else vectors[..., self.columns]
 
-    def decode(self, latents: Latents, backend: str | None = None) -> Tensor:
-        """What the latents write to each target, without bias: [N, T, D], or this rank's columns of it."""
-        return ops.sparse_decode(latents.values, latents.indices, self.W_dec, backend=backend)
-
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         """Makes room for connections and logits, whose number C only the loaded state knows."""
         device = self.W_enc.device

@@ -7,43 +7,33 @@ want no more latents than there are slots; `full_rows` counts those that may.
 """
 
 import warnings
-from typing import Any
 
-import torch
 from torch import Tensor
 
 from sparseclt.model.modules import Latents
 from sparseclt.model.sites import Site
 from sparseclt.ops.batchtopk_encode import among_largest
-from sparseclt.ops.rows import accumulation_dtype, add_at_
+from sparseclt.ops.jumprelu_slots import floor, jump_relu_slots, raised
+from sparseclt.parallel.collectives import gather_rows
+from sparseclt.parallel.group import ALONE, Group
+
+__all__ = ["above", "above_floor", "batch_top_k", "floor", "full_rows", "jump_relu", "warn_if_full"]
 
 
-def batch_top_k(candidates: Latents, k: int, tokens: int) -> Latents:
+def batch_top_k(candidates: Latents, k: int, tokens: int, data: Group = ALONE) -> Latents:
     """BatchTopK (see `ops.batchtopk_encode`): the `tokens * k` largest positive candidates of all rows together, ties
-    to the lowest row, then to the lowest latent. The other slots are empty: index -1 and value 0."""
-    values = candidates.values.detach().flatten()
-    kept = among_largest(values, tokens * k)
-    return _only((kept & (values != 0)).view_as(candidates.values), candidates)
+    to the lowest row, then to the lowest latent. The other slots are empty: index -1 and value 0.
 
-
-def floor(threshold: Tensor, bandwidth: float, b_enc: Tensor) -> tuple[Tensor, Tensor]:
-    """The pre-activation [F] that a candidate must exceed, in float32 or wider, and what `b_enc` is less it, in the
-    dtype of `b_enc`: at most the lower end of the gradient's rectangle around the threshold, and never negative.
-
-    The difference of both biases is exact, whatever the dtype, so that pre-activations can be had back.
+    `data`: the ranks that have the other rows, of which there are `tokens` in all. Each chooses among all candidates.
     """
-    wide = accumulation_dtype(b_enc.dtype)
-    own, limit = b_enc.detach().to(wide), (threshold.detach().to(wide) - bandwidth / 2).clamp_min(0)
-    limit = (limit - 2 * torch.finfo(b_enc.dtype).eps * (own - limit).abs()).clamp_min(0)  # what rounding may add
-    lowered = torch.where(limit > 0, (own - limit).to(b_enc.dtype), b_enc.detach())
-    return own - lowered.to(wide), lowered
+    own = candidates.values.detach()
+    kept = among_largest(gather_rows(own, data).flatten(), tokens * k).view(data.size, *own.shape)[data.rank]
+    return _only(kept & (own != 0), candidates)
 
 
 def above_floor(candidates: Latents, floor: Tensor) -> Latents:
     """Candidates found with biases less `floor` [F], with the pre-activations that they have without."""
-    values, indices = candidates
-    raised = (values + floor[indices]).to(values.dtype)
-    return Latents(torch.where(values == 0, values, raised), indices)
+    return Latents(raised(*candidates, floor), candidates.indices)
 
 
 def above(candidates: Latents, threshold: Tensor) -> Latents:
@@ -58,9 +48,8 @@ def jump_relu(candidates: Latents, threshold: Tensor, bandwidth: float) -> tuple
     Values and gradients are those of `ops.jumprelu_encode`, where they are explained; candidates near the threshold
     keep their slot, with value 0. `l0` is float32 or wider.
     """
-    values, near, l0 = _JumpReLU.apply(*candidates, threshold, bandwidth)
-    empty = (values.detach() == 0) & ~near
-    return Latents(values, candidates.indices.masked_fill(empty, -1)), l0
+    values, indices, l0 = jump_relu_slots(*candidates, threshold, bandwidth)
+    return Latents(values, indices), l0
 
 
 def full_rows(latents: Latents) -> Tensor:
@@ -81,33 +70,3 @@ def warn_if_full(latents: Latents, active: int, site: Site) -> None:
 
 def _only(kept: Tensor, candidates: Latents) -> Latents:
     return Latents(candidates.values.masked_fill(~kept, 0), candidates.indices.masked_fill(~kept, -1))
-
-
-class _JumpReLU(torch.autograd.Function):
-    """Equivalent to `jumprelu_reference` (`ops/jumprelu_encode.py`) on the candidates' slots."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, values: Tensor, indices: Tensor, threshold: Tensor, bandwidth: float
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        wide = accumulation_dtype(values.dtype)
-        at, pre = threshold.to(wide)[indices], values.to(wide)
-        off = pre <= at  # not for NaN, which must stay
-        near = ((pre - at).abs() < bandwidth / 2) & (values != 0)
-        ctx.save_for_backward(indices, threshold, off, near)
-        ctx.bandwidth = bandwidth
-        ctx.mark_non_differentiable(near)
-        return values.masked_fill(off, 0), near, (pre > at).sum(1).to(wide)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor, _: None, grad_l0: Tensor) -> tuple[Tensor | None, ...]:
-        indices, threshold, off, near = ctx.saved_tensors
-        d_threshold = None
-        if ctx.needs_input_grad[2]:
-            step = 1 / ctx.bandwidth if ctx.bandwidth else 0.0
-            pull = (grad * threshold[indices] + grad_l0[:, None]) * -step
-            total = torch.zeros_like(threshold, dtype=pull.dtype)
-            add_at_(total, indices.flatten(), pull.masked_fill(~near, 0).flatten())
-            d_threshold = total.to(threshold.dtype)
-        return grad.masked_fill(off, 0), None, d_threshold, None

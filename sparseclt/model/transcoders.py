@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from typing import cast
 
+import torch
 from torch import Tensor, nn
 
 from sparseclt.model.attention import AttentionWeights, centre
@@ -21,11 +22,16 @@ class Transcoders(nn.Module):
     `warns_when_full`: a pass warns where a token has as many active latents as it has room for, and may lack others. Of
     a CLT that another tool trained, nothing has seen to it that there is room.
 
+    `products`: the dtype to which passes round, in training mode, what they multiply: encoders, decoders, virtual
+    weights, and what these meet (mixed precision). All sums, biases, scales, losses, and the weights themselves keep
+    theirs. None: the dtype of the weights.
+
     `ranks`: those that the CLT is spread over, each with its part of every module (`Transcoder`). All of them call
     everything that computes together, in the same order.
     """
 
     warns_when_full = False
+    products: torch.dtype | None = None
 
     def __init__(
         self,
@@ -69,6 +75,10 @@ class Transcoders(nn.Module):
 
     def __iter__(self) -> Iterator[Transcoder]:
         return cast(Iterator[Transcoder], iter(self.transcoders))
+
+    def rounded(self, tensor: Tensor) -> Tensor:
+        """`tensor` as products read it. Differentiable."""
+        return tensor if self.products is None or not self.training else tensor.to(self.products)
 
     def own_columns(self, vectors: Tensor) -> Tensor:
         """This rank's columns of vectors [..., D]: those of its reconstructions."""

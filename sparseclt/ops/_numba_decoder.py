@@ -14,12 +14,11 @@ from torch import Tensor
 from sparseclt.ops._numba import transpose, transposed_gather_sum
 from sparseclt.ops._numba_compile import SUMS, kernel, run
 from sparseclt.ops._optimizer_step import Adam, Read, Written
-from sparseclt.ops._torch_rows import section
 
 
 class Decoder:
-    """The gradient of a decoder `shape` [F, T, D], whose latents are `first`.. among all modules side by side.
-    `written` by the passes; `read`: by target, the reader that meets the sum up to that target, or None. `bags`: what
+    """The gradient of a decoder `shape` [F, T, D], `written` by the passes; `read`: by
+    target, the reader that meets the sum up to that target, or None. `bags`: what
     several decoders share, the gradients of all passes side by side, by where they lie.
 
     With `keep`, `squares` stores the gradient for `adam`: of small decoders, that takes less time than to gather it
@@ -28,12 +27,11 @@ class Decoder:
     def __init__(
         self,
         shape: tuple[int, int, int],
-        first: int,
         written: Sequence[Written],
         read: Sequence[Read | None],
         bags: dict[tuple[int, ...], Tensor],
     ):
-        self.shape, self.first, self.read, self.written, self.bags = shape, first, read, written, bags
+        self.shape, self.read, self.written, self.bags = shape, read, written, bags
         self.keep = False
         values = torch.cat([w.values for w in written])
         by_latent = transpose(torch.cat([w.indices for w in written]), shape[0])
@@ -77,12 +75,11 @@ class Decoder:
 
     def _targets(self) -> Iterator[tuple[int, Tensor]]:
         """Every target, the last one first, with what readers behind it read [F, D], or [0, D] of none."""
-        F, T, D = self.shape
+        _, T, D = self.shape
         behind = self.slots[0].new_empty(0, D)
         for target in reversed(range(len(self.read))):
             if (reader := self.read[target]) is not None:
-                own = section(reader.by_upstream, self.first, self.first + F)
-                total = transposed_gather_sum(reader.dV, *own, reader.W_enc)
+                total = transposed_gather_sum(reader.dV, *reader.by_upstream, reader.W_enc)
                 total = total - total.mean(1, keepdim=True) if reader.centred else total
                 behind = total if len(behind) == 0 else behind.add_(total)
             if target < T:

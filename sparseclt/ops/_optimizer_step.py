@@ -28,8 +28,8 @@ class Written(NamedTuple):
 
 
 class Read(NamedTuple):
-    """What one reader reads: dV [F, C], its connections by upstream latent, its encoder [F, D], and whether the mean of
-    each of its rows is subtracted."""
+    """What one reader reads: dV [F, C], its connections by latent of the decoder, its encoder [F, D], and whether the
+    mean of each of its rows is subtracted."""
 
     dV: Tensor
     by_upstream: Transpose

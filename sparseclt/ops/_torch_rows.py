@@ -78,15 +78,6 @@ class Transpose(NamedTuple):
         return torch.cat([self.starts[1:], self.starts.new_full((1,), len(self.order))])
 
 
-def section(transposed: Transpose, start: int, stop: int) -> Transpose:
-    """Only rows start..stop, renumbered from 0, without the empty slots."""
-    bounds = transposed.bounds()[start : stop + 1]
-    first, last = int(bounds[0]), int(bounds[-1])
-    starts = bounds - first
-    starts[-1] = 0  # no empty slots: they would begin, and end, at 0
-    return Transpose(transposed.order[first:last], starts.roll(1))
-
-
 def transpose(indices: Tensor, rows: int) -> Transpose:
     """Sorts the slots of `indices` by row, stably: the same indices give the same order on every run."""
     dtype = _index_dtype(indices, rows)

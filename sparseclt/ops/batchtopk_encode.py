@@ -37,6 +37,7 @@ def batchtopk_encode(
 
     `slots`: S, fixed, from 1 to F. Then the N * k are chosen among the `slots` largest of each token, which is the same
     unless a token has more; nothing waits for the device, and CUDA graphs can hold the op.
+    `(indices >= 0).all(1).sum()` counts, on the device, the tokens that use all their slots and may lack some.
 
     Other arguments and errors as in `topk_encode`. `scratch_bytes` bounds the pre-activations that are alive at a time;
     up to 3 N k candidates are kept beside them.

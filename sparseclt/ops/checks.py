@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from sparseclt.ops._torch_rows import accumulation_dtype
 from sparseclt.ops.scratch import AUTOMATIC, default_scratch
 
 _INDEX_DTYPES = (torch.int32, torch.int64)
@@ -26,6 +27,14 @@ def check_tensors(**tensors: Tensor | None) -> None:
             raise TypeError(f"{name}: expected {first[1].dtype}, the dtype of {first[0]}, got {tensor.dtype}; cast one")
         else:
             check_device(name, tensor, *first)
+
+
+def check_wide(name: str, tensor: Tensor | None, other_name: str, other: Tensor) -> None:
+    """`check_tensors` of `tensor` beside `other`, except that it may be in float32 where that is in fp16 or bf16."""
+    if isinstance(tensor, Tensor) and tensor.dtype == accumulation_dtype(other.dtype):
+        check_device(name, tensor, other_name, other)
+    else:
+        check_tensors(**{other_name: other, name: tensor})
 
 
 def check_device(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:

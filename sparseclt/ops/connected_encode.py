@@ -8,7 +8,7 @@ from torch import Tensor
 from sparseclt.ops._encode import encode, encoder_gradients
 from sparseclt.ops._torch_rows import TORCH, accumulation_dtype, chunks, dense, transpose, transposed_gather_sum
 from sparseclt.ops.backend import choose
-from sparseclt.ops.checks import check_ids, check_k, check_scratch, check_shapes, check_tensors
+from sparseclt.ops.checks import check_ids, check_k, check_scratch, check_shapes, check_tensors, check_wide
 from sparseclt.ops.connections import Connections, csc
 from sparseclt.ops.registration import Implementation, Operator
 from sparseclt.ops.topk_encode import select_reference
@@ -40,12 +40,15 @@ def connected_encode(
     `r0` [N, D] the residual stream without the latents' part (embedding, written biases); `W_enc` [F, D]; `b_enc` [F]
     or None; `z_values` `z_indices` [N, S], `V` and `connections` [F, C], `upstream` as in `virtual_matmul` (for a
     module without upstream, S = 0 and U = 0); `scale` [N] the frozen scale of the reader's normalisation, above 0.
+    `b_enc` and `scale` may be in fp32 beside fp16 and bf16.
     `scratch_bytes` bounds each working buffer in bytes (at least that of one token; None: what suits the backend).
     `backend` as in `topk_encode`.
     Raises ValueError (shapes, k outside 1..F, ids out of range: z_indices are checked on the CPU only, U missing,
     devices, backend), TypeError (dtypes), ImportError (backend not installed).
     """
-    check_tensors(r0=r0, W_enc=W_enc, b_enc=b_enc, z_values=z_values, V=V, scale=scale)
+    check_tensors(r0=r0, W_enc=W_enc, z_values=z_values, V=V)
+    check_wide("b_enc", b_enc, "r0", r0)
+    check_wide("scale", scale, "r0", r0)
     connections = check_upstream(z_values, z_indices, V, connections, upstream)
     sizes = check_shapes(
         r0=(r0, "N D"),
@@ -80,7 +83,7 @@ def connected_pre_activations(
     """[N, F], for references."""
     pre = r0 @ W_enc.T + virtual_matmul_reference(z_values, z_indices, V, connections)
     pre = pre / scale.detach()[:, None]
-    return pre if b_enc is None else pre + b_enc
+    return (pre if b_enc is None else pre + b_enc).to(r0.dtype)
 
 
 def connected_encode_reference(*inputs: Any) -> tuple[Tensor, Tensor]:
@@ -132,7 +135,7 @@ def backward_torch(
     """Gradients of r0, W_enc, b_enc, z_values and V from that of the selected values [N, K]."""
     dtype, wide = V.dtype, accumulation_dtype(V.dtype)
     grad = grad_values.masked_fill(values == 0, 0)
-    scaled = grad / scale[:, None]
+    scaled = (grad / scale[:, None]).to(grad.dtype)
     dr0, dW, db = encoder_gradients(TORCH, grad, scaled, indices, r0, W_enc, needed)
     scaled, z_values, V = scaled.to(wide), z_values.to(wide), V.to(wide)
     dz = z_values.new_zeros(z_values.shape) if needed[3] else None

@@ -12,10 +12,11 @@ from sparseclt.ops._torch_rows import TORCH, accumulation_dtype
 from sparseclt.ops.backend import choose
 from sparseclt.ops.batchtopk_encode import fake as fake_slots
 from sparseclt.ops.batchtopk_encode import slots_of
-from sparseclt.ops.checks import check_scratch, check_shapes, check_tensors
+from sparseclt.ops.checks import check_k, check_scratch, check_shapes, check_tensors
+from sparseclt.ops.jumprelu_slots import floor, jump_relu_slots, raised
 from sparseclt.ops.ragged import fill_slots, slot_order
 from sparseclt.ops.registration import Implementation, Operator
-from sparseclt.ops.topk_encode import check_encoder, pre_activations
+from sparseclt.ops.topk_encode import check_encoder, pre_activations, topk_encode
 
 
 def jumprelu_encode(
@@ -25,6 +26,7 @@ def jumprelu_encode(
     threshold: Tensor,
     *,
     bandwidth: float = 1e-3,
+    slots: int | None = None,
     backend: str | None = None,
     scratch_bytes: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -42,6 +44,12 @@ def jumprelu_encode(
     `bandwidth=0` there are none, and the threshold has no gradient. `x`, `W_enc` and `b_enc` have a gradient through
     the values above the threshold only.
 
+    `slots`: S, fixed, from 1 to F. Then each token has the `slots` latents that are highest above their rectangle's
+    lower end, which are all of them unless it has more, or negative ones within a rectangle. They come in the order of
+    that height, with empty slots between them, and their pre-activations are rounded once more. Nothing waits for the
+    device, and CUDA graphs can hold the op. `(indices >= 0).all(1).sum()` counts, on the device, the tokens that use
+    all their slots and may lack some.
+
     `threshold` [F], above 0, and `bandwidth` are in units of the pre-activations. Other arguments and errors as in
     `topk_encode`; also ValueError for a negative `bandwidth`.
     """
@@ -50,12 +58,32 @@ def jumprelu_encode(
     check_shapes(W_enc=(W_enc, "F D"), threshold=(threshold, "F"))
     if not bandwidth >= 0:
         raise ValueError(f"bandwidth: expected a number of at least 0, got {bandwidth}")
+    if slots is not None:
+        check_k(slots, len(W_enc), "slots")
+        return _in_slots(x, W_enc, b_enc, threshold, bandwidth, slots, backend, scratch_bytes)
     backend = choose("jumprelu_encode", backend, x)
     if backend == "reference":
         return jumprelu_encode_reference(x, W_enc, b_enc, threshold, bandwidth)
     scratch = check_scratch(scratch_bytes, "jumprelu_encode", backend)
     values, indices, l0, _ = OPERATOR(x, W_enc, b_enc, threshold, float(bandwidth), scratch, backend)
     return values, indices, l0
+
+
+def _in_slots(
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor | None,
+    threshold: Tensor,
+    bandwidth: float,
+    slots: int,
+    backend: str | None,
+    scratch_bytes: int | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    bias = x.new_zeros(len(W_enc)) if b_enc is None else b_enc
+    least, lowered = floor(threshold, bandwidth, bias)
+    lowered = lowered + (bias - bias.detach())  # of its value, with the gradient of the bias
+    values, indices = topk_encode(x, W_enc, lowered, slots, backend=backend, scratch_bytes=scratch_bytes)
+    return jump_relu_slots(raised(values, indices, least), indices, threshold, bandwidth)
 
 
 def jumprelu_reference(pre: Tensor, threshold: Tensor, bandwidth: float) -> tuple[Tensor, Tensor, Tensor]:

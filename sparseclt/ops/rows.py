@@ -13,11 +13,12 @@ from typing import NamedTuple
 from torch import Tensor
 
 from sparseclt.ops import _torch_rows
-from sparseclt.ops._torch_rows import Transpose, accumulation_dtype, add_at_, chunks, section
+from sparseclt.ops._torch_rows import PAIR_BYTES, Transpose, accumulation_dtype, add_at_, chunks
 from sparseclt.ops.backend import INSTALLED, choose
 from sparseclt.ops.scratch import default_scratch
 
 __all__ = [
+    "PAIR_BYTES",
     "Transpose",
     "accumulation_dtype",
     "add_at_",
@@ -25,7 +26,6 @@ __all__ = [
     "chunks",
     "gather_sum",
     "row_dots",
-    "section",
     "transpose",
     "transposed_gather_sum",
 ]
@@ -53,7 +53,7 @@ def transposed_gather_sum(
     """[R, D]: for each row, the weighted sum of the vectors of the bags that name it.
 
     Equivalent to `scatter(weights).T @ bags`, scatter(weights) [N, R]. `weights` [N, K], `bags` [N, D], `transposed`:
-    the order of the indices [N, K] by row, from `transpose(indices, R)`, or a `section` of it.
+    the order of the indices [N, K] by row, from `transpose(indices, R)`, or that of some of the rows.
     """
     return _products("transposed_gather_sum", backend, bags).transposed_gather_sum(weights, *transposed, bags)
 

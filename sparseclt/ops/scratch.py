@@ -1,5 +1,5 @@
-"""Default bounds on the working memory of the ops. They are set here, and for kernels on a GPU, a share of its free
-memory, in `csrc_triton/launch.py`; nowhere else."""
+"""Default bounds on the working memory of the ops. They are set here, and those of kernels on a GPU, shares of its free
+memory, in `csrc_triton`; nowhere else."""
 
 import torch
 
@@ -9,6 +9,8 @@ SCRATCH_BYTES = {
     "numba": 1 << 20,  # what stays in a core's second-level cache
     "triton": 64 << 20,  # in the interpreter
 }
+GPU_SHARE = 1 / 32  # of free memory, on a GPU: that of csrc_triton, known without triton
+GPU_PARTS_BYTES, GPU_READ_BYTES = 256 << 20, 512 << 20  # beside it: partial sums, values read by connections; as there
 SELECTION_BYTES = 32 << 20  # scores of `select_connections` on the torch backend: rows are as long as U
 ATTENTION_BYTES = 16 << 20  # pre-activations of `attention_encode` on every backend: at least one sequence is alive
 

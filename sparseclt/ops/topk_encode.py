@@ -10,7 +10,7 @@ from torch import Tensor
 from sparseclt.ops._encode import encode, encode_backward, group_starts
 from sparseclt.ops._torch_rows import TORCH
 from sparseclt.ops.backend import choose
-from sparseclt.ops.checks import check_k, check_name, check_scratch, check_shapes, check_tensors
+from sparseclt.ops.checks import check_k, check_name, check_scratch, check_shapes, check_tensors, check_wide
 from sparseclt.ops.registration import Implementation, Operator
 
 Activation = Literal["topk", "abstopk", "groupmax"]
@@ -40,9 +40,10 @@ def topk_encode(
     bf16, pre-activations are accumulated and compared in fp32, and values are rounded once. TopK: Gao et al., "Scaling
     and evaluating sparse autoencoders" (2024).
 
-    `x` [N, D], `W_enc` [F, D], `b_enc` [F] or None, all of one floating-point dtype. `scratch_bytes` bounds the working
-    memory in bytes (at least the pre-activations of one token; None: what suits the backend). `backend`: a name from
-    `backends()`, or None for the fastest that is installed and takes the tensors.
+    `x` [N, D], `W_enc` [F, D], `b_enc` [F] or None, all of one floating-point dtype, except that `b_enc` may be in fp32
+    beside fp16 and bf16. `scratch_bytes` bounds the working memory in bytes (at least the pre-activations of one token;
+    None: what suits the backend). `backend`: a name from `backends()`, or None for the fastest that is installed and
+    takes the tensors.
     Raises ValueError (shapes, k outside 1..F, devices, activation, backend), TypeError (dtypes), ImportError
     (backend not installed).
     """
@@ -57,7 +58,8 @@ def topk_encode(
 
 
 def check_encoder(x: Tensor, W_enc: Tensor, b_enc: Tensor | None, k: int | None = None) -> None:
-    check_tensors(x=x, W_enc=W_enc, b_enc=b_enc)
+    check_tensors(x=x, W_enc=W_enc)
+    check_wide("b_enc", b_enc, "x", x)
     sizes = check_shapes(x=(x, "N D"), W_enc=(W_enc, "F D"), b_enc=(b_enc, "F"))
     if k is not None:
         check_k(k, sizes["F"])
@@ -65,7 +67,7 @@ def check_encoder(x: Tensor, W_enc: Tensor, b_enc: Tensor | None, k: int | None 
 
 def pre_activations(x: Tensor, W_enc: Tensor, b_enc: Tensor | None) -> Tensor:
     """[N, F], for references."""
-    return x @ W_enc.T if b_enc is None else x @ W_enc.T + b_enc
+    return x @ W_enc.T if b_enc is None else (x @ W_enc.T + b_enc).to(x.dtype)
 
 
 def topk_encode_reference(

@@ -6,6 +6,7 @@ no exchange: `ops.sparse_decode` of columns gives columns.
 """
 
 from sparseclt.parallel.collectives import all_rows, gather_columns, sum_over, to_columns, to_rows
+from sparseclt.parallel.from_first import from_first
 from sparseclt.parallel.group import ALONE, Group
 from sparseclt.parallel.ranks import ONE_RANK, Ranks
 from sparseclt.parallel.topk_encode import strongest, topk_encode
@@ -17,6 +18,7 @@ __all__ = [
     "Group",
     "Ranks",
     "all_rows",
+    "from_first",
     "gather_columns",
     "strongest",
     "sum_over",

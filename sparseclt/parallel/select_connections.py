@@ -1,6 +1,7 @@
 """The connections worth keeping of encoder rows and decoder columns that are spread over ranks."""
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -10,13 +11,15 @@ from sparseclt import ops
 from sparseclt.ops.rows import chunks
 from sparseclt.parallel.group import Group
 
-TILE_BYTES = 64 << 20  # of effective decoders that are gathered at a time
+TILE_BYTES = 64 << 20  # of rows that are gathered at a time
 
-# Importance [rows, columns] of upstream latents `columns` for this rank's latents `rows`.
+# Importance [rows, columns] of upstream latents `columns` for the latents `rows`, of all that ranks have.
 Importance = Callable[[slice, slice], Tensor]
+# Of latents with encoder rows [R, D] or [H, R, D], numbered `rows` among all, the best of the upstream latents
+# `columns`, which have whole decoders [U/n, D]: ids, counted from the first of these, and scores, as many as C, or all.
+Best = Callable[[Tensor, Tensor, slice, slice], tuple[Tensor, Tensor]]
 
 
-@torch.no_grad()
 def select_connections(
     W_enc: Tensor,
     E: Tensor,
@@ -30,37 +33,79 @@ def select_connections(
 ) -> Tensor:
     """Upstream ids [F/n, C] int64 of this rank's latents with the largest importance x |virtual weight|, best first.
 
-    Equivalent to this rank's rows of `ops.select_connections(all W_enc, all E, all importances, C)`. Effective decoders
-    are gathered a tile of upstream latents at a time, once each: a rank sends U D numbers in all.
+    Equivalent to this rank's rows of `ops.select_connections(all W_enc, all E, all importances, C)`. Each rank takes
+    U/n of the upstream latents, whose columns the ranks exchange for whole rows, and finds the C best of these for all
+    F latents, whose encoder rows are gathered a tile at a time; of what the ranks found, each then takes the C best for
+    its own latents. A rank sends about U D / n + F D + 2 F C numbers.
 
     `W_enc` [F/n, D] or [H, F/n, D]: this rank's rows; `E` [U, D/n]: this rank's columns; `importance`: a function that
-    gives [rows, columns] of this rank's latents. `tile_bytes` bounds a tile, `scratch_bytes` its importances; both must
-    be the same on all ranks. `group`: a `torch.distributed` process group, or None for one rank. Errors as in
+    gives [rows, columns] of all latents. `tile_bytes` bounds a tile, `scratch_bytes` its importances; both must be the
+    same on all ranks. `group`: a `torch.distributed` process group, or None for one rank. Errors as in
     `ops.select_connections`.
     """
-    group = Group.of(group)
-    rows = W_enc.shape[-2]
-    best = W_enc.new_empty(rows, 0, dtype=torch.int64)
-    scores = W_enc.new_empty(rows, 0)
-    for tile in chunks(len(E), E.shape[1] * group.size * E.element_size(), tile_bytes):
-        decoders = group.gather(E[tile]).transpose(0, 1).flatten(1)  # [tile, D]
-        found = [
-            _best_of_tile(W_enc[..., part, :], decoders, importance(part, tile), C, backend)
-            for part in chunks(rows, len(decoders) * E.element_size(), scratch_bytes)
-        ]
-        # Stably, and earlier tiles first: of equal scores, the lowest ids.
-        scores = torch.cat([scores, torch.cat([score for _, score in found])], 1)
-        best = torch.cat([best, torch.cat([ids for ids, _ in found]) + tile.start], 1)
-        scores, order = scores.sort(dim=1, descending=True, stable=True)
-        scores, best = scores[:, :C].contiguous(), best.gather(1, order[:, :C])
-    return best
+    best = partial(most_important, importance=importance, C=C, backend=backend)
+    sizes = {"tile_bytes": tile_bytes, "scratch_bytes": scratch_bytes}
+    return best_of_shares(W_enc, E, best, C, group=Group.of(group), **sizes)[0]
 
 
-def _best_of_tile(
-    rows: Tensor, decoders: Tensor, importance: Tensor, C: int, backend: str | None
+@torch.no_grad()
+def best_of_shares(
+    W_enc: Tensor,
+    E: Tensor,
+    best: Best,
+    C: int,
+    *,
+    group: Group,
+    tile_bytes: int = TILE_BYTES,
+    scratch_bytes: int = TILE_BYTES,
 ) -> tuple[Tensor, Tensor]:
-    """The best ids of a tile, numbered from its start, and their scores."""
-    ids = ops.select_connections(rows, decoders, importance, min(C, len(decoders)), backend=backend)
+    """The C upstream latents [F/n, C] of each of this rank's latents with the largest scores, best first, and their
+    scores; by what `best` finds in each rank's share of the upstream latents. The rest as in `select_connections`."""
+    rows, share = W_enc.shape[-2], group.part(len(E), "upstream latents")
+    decoders = _own_rows(E, group, tile_bytes)
+    found = [(W_enc.new_empty(0, C, dtype=torch.int64), W_enc.new_empty(0, C, dtype=E.dtype))]
+    for tile in chunks(rows, group.size * W_enc[..., :1, :].nbytes, tile_bytes):
+        encoders = group.gather(W_enc[..., tile, :])  # of each rank some rows
+        of_share = [
+            best(encoders[rank][..., part, :], decoders, of_all, share)
+            for rank in range(group.size)
+            for part, of_all in _parts(rank * rows, tile, decoders, scratch_bytes)
+        ]
+        # For each rank's rows what this one found; then for this one's what each rank found, of increasing ids.
+        ids, scores = (torch.cat(both).unflatten(0, (group.size, -1)) for both in zip(*of_share, strict=True))
+        narrow = torch.int32 if len(E) < 2**31 else torch.int64
+        ids = group.exchange((ids + share.start).to(narrow)).transpose(0, 1).flatten(1).long()
+        scores, order = group.exchange(scores).transpose(0, 1).flatten(1).sort(dim=1, descending=True, stable=True)
+        found.append((ids.gather(1, order[:, :C]), scores[:, :C]))  # of equal ones the lowest id first
+    ids, scores = (torch.cat(both) for both in zip(*found, strict=True))
+    return ids, scores
+
+
+def _own_rows(E: Tensor, group: Group, tile_bytes: int) -> Tensor:
+    """This rank's share of the whole rows, [U/n, D], of its columns [U, D/n]."""
+    if group.alone:
+        return E
+    by_rank = E.unflatten(0, (group.size, -1))  # [n, U/n, D/n]: the rows that each rank will have
+    whole = E.new_empty(by_rank.shape[1], group.size * E.shape[1])
+    for tile in chunks(len(whole), whole[:1].nbytes, tile_bytes):
+        whole[tile] = group.exchange(by_rank[:, tile]).transpose(0, 1).flatten(1)
+    return whole
+
+
+def _parts(first: int, tile: slice, decoders: Tensor, scratch_bytes: int) -> list[tuple[slice, slice]]:
+    """A tile of a rank's rows in parts whose importances fit into `scratch_bytes`: where they are in the tile, and
+    among all latents, of which the rank has those from `first` on."""
+    parts = chunks(tile.stop - tile.start, len(decoders) * decoders.element_size(), scratch_bytes)
+    begin = first + tile.start
+    return [(part, slice(begin + part.start, begin + part.stop)) for part in parts]
+
+
+def most_important(
+    rows: Tensor, decoders: Tensor, of_all: slice, share: slice, importance: Importance, C: int, backend: str | None
+) -> tuple[Tensor, Tensor]:
+    """`Best` by importance x |virtual weight|."""
+    s = importance(of_all, share)
+    ids = ops.select_connections(rows, decoders, s, min(C, len(decoders)), backend=backend)
     heads = rows if rows.ndim == 3 else rows[None]
     V = torch.stack([ops.virtual_weights(head.contiguous(), decoders, ids, backend=backend) for head in heads])
-    return ids, V.norm(dim=0) * importance.gather(1, ids)
+    return ids, V.norm(dim=0) * s.gather(1, ids)

@@ -14,8 +14,13 @@ from sparseclt.training.trainer import Trainer
 def train(config: TrainConfig) -> Evaluation | None:
     """Train, evaluate on held-out text, write tables and plots; returns the evaluation, or None on all but the first of
     several ranks."""
+    return finish(begin(config))
+
+
+def begin(config: TrainConfig) -> Trainer:
+    """A new run, in a directory that is free: `finish` trains it."""
     check_unused(config.out)
-    return finish(Trainer(config))
+    return Trainer(config)
 
 
 def resume(run: str | Path, config: TrainConfig | None = None, *, checkpoint: str | Path | None = None) -> Trainer:

@@ -23,6 +23,7 @@ from sparseclt.parallel import ONE_RANK, Ranks
 from sparseclt.storage.checkpoint import latest
 from sparseclt.storage.json_files import replace_file, replace_json
 from sparseclt.training import memory
+from sparseclt.training.grid import available_to_rank
 from sparseclt.training.loggers import read_metrics
 from sparseclt.training.run_directory import METRICS
 from sparseclt.training.several_ranks import on_ranks
@@ -106,7 +107,7 @@ def measure_interaction(
 
 def rows_at_a_time(config: TrainConfig, language_model: LanguageModel, ranks: Ranks = ONE_RANK) -> int:
     """How many rows an evaluation takes at a time, so that it fits into the memory that is left on all `ranks`."""
-    config, available = on_ranks(config, ranks), memory.available_bytes(language_model.device)
+    config, available = on_ranks(config, ranks), available_to_rank(language_model.device)
     return min(ranks.world.objects(memory.evaluation_rows(config, language_model.shape, available)))
 
 

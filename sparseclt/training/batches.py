@@ -11,9 +11,11 @@ from sparseclt.data.activation_stream import block_batches, number_bytes, shuffl
 from sparseclt.data.prefetch import one_ahead
 from sparseclt.data.row_stream import RowStream
 from sparseclt.language_model.language_model import LanguageModel
+from sparseclt.language_model.over_ranks import held_here
 from sparseclt.model.activations import Activations
+from sparseclt.model.over_ranks import broadcast
 from sparseclt.parallel import ONE_RANK, Ranks
-from sparseclt.training.several_ranks import broadcast, in_turn
+from sparseclt.training.several_ranks import in_turn
 
 
 class Batches:
@@ -37,7 +39,8 @@ class Batches:
         self.cache = None
         if config.activations.cache is not None:
             with in_turn(ranks):
-                self.cache = open_cache(config, language_model, rows)
+                if (model := held_here(language_model)) is not None:
+                    self.cache = open_cache(config, model, rows)
 
     @property
     def tokens(self) -> int:
@@ -46,40 +49,40 @@ class Batches:
 
     def capture(self, tokens: Tensor) -> Activations:
         """The model's activations on `tokens` [B, S]: the one run of the model that both modes share."""
-        return self.language_model.capture(tokens.to(self.device), attention=self.config.clt.attention == "latents")
+        model = held_here(self.language_model)
+        assert model is not None  # on the first of the ranks that share the CLT
+        found = model.capture(tokens.to(model.device), attention=self.config.clt.attention == "latents")
+        return found.to(self.device)
 
     def from_step(self, step: int) -> Iterator[Activations]:
-        """One batch for each step from `step` on, prepared one ahead unless the loss and the capture would both run the
-        model."""
-        if self.ranks.latents.alone:
-            return self._own_batches(step)
-        source = self._own_batches(step) if self.ranks.latents.rank == 0 else None
-        return (
-            broadcast(None if source is None else next(source), self.ranks.latents, self.device)
-            for _ in range(step, self.config.steps)
-        )
+        """One batch for each step from `step` on, prepared and sent to other ranks one ahead, unless the loss and the
+        capture would both run the model."""
+        steps, latents = range(step, self.config.steps), self.ranks.ahead.latents
+        own = self._own_batches(steps) if latents.rank == 0 else None
+        batches = own or iter(())
+        if not latents.alone:
+            batches = (broadcast(None if own is None else next(own), latents, self.device) for _ in steps)
+        if self.config.loss.cross_entropy_weight and self.config.activations.cache is None:
+            return batches
+        return one_ahead(batches, self.device)
 
-    def _own_batches(self, step: int) -> Iterator[Activations]:
-        steps, shuffle_bytes = range(step, self.config.steps), self.config.activations.shuffle_bytes
-        stream = self.stream_at(step)
+    def _own_batches(self, steps: range) -> Iterator[Activations]:
+        """This rank's rows of the batches."""
+        shuffle_bytes, data = self.config.activations.shuffle_bytes, self.ranks.ahead.data
+        stream = self.stream_at(steps.start)
         if shuffle_bytes:
             shape = self.language_model.shape
             size = block_batches(shuffle_bytes, self.tokens, shape.layers, shape.d_model, number_bytes(self.config))
-            batches = shuffled(self._read, stream, steps, size, self.device)
-        else:
-            batches = (self._read(stream.take()) for _ in steps)
-        if self.config.loss.cross_entropy_weight and not self.cache:
-            return batches
-        return one_ahead(batches, self.device)
+            return shuffled(self._read, stream, steps, size, self.device, data)
+        share = data.part(self.config.batch_rows, "batch_rows")
+        return (self._read(stream.take()[share]) for _ in steps)
 
     def stream_at(self, step: int) -> RowStream:
         """The rows of `step` and of the steps behind it."""
         return RowStream(self.rows, self.config.batch_rows, self.config.seed, position=step * self.config.batch_rows)
 
     def _read(self, chosen: Tensor) -> Activations:
-        """The activations of this rank's share of rows `chosen` [B] of the text: from the cache, or captured where
-        there is none."""
-        chosen = chosen[self.ranks.data.part(len(chosen), "batch_rows")]
+        """The activations of rows `chosen` [B] of the text: from the cache, or captured where there is none."""
         if self.cache:
             return self.cache.read(chosen, self.device)
         return self.capture(self.rows[chosen])

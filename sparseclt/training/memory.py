@@ -33,7 +33,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 def available_bytes(device: torch.device) -> int | None:
     """Free memory of a device; None where it is unknown. On the CPU, as much as this process may still take."""
-    if device.type == "cuda":
+    if device.type == "cuda" and torch.cuda.is_available():
         return torch.cuda.mem_get_info(device)[0]
     return host_bytes() if device.type == "cpu" else None
 
@@ -68,10 +68,15 @@ def _changes(shape: ModelShape) -> list[tuple[str, Callable[[TrainConfig], Train
         *[("activations.shuffle_bytes", lambda c: _smaller_buffer(c, shape))] * 3,
         ("model.dtype", lambda c: replace(c, model=replace(c.model, dtype="bf16"))),
         ("optimizer.state", lambda c: replace(c, optimizer=replace(c.optimizer, state="8bit"))),
-        ("clt.dtype", lambda c: replace(c, clt=replace(c.clt, dtype="bf16"))),
+        ("compute.precision", lambda c: replace(c, compute=replace(c.compute, precision="fp32"))),
+        ("clt.dtype", _weights_in_bf16),
         *[("batch_rows", lambda c: replace(c, batch_rows=max(1, c.batch_rows // 2)))] * 3,
         *[("clt.latents", lambda c: replace(c, clt=replace(c.clt, latents=max(c.clt.active, c.clt.latents // 2))))] * 6,
     ]
+
+
+def _weights_in_bf16(config: TrainConfig) -> TrainConfig:
+    return replace(config, clt=replace(config.clt, dtype="bf16"), compute=replace(config.compute, precision=None))
 
 
 def _half_the_micro_batch(config: TrainConfig) -> TrainConfig:

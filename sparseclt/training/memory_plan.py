@@ -9,11 +9,11 @@ from sparseclt.data.activation_stream import buffer_bytes
 from sparseclt.devices import resolve
 from sparseclt.model.decoder_gradients import CHUNK_BYTES
 from sparseclt.model.shape import ModelShape
-from sparseclt.ops.scratch import default_scratch
 from sparseclt.training.evaluation_memory import evaluation_terms
 from sparseclt.training.optimizer import KEPT_BYTES, PIECE_BYTES
-from sparseclt.training.rank_plan import Sent, of_rank, selection_bytes, step_exchanges
+from sparseclt.training.rank_plan import Sent, exchanges_ahead, of_rank, selection_bytes, step_exchanges
 from sparseclt.training.run_sizes import ALWAYS, FORWARD, NOTED, STEP, MemoryTerm, RunSizes, captured_bytes
+from sparseclt.training.scratch_memory import scratch_terms
 from sparseclt.training.selection_memory import selection_terms
 
 GiB, MiB = 1 << 30, 1 << 20
@@ -28,6 +28,8 @@ class Plan:
     available: int | None
     sent: tuple[Sent, ...] = ()
     """What one of several ranks sends in a step."""
+    sent_ahead: tuple[Sent, ...] = ()
+    """What it sends meanwhile for the next step."""
     sent_to_choose: int = 0
     """Bytes that it sends besides in a step that chooses connections."""
 
@@ -51,14 +53,14 @@ def make_plan(config: TrainConfig, shape: ModelShape, available: int | None = No
 
     Every term is linear in N and in F, and in the number of decoder vectors; none grows as N x F, F x F or F x U.
     """
-    run = RunSizes(config, shape)
-    terms = [*_state_terms(run), *_pass_terms(run), *_update_terms(run), *_connection_terms(run), *selection_terms(run)]
+    run = RunSizes(config, shape, available)
+    terms = [*_state_terms(run), *_pass_terms(run), *_rounded_terms(run), *scratch_terms(run), *_update_terms(run)]
+    terms += [*_connection_terms(run), *selection_terms(run)]
     terms = of_rank(terms, run)
     held = sum(term.bytes for term in terms if "evaluation" in term.phases)
     terms += evaluation_terms(run, None if available is None else available - held)
-    return Plan(
-        tuple(term for term in terms if term.bytes), available, tuple(step_exchanges(run)), selection_bytes(run)
-    )
+    held_terms, sent = tuple(term for term in terms if term.bytes), tuple(step_exchanges(run))
+    return Plan(held_terms, available, sent, tuple(exchanges_ahead(run)), selection_bytes(run))
 
 
 def dense_plan(config: TrainConfig, shape: ModelShape, available: int | None = None) -> Plan:
@@ -90,13 +92,17 @@ def table(plan: Plan) -> str:
 
 def _sent(plan: Plan) -> list[str]:
     """What a rank sends, as a table, and how long that takes."""
-    if not plan.sent:
+    if not plan.sent and not plan.sent_ahead:
         return []
     lines = ["", "| sent by a rank in a step | MiB | collective | formula (bytes) |", "| --- | ---: | --- | --- |"]
     for sent in sorted(plan.sent, key=lambda sent: -sent.bytes):
         lines.append(f"| {sent.name} | {sent.bytes / MiB:.3f} | {sent.collective} | {sent.formula} |")
     total = sum(sent.bytes for sent in plan.sent)
     lines.append(f"| **all** | **{total / MiB:.3f}** | | |")
+    for sent in plan.sent_ahead:
+        lines.append(
+            f"| {sent.name}, for the next step | {sent.bytes / MiB:.3f} | {sent.collective} | {sent.formula} |"
+        )
     times = ", ".join(f"{total / (speed * 1e9) * 1e3:.3g} ms at {speed} GB/s" for speed in BANDWIDTHS)
     lines.append(f"\nA step waits {times} per rank, as far as nothing is computed meanwhile.")
     if plan.sent_to_choose:
@@ -112,7 +118,7 @@ def _state_terms(x: RunSizes) -> list[MemoryTerm]:
         MemoryTerm("weights", x.w * x.size.parameters, ALWAYS, "w (P_enc + P_dec)"),
         MemoryTerm("optimiser state", state, ALWAYS,
                    "8 (P_enc + P_dec), 8bit: 2 (P_enc + P_dec) + 8 (P_enc + P_dec) / D"),
-        MemoryTerm("language model", x.model_number * x.shape.parameters, ALWAYS, "4 P_model; bf16, fp16: 2 P_model"),
+        MemoryTerm("language model", x.own_model, ALWAYS, "4 P_model; bf16, fp16: 2 P_model"),
         _activations(x),
         MemoryTerm(
             "activity of latents", _activity_bytes(x), ALWAYS,
@@ -150,7 +156,8 @@ def _pass_terms(x: RunSizes) -> list[MemoryTerm]:
     kept = x.micro_outputs + 33 * x.n * x.active
     candidates = (x.config.clt.activation != "topk") * x.modes * 14 * x.n * x.active
     emptied = (x.config.clt.activation != "batchtopk") * x.modes * FLOAT * x.n * x.active
-    one_module = FLOAT * x.n * x.D * x.widest
+    one_module = (FLOAT + (x.p < FLOAT) * x.p) * x.n * x.D * x.widest
+    rounded, kept_modes = (x.modes, 1) if x.p < FLOAT else (0, x.modes)
     return [
         MemoryTerm("encoder gradients", encoders, ("backward", *NOTED), "w P_enc"),
         MemoryTerm("activations in float32", (x.v < FLOAT) * 2 * x.micro_outputs, FORWARD,
@@ -163,16 +170,30 @@ def _pass_terms(x: RunSizes) -> list[MemoryTerm]:
                    "modes x 4 n K M; BatchTopK: among the candidates"),
         MemoryTerm("latents of all micro-batches", x.in_parts * x.active_latents, NOTED, "modes x 12 N K M"),
         MemoryTerm("kept for backward", x.sparse * kept, FORWARD, "4 n D L + 33 n K M"),
-        MemoryTerm("gradients of reconstructions, earlier micro-batches", x.modes * (x.outputs - x.micro_outputs),
-                   FORWARD, "modes x 4 (N - n) D L"),
-        MemoryTerm("gradients of reconstructions, in backward", x.modes * x.micro_outputs, ("backward",),
-                   "modes x 4 n D L"),
-        MemoryTerm("gradients of reconstructions, for the update", x.modes * x.outputs, NOTED,
-                   "modes x 4 N D L"),
-        MemoryTerm("reconstructions by one module", one_module, FORWARD, "4 n D L"),
-        MemoryTerm("scratch of an op", min(default_scratch("topk_encode", "torch"), FLOAT * x.n * x.F), ("forward",),
-                   "at most 4 MiB on a CPU"),
+        MemoryTerm("gradients of reconstructions, earlier micro-batches",
+                   x.modes * (x.outputs - x.micro_outputs) * x.p // FLOAT, FORWARD, "modes x p (N - n) D L"),
+        MemoryTerm("gradients of reconstructions, in backward", kept_modes * x.micro_outputs, ("backward",),
+                   "modes x 4 n D L; p = 2: of one mode at a time"),
+        MemoryTerm("the same, rounded", rounded * x.micro_outputs * x.p // FLOAT, ("backward",), "modes x 2 n D L"),
+        MemoryTerm("gradients of reconstructions, for the update", x.modes * x.outputs * x.p // FLOAT, NOTED,
+                   "modes x p N D L"),
+        MemoryTerm("reconstructions by one module", one_module, FORWARD, "4 n D L; p = 2: 6 n D L"),
         MemoryTerm("one encoder's gradient", 2 * x.w * x.F * x.D, ("backward",), "2 w F D"),
+    ]  # fmt: skip
+
+
+def _rounded_terms(x: RunSizes) -> list[MemoryTerm]:
+    """Copies in bf16 of what products read."""
+    if not x.rounds:
+        return []
+    readings = x.modes * x.n * x.D * x.M * x.p - x.sparse * x.micro_outputs
+    return [
+        MemoryTerm("encoders in bf16", x.modes * x.p * x.size.encoder_vectors * x.D, FORWARD, "modes x 2 P_enc"),
+        MemoryTerm("decoders in bf16", x.p * x.size.decoder_vectors * x.D, FORWARD, "2 P_dec"),
+        MemoryTerm("virtual weights in bf16", x.sparse * x.p * x.slots, FORWARD, "2 F C per reader"),
+        MemoryTerm("readings in bf16", readings, FORWARD, "modes x 2 n D L, less 4 n D L kept for backward in fp32"),
+        MemoryTerm("active latents in bf16", x.modes * x.p * x.N * x.active, (*FORWARD, *NOTED), "modes x 2 N K M"),
+        MemoryTerm("values of encoders in bf16", x.modes * x.p * x.n * x.active, FORWARD, "modes x 2 n K M"),
     ]  # fmt: skip
 
 

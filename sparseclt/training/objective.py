@@ -17,6 +17,7 @@ from sparseclt.model.activations import Activations
 from sparseclt.model.clt import SparseCLT
 from sparseclt.model.decoder_gradients import DecoderGradients
 from sparseclt.model.modules import Latents
+from sparseclt.model.over_ranks import counted_by_all
 from sparseclt.model.replacement import replacement
 from sparseclt.model.sites import Mode, Site
 from sparseclt.parallel import Group, sum_over
@@ -162,8 +163,7 @@ class Objective:
 
     def tokens(self, activations: Activations) -> int:
         """How many tokens of the whole batch count."""
-        own, data = activations.counted_tokens, self.clt.ranks.data
-        return own if data.alone else int(data.sum_(torch.tensor(own, device=activations.tokens.device)))
+        return counted_by_all(activations, self.clt.ranks.data)
 
     def loss(self, terms: dict[str, LossTerm], tokens: int, rho: float) -> tuple[Tensor, Values]:
         """The loss of a batch of so many tokens, and its terms by name. `rho`: weight of the sparsely-connected
@@ -240,7 +240,7 @@ class Objective:
         """
         gradients, means = DecoderGradients(self.clt, self.config.compute.backend), self.means(activations)
         with torch.no_grad():
-            runs = (self.terms(self.passes(part), part, means) for part in parts)
+            runs = (self.terms(self.passes(part, gradients), part, means) for part in parts)
             terms = reduce(_added, runs)
         leaves = [tensor.requires_grad_() for term in terms.values() for tensor in term.tensors()]
         total, values = self.loss(terms, self.tokens(activations), rho)

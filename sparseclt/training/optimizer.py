@@ -16,16 +16,15 @@ from sparseclt.model.decoder_gradients import Chunk, DecoderGradients, squares_b
 from sparseclt.model.transcoders import Transcoders
 from sparseclt.ops.rows import chunks
 from sparseclt.parallel import ALONE, ONE_RANK, Ranks
-from sparseclt.storage.parts import Axis
 from sparseclt.training import eight_bit, one_pass
 from sparseclt.training.rounding import round_stochastically
 
 KEPT_BYTES = 256 << 20  # decoder gradients that are kept for the update; larger ones are computed again for it
 PIECE_BYTES = Budget(cpu=1 << 20, gpu=64 << 20, gpu_share=1 / 64)  # of float32 weights that are widened at a time
 EPSILON = 1e-8
+UNCOUNTED = ("cuda",)  # where untouched rows are computed and dropped: counting the others would make the host wait
 SCALED = ("W_enc", "W_dec", "b_dec")  # parameters that have a scale; b_enc is in the latents' own units
 CODES = {"mean": eight_bit.MEAN, "square": eight_bit.SQUARE}
-
 
 # Adam's state of a parameter, or of some rows. "mean": running mean of the gradient; "square": of its square;
 # "mean_scale", "square_scale": of each vector [D], where those two are codes of 8 bits; "last": by row, the step that
@@ -114,13 +113,16 @@ class RowAdam:
             self._adam(name, weights, gradient, part, learning_rate, first, factor)
             return
         assert touched is not None
+        if weights.device.type in UNCOUNTED:
+            before = [(tensor, tensor.clone()) for tensor in (weights, *part.values())]
+            self._decay(part)
+            self._adam(name, weights, gradient, part, learning_rate, first, factor)
+            for tensor, old in before:
+                tensor.copy_(torch.where(touched.view(-1, *[1] * (tensor.ndim - 1)), tensor, old))
+            return
         ids = touched.nonzero().flatten()
         some, few = weights[ids], {key: tensor[ids] for key, tensor in part.items()}
-        idle = (self.step - 1 - few["last"]).to(torch.float32)
-        for key, beta in zip(("mean", "square"), self.config.betas, strict=True):
-            moment = few.get(f"{key}_scale", few[key])
-            moment.mul_((beta**idle).view(-1, *[1] * (moment.ndim - 1)))
-        few["last"].fill_(self.step)
+        self._decay(few)
         self._adam(name, some, gradient[ids], few, learning_rate, first, factor)
         weights[ids] = some
         for key, tensor in part.items():
@@ -137,6 +139,14 @@ class RowAdam:
         """One step for a whole decoder, with a gradient that is never stored."""
         moments, numbers = self.state[name], self._numbers(name, learning_rate, factor)
         gradient.adam(self.parameters[name].data, moments["mean"], moments["square"], numbers)
+
+    def _decay(self, moments: Moments) -> None:
+        """Of rows that were left alone, up to the step before this one."""
+        idle = (self.step - 1 - moments["last"]).to(torch.float32)
+        for key, beta in zip(("mean", "square"), self.config.betas, strict=True):
+            moment = moments.get(f"{key}_scale", moments[key])
+            moment.mul_((beta**idle).view(-1, *[1] * (moment.ndim - 1)))
+        moments["last"].fill_(self.step)
 
     def _adam(
         self,
@@ -214,16 +224,6 @@ class RowAdam:
         )  # fmt: skip
         if scale is not None:
             weights.addcmul_(moved, scale)
-
-
-def moment_axis(name: str) -> Axis | None:
-    """What a rank has of one of `RowAdam.tensors`."""
-    parameter, key = name.rsplit(".", 1)[-1].split("/")
-    if parameter == "b_dec" or key == "scale":
-        return None
-    if parameter == "W_dec":
-        return "columns" if key in CODES else None
-    return "rows"
 
 
 def _ones(name: str, parameter: Parameter) -> Tensor:

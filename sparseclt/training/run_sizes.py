@@ -3,10 +3,13 @@
 from dataclasses import dataclass
 
 from sparseclt.config import TrainConfig
+from sparseclt.connections.selection import MOST
 from sparseclt.costs import BYTES, FLOAT, ID, CLTSize
 from sparseclt.data.activation_stream import number_bytes
+from sparseclt.devices import resolve
 from sparseclt.model.shape import ModelShape, active_by_layer, active_slots
 from sparseclt.model.sites import model_sites, upstream_modules
+from sparseclt.training.precision import products
 
 # The phases of a run. "selection": connections are chosen, at the start of a step; "encoders": their gradient through
 # virtual weights, after the backward passes; "update": the optimiser's step; "evaluation": after the last step.
@@ -44,13 +47,15 @@ def captured_bytes(config: TrainConfig, shape: ModelShape, tokens: int) -> int:
 
 
 class RunSizes:
-    """The letters of the formulas for one run. n: tokens of a micro-batch; w: bytes of a weight; v: bytes of a number
-    of the activations; M: modules; Ks: the most active latents of a token in each module; K: the largest of them;
-    active: all of them, K M in the formulas. With `ranks` that share the CLT, or `data` of them that share the batch, N
-    and n are the tokens of one rank; F, C and D stay those of the whole CLT."""
+    """The letters of the formulas for one run. n: tokens of a micro-batch; w: bytes of a weight; p: bytes of a number
+    that products read; v: bytes of a number of the activations; M: modules; Ks: the most active latents of a token in
+    each module; K: the largest of them; active: all of them, K M in the formulas. With `ranks` that share the CLT, or
+    `data` of them that share the batch, N and n are the tokens of one rank; F, C and D stay those of the whole CLT.
+    `available`: bytes of the device, None: unknown."""
 
-    def __init__(self, config: TrainConfig, shape: ModelShape):
+    def __init__(self, config: TrainConfig, shape: ModelShape, available: int | None = None):
         self.config, self.shape, self.size = config, shape, clt_size(config, shape)
+        self.available, self.on_gpu = available, resolve(config.device).type == "cuda"
         self.L, self.D, self.F = shape.layers, shape.d_model, config.clt.latents
         by_layer = active_by_layer(config.clt.active, config.clt.active_ratio, self.L, self.F)
         self.sites = model_sites(shape.layers, config.clt.attention == "latents")
@@ -64,8 +69,12 @@ class RunSizes:
         rows = min(config.compute.micro_batch_rows or batch_rows, batch_rows)
         self.n, self.in_parts = rows * self.S, rows < batch_rows
         self.w, self.v = BYTES[config.clt.dtype], number_bytes(config)
+        self.rounds = products(config) is not None
+        self.p = BYTES["bf16"] if self.rounds else self.w
         self.mean_number = FLOAT  # of real outputs and of sums over them
         self.model_number = BYTES[config.model.dtype]
+        # Of the first of the ranks that share the CLT; the others have none.
+        self.own_model = 0 if config.parallel.model_devices else self.model_number * shape.parameters
         self.half = self.model_number < FLOAT
         self.readers = [u for u in self.size.upstream if u]
         self.sparse = config.connections.policy != "none" and bool(self.readers)
@@ -76,12 +85,18 @@ class RunSizes:
         self.widest = max(self.size.targets)
         c = config.connections
         C = max(c.per_latent, (c.start_per_latent or 0) * (c.policy == "top"))
+        self.shares_out = c.budget == "module"
+        if self.shares_out:
+            C *= MOST
         if c.policy == "dense-learned":
             C = self.M * self.F
         self.learned = c.policy in ("learned", "dense-learned")
         self.exchanging = c.policy == "learned" and c.exchange_share > 0
+        # The share of steps that choose connections.
+        self.choosing = (self.exchanging or c.policy == "top") * self.sparse / c.refresh_steps
         self.connections = [min(C, u * self.F) for u in self.readers]  # per latent of each reader
         self.slots = self.F * sum(self.connections)
         read = [site for site, u in zip(self.sites, self.size.upstream, strict=True) if u]
         self.heads_of_readers = [shape.heads if site.kind == "attn" else 1 for site in read]
-        self.gradients = 4 * self.M + self.learned * len(self.readers)  # tensors of parameters that have one
+        thresholds = self.M * (config.clt.activation == "jumprelu")
+        self.gradients = 4 * self.M + thresholds + self.learned * len(self.readers)  # tensors that have one

@@ -1,9 +1,10 @@
 """The memory that choosing connections takes, at the start of a step."""
 
 from sparseclt.costs import FLOAT, ID
-from sparseclt.devices import resolve
-from sparseclt.ops.scratch import SELECTION_BYTES, default_scratch
+from sparseclt.ops.rows import PAIR_BYTES
+from sparseclt.ops.scratch import SELECTION_BYTES
 from sparseclt.training.run_sizes import MemoryTerm, RunSizes
+from sparseclt.training.scratch_memory import scratch_bytes
 
 TOKEN_SLOT = 40  # bytes of a latent of a recent token: ids and values of both readers and read, and their order
 
@@ -16,7 +17,7 @@ def selection_terms(x: RunSizes) -> list[MemoryTerm]:
     rows = FLOAT * x.F * x.D * (1 + 2 * heads)
     return [
         MemoryTerm("scores of connections", max(_score_bytes(x, u * x.F) for u in x.readers), ("selection",),
-                   "at most 3 x 32 MiB; co-activation: 40 bytes per recent token and active latent"),
+                   "3 x 32 MiB, or 1/32 of a free GPU; co-activation: 40 bytes per recent token and active latent"),
         MemoryTerm("encoder rows that choose", rows, ("selection",), "4 F D; attention: 4 F D (1 + 2 H)"),
         MemoryTerm("connections chosen anew", ID * x.slots, ("selection",), "8 F C per reader"),
     ]  # fmt: skip
@@ -24,12 +25,11 @@ def selection_terms(x: RunSizes) -> list[MemoryTerm]:
 
 def _score_bytes(x: RunSizes, U: int) -> int:
     """Of a reader of U latents: its scores, a few of its F rows at a time, and what they are computed from."""
-    backend = "triton" if resolve(x.config.device).type == "cuda" else "torch"
-    scratch = min(default_scratch("select_connections", backend), FLOAT * x.F * U)
+    scratch = scratch_bytes(x, "select_connections", FLOAT * x.F * U)
     if x.config.connections.importance != "coactivation":
         return scratch
     rows = min(x.F, max(1, SELECTION_BYTES // (FLOAT * U)))
     scores = FLOAT * rows * U
-    recent = TOKEN_SLOT * x.config.connections.recent_tokens * x.K
-    pairs = default_scratch("add_outer_products_", backend)
-    return max(3 * scores, scores + recent + pairs, scores + scratch)
+    recent = x.config.connections.recent_tokens * x.K
+    pairs = scratch_bytes(x, "add_outer_products_", PAIR_BYTES * recent * x.K)
+    return max(3 * scores, scores + TOKEN_SLOT * recent + pairs, scores + scratch)

@@ -1,22 +1,21 @@
-"""The ranks of a run: the grid that its processes form, and what only some of them do."""
+"""The ranks of a run: what they cannot do together, and what only some of them do."""
 
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import fields, replace
-from datetime import timedelta
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh
 
 from sparseclt.config import TrainConfig
 from sparseclt.devices import usable
-from sparseclt.model.activations import Activations
+from sparseclt.language_model.language_model import LanguageModel
+from sparseclt.language_model.over_ranks import LanguageModelOfRanks
 from sparseclt.model.modules import Latents
-from sparseclt.parallel import ONE_RANK, Group, Ranks
+from sparseclt.parallel import Group, Ranks
 from sparseclt.parallel.collectives import gather_rows
 from sparseclt.training.interruption import StopRequest
 
@@ -36,35 +35,6 @@ def device_of(name: str) -> torch.device:
     return device
 
 
-def join(config: TrainConfig) -> Ranks:
-    """The grid of the processes that run `config` together. Raises ValueError, naming the option, for a grid of another
-    size and for what cannot be trained on several ranks."""
-    world, grid = processes(), config.parallel
-    data = grid.data or (world // grid.latents if grid.latents and world % grid.latents == 0 else 1)
-    latents = grid.latents or max(1, world // data)
-    if latents * data != world:
-        raise ValueError(
-            f"parallel.latents, parallel.data: expected numbers whose product is {world}, the processes that were "
-            f"started, got {latents} and {data}; start them with torchrun --nproc-per-node "
-            f"{latents * data} -m sparseclt"
-        )
-    if world == 1:
-        return ONE_RANK
-    check_supported(config, data)
-    device = device_of(config.device)
-    timeout = timedelta(seconds=grid.timeout_seconds)
-    if not dist.is_initialized():
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout)
-    # Not by init_device_mesh, whose groups would have torch's own timeout.
-    places = torch.arange(world).view(data, latents)
-    rows, columns = ([dist.new_group(line.tolist(), timeout=timeout) for line in lines] for lines in (places, places.T))
-    own = [columns[dist.get_rank() % latents], rows[dist.get_rank() // latents]]
-    mesh = DeviceMesh.from_group(own, device.type, places, mesh_dim_names=("data", "latents"))
-    return Ranks.of(mesh, Group.of(dist.group.WORLD))
-
-
 def on_ranks(config: TrainConfig, ranks: Ranks) -> TrainConfig:
     """`config` with the grid that was formed in the place of what it left open."""
     return replace(config, parallel=replace(config.parallel, latents=ranks.latents.size, data=ranks.data.size))
@@ -79,41 +49,36 @@ def check_supported(config: TrainConfig, data: int) -> None:
             f"loss.interaction_weight: expected 0 on several ranks, of which none has the rows of whole decoders, got "
             f"{config.loss.interaction_weight}"
         )
-    c = config.connections
-    if c.policy == "learned" and c.exchange_share:
-        raise ValueError(
-            f"connections.exchange_share: expected 0 on several ranks, which cannot exchange candidates yet, got "
-            f"{c.exchange_share}"
-        )
-    if c.policy in ("learned", "dense-learned") and c.open_per_latent is not None:
-        raise ValueError(
-            f"connections.open_per_latent: expected None on several ranks, each of which sees only its own latents, "
-            f"got {c.open_per_latent}"
-        )
-    if data == 1:
-        return
-    if config.activations.shuffle_bytes:
-        raise ValueError(
-            f"activations.shuffle_bytes: expected 0 with parallel.data = {data}, whose ranks capture different rows, "
-            f"got {config.activations.shuffle_bytes}"
-        )
-    if config.clt.activation != "topk":
-        raise ValueError(
-            f"clt.activation: expected 'topk' with parallel.data = {data}, as the others choose among the tokens of a "
-            f"whole batch, got {config.clt.activation!r}; give parallel.data 1"
-        )
+
+
+def language_model_of_ranks(
+    config: TrainConfig, ranks: Ranks, device: torch.device, given: LanguageModel | None = None
+) -> LanguageModel:
+    """The language model of `config`, or the one that is `given`, in the memory of only the first of the ranks that
+    share a CLT, on its own device or on one of `parallel.model_devices`; for a CLT on `device`."""
+    elsewhere = config.parallel.model_devices
+    place = elsewhere[ranks.data.rank % len(elsewhere)] if elsewhere else str(device)
+    model = None
+    try:
+        if ranks.latents.rank == 0:
+            model = given or LanguageModel.of(replace(config, device=place))
+    finally:
+        ranks.patient.wait()  # until all that load one have it
+    if model is not None and ranks.latents.alone and not elsewhere:
+        return model
+    return LanguageModelOfRanks(model, ranks.latents, device)
 
 
 @contextmanager
 def in_turn(ranks: Ranks) -> Iterator[None]:
     """The first rank runs the block, then the others do: they find what it left on disk."""
     if not ranks.first:
-        ranks.world.wait()
+        ranks.patient.wait()
     try:
         yield
     finally:
         if ranks.first:
-            ranks.world.wait()
+            ranks.patient.wait()
 
 
 def decided(ranks: Ranks, function: Callable[[], T]) -> T:
@@ -142,42 +107,11 @@ def agree_to_stop(ranks: Ranks, request: StopRequest, late: bool) -> bool:
     return any(is_late for _, is_late in signals)
 
 
-def broadcast(activations: Activations | None, group: Group, device: torch.device) -> Activations:
-    """The activations of the first rank of `group`, on all of its ranks."""
-    if group.alone:
-        assert activations is not None
-        return activations
-    header = [_header(activations) if activations is not None else None]
-    dist.broadcast_object_list(header, group.source, group=group.process_group, device=device)
-    assert header[0] is not None
-    values: dict[str, Any] = dict(header[0])
-    for name, value in values.items():
-        own = getattr(activations, name) if activations is not None else None
-        if isinstance(value, list):
-            values[name] = [_received(form, own[i] if own else None, group, device) for i, form in enumerate(value)]
-        elif isinstance(value, _Form):
-            values[name] = _received(value, own, group, device)
-    return activations if activations is not None else Activations(**values)
-
-
-class _Form(tuple[tuple[int, ...], torch.dtype]):
-    """The shape and dtype of a tensor that is to come."""
-
-
-def _header(activations: Activations) -> dict[str, object]:
-    def form(value: object) -> object:
-        if isinstance(value, Tensor):
-            return _Form((tuple(value.shape), value.dtype))
-        return [form(entry) for entry in value] if isinstance(value, list) else value
-
-    return {field.name: form(getattr(activations, field.name)) for field in fields(activations)}
-
-
-def _received(form: _Form, own: Tensor | None, group: Group, device: torch.device) -> Tensor:
-    shape, dtype = form
-    return group.broadcast_(own.contiguous() if own is not None else torch.empty(shape, dtype=dtype, device=device))
-
-
 def of_whole_batch(latents: list[Latents], data: Group) -> list[Latents]:
     """Each module's latents [N, K] of all tokens of a batch, of which the ranks of `data` have consecutive rows."""
     return [Latents(*(gather_rows(tensor, data) for tensor in of_module)) for of_module in latents]
+
+
+def gradients_of_whole_batch(parts: list[Tensor], ranks: Ranks) -> list[Tensor]:
+    """The same of the gradients of latents, of which the ranks that share the CLT have a part each."""
+    return [gather_rows(ranks.latents.sum_(part), ranks.data) for part in parts]

@@ -20,17 +20,17 @@ from sparseclt.language_model.language_model import LanguageModel
 from sparseclt.model.activations import Activations
 from sparseclt.model.clt import SparseCLT
 from sparseclt.model.decoder_gradients import DecoderGradients
-from sparseclt.model.shape import Architecture
 from sparseclt.model.sites import MODES, Mode
-from sparseclt.parallel import ONE_RANK, Ranks
 from sparseclt.storage.run_config import CLT, check_changes, check_unused, read_config
 from sparseclt.training import finite, memory, revival, schedule, thresholds
 from sparseclt.training.batches import Batches
+from sparseclt.training.grid import available_to_rank, join
 from sparseclt.training.interruption import Interrupted, StopRequest, stop_requests
 from sparseclt.training.loggers import RunLog
 from sparseclt.training.normalisation import normalise
 from sparseclt.training.objective import ModePass, Objective
 from sparseclt.training.optimizer import RowAdam, clip_and_step
+from sparseclt.training.precision import products
 from sparseclt.training.run_directory import (
     Identity,
     TrainingState,
@@ -40,30 +40,18 @@ from sparseclt.training.run_directory import (
     opened_run,
     set_later_aside,
 )
-from sparseclt.training.several_ranks import agree_to_stop, decided, device_of, in_turn, join, of_whole_batch, on_ranks
+from sparseclt.training.several_ranks import (
+    agree_to_stop,
+    decided,
+    device_of,
+    gradients_of_whole_batch,
+    in_turn,
+    language_model_of_ranks,
+    of_whole_batch,
+    on_ranks,
+)
+from sparseclt.training.untrained import build_clt
 from sparseclt.training.warning_signs import WarningSigns
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-
-
-def build_clt(config: TrainConfig, language_model: LanguageModel, ranks: Ranks = ONE_RANK) -> SparseCLT:
-    """The untrained CLT of `config` for `language_model`; the same for the same seed, on any number of `ranks`."""
-    shape = language_model.shape
-    c = config.clt
-    architecture = Architecture(
-        shape, c.latents, c.active, c.attention, c.activation, c.bandwidth, targets=c.targets,
-        active_ratio=c.active_ratio,
-    )  # fmt: skip
-    attention = None
-    if config.clt.attention == "latents":
-        attention = [language_model.attention_weights(layer) for layer in range(shape.layers)]
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
-        clt = SparseCLT(architecture, attention, ranks=ranks)
-    clt.to(DTYPES[config.clt.dtype])
-    for module in clt:
-        module.keep_wide_thresholds()
-    return clt
 
 
 class Trainer:
@@ -88,8 +76,8 @@ class Trainer:
         clt: SparseCLT | None = None,
     ):
         self.config, self.out = config, Path(config.out)
-        self.ranks, self.device = join(config), device_of(config.device)
-        self.language_model = language_model or LanguageModel.of(replace(config, device=str(self.device)))
+        self.ranks, self.device = join(config, language_model), device_of(config.device)
+        self.language_model = language_model_of_ranks(config, self.ranks, self.device, language_model)
         context = self.language_model.shape.context
         if context and config.data.row_tokens > context:
             raise ValueError(
@@ -97,7 +85,7 @@ class Trainer:
             )
         # The model itself is in memory already: available_bytes no longer counts its room as free.
         self.shape = replace(self.language_model.shape, parameters=0)
-        memory.check_fits(on_ranks(config, self.ranks), self.shape, memory.available_bytes(self.device))
+        memory.check_fits(on_ranks(config, self.ranks), self.shape, available_to_rank(self.device))
         if rows is None:
             with in_turn(self.ranks):
                 rows = load_rows(config, self.language_model.tokenizer, "train")
@@ -108,6 +96,7 @@ class Trainer:
                 "clt: expected None where several processes train together, got a CLT; resume its run instead"
             )
         self.clt = (clt or build_clt(config, self.language_model, self.ranks)).to(self.device)
+        self.clt.products = products(config)
         self.policy = make_policy(config.connections, self.clt, config.steps, config.compute.backend)
         if self.policy and self._untrained:
             with torch.random.fork_rng(devices=[]):
@@ -171,7 +160,8 @@ class Trainer:
         for mode, found in latents.items():
             self.activity[mode].observe(found, activations, data)
         if self.policy and backward.of_latents and rho:
-            self.policy.observe(latents["sparse"], [g / rho for g in backward.of_latents], activations)
+            gradients = gradients_of_whole_batch([g / rho for g in backward.of_latents], self.ranks)
+            self.policy.observe(latents["sparse"], gradients, activations, data)
         thresholds.follow(self.clt, latents)
         dead = {mode: self.activity[mode].dead(self._dead_after) for mode in latents}
         revival.raise_biases(self.clt, revival.to_revive(dead, self.clt.sites), revival.amount(config.optimizer))
@@ -179,7 +169,7 @@ class Trainer:
         counts = {}
         if config.clt.activation != "topk":
             counts = thresholds.metrics(self.clt, latents, self.objective.tokens(activations))
-        return self._metrics(backward.terms, norm, dead) | counts
+        return self._metrics(backward.terms | counts, norm, dead)
 
     @contextmanager
     def _explaining_out_of_memory(self) -> Iterator[None]:

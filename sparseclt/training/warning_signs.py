@@ -12,7 +12,7 @@ SMOOTHED_STEPS = 20  # steps over which a metric is averaged before it is compar
 FIRST_STEPS = 50  # say nothing yet
 LOOK_BACK_SHARE = 0.1  # of the run's steps, over which a rise is measured
 RISE = 1.5  # times its lowest value so far, from which an error counts as rising
-MANY_DEAD = 0.2  # share of latents
+MANY_DEAD, MORE_DEAD = 0.2, 0.02  # shares of latents: from which on to warn, and a rise that counts
 NOISE = 0.01  # of an FVU: a smaller rise is none
 ADVICE = "try a lower optimizer.learning_rate"
 
@@ -26,7 +26,7 @@ class WarningSigns:
 
     - a site's reconstruction is worse than its mean (FVU above 1) though the warm-up is long over;
     - the FVU of a mode, or the excess of sparsely-connected mode, is half as large again as it was;
-    - more than a fifth of a mode's latents are dead, and more than a tenth of the run ago.
+    - more than a fifth of a mode's latents are dead, and clearly more than a tenth of the run ago.
     """
 
     def __init__(self, config: TrainConfig):
@@ -76,7 +76,7 @@ class WarningSigns:
 
     def _look_at_dead(self, mode: Mode, step: int, value: float, settled: bool) -> None:
         past = self._before[mode]
-        if settled and len(past) == past.maxlen and value > MANY_DEAD and value > past[0]:
+        if settled and len(past) == past.maxlen and value > max(MANY_DEAD, past[0] + MORE_DEAD):
             dead = f"{value:.0%} of the latents are dead in {MODE_NAMES[mode]}"
             before = f"{past[0]:.0%} were {len(past)} steps before"
             self._say(f"dead_{mode}", f"step {step}: {dead}, {before}: {ADVICE}, or a higher optimizer.revival_rate")

@@ -7,7 +7,7 @@ from clts import language_model, random_clt, tokens
 from sparseclt.connections import selection
 from sparseclt.connections.activity import RARE, Activity, RecentLatents
 from sparseclt.connections.attended import KEYS, Attended
-from sparseclt.connections.policies import LearnedConnections, TopConnections
+from sparseclt.connections.policies import FREE, LearnedConnections, TopConnections
 from sparseclt.connections.selection import select_top_connections
 from sparseclt.model.attention import head_rows
 from sparseclt.model.modules import Latents
@@ -180,15 +180,21 @@ def test_learned_connections_get_the_sigmoids_gradient_open_or_closed(model):
     p = torch.sigmoid(module.logits.detach())
     torch.testing.assert_close(module.logits.grad[:, 1:], (raw * p * (1 - p))[:, 1:].float())
     assert module.logits.grad[:, 0].all()
-    expected = (
-        0.25
-        * (
-            torch.sigmoid(clt.transcoder(1).logits).sum(1).mean()
-            + torch.sigmoid(clt.transcoder(2).logits).sum(1).mean()
-        )
-        / 2
-    )
-    torch.testing.assert_close(policy.pressure(clt), expected)
+    charged = [torch.sigmoid(clt.transcoder(m).logits).sort().values[:, :-FREE].sum(1).mean() for m in (1, 2)]
+    torch.testing.assert_close(policy.pressure(clt), 0.25 * (charged[0] + charged[1]) / 2)
+
+
+def test_the_strongest_connections_of_a_latent_are_free_except_in_the_dense_mask(model):
+    for candidates, free in ((6, FREE), (None, 0)):
+        clt = random_clt(model)
+        policy = LearnedConnections(candidates)
+        policy.prepare(clt)
+        policy.update(clt, active(clt, model), 0)
+        logits = clt.transcoder(1).logits
+        policy.pressure(clt).backward()
+        without = logits.grad == 0
+        assert without.sum(1).tolist() == [free] * len(logits)
+        assert without.gather(1, logits.topk(free).indices).all()
 
 
 def test_the_dense_mask_has_a_logit_for_every_pair_near_a_tenth(model):

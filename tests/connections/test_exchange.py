@@ -63,7 +63,11 @@ def gate_gradients(module):
 def gains(clt, recent, rows=ALL):
     """By reader: how much opening each connection lowers the loss, [rows, U]."""
     readers = exchange.effective_decoders(clt.readers(), clt.sites, [m.W_dec.detach() for m in clt])
-    return {reader.index: exchange._gain(clt, recent, reader, E, rows) for reader, E in readers}
+    found = {}
+    for reader, E in readers:
+        encoders = exchange._carried(reader, clt.reading_rows(reader.index).detach())[..., rows, :]
+        found[reader.index] = exchange._gain(clt, recent, reader, encoders, E, rows, slice(0, len(E)))
+    return found
 
 
 def test_recent_latents_tell_the_gradient_of_every_gate_open_or_closed(model):

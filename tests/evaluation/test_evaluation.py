@@ -65,6 +65,17 @@ def test_connections_in_effect_counts_strong_open_connections_of_live_latents(cl
     assert rows[0]["connections_in_effect"] is None
 
 
+def test_the_mean_number_of_connections_is_that_of_live_latents(clt, model):
+    connect_random(clt, 6, empty=0.4, seed=1)
+    activations = model.capture(ROWS)
+    values, ids = clt(activations, "sparse").latents[2]
+    live = ids[activations.counted_flat[:, None] & (values > 0)].unique()
+    counts = (clt.transcoder(2).connections.indices[live] >= 0).sum(1).double()
+    row = evaluate(clt, model, ROWS, cross_entropy=False).to_dict()["modules"][2]
+    assert row["connections_mean"] == pytest.approx(counts.mean().item())
+    assert row["connections_in_effect"] == counts.median().item() != row["connections_mean"]
+
+
 @pytest.mark.parametrize("mode", ["vanilla", "sparse"])
 @pytest.mark.parametrize("attention", ["frozen", "latents"])
 def test_the_replaced_model_reads_itself_and_nothing_of_the_real_run(model, attention, mode):

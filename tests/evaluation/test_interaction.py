@@ -36,7 +36,7 @@ def test_every_point_is_a_run_with_the_most_important_pairs_only(model, attentio
     curve = {point.kept: point for point in found.curve}
     assert list(curve) == [0, 1, 2, 4, 8, 16, 32, 64, 128, 256]
     assert found.kl_vanilla == pytest.approx(kl_of(model, clt, "vanilla"))
-    activity = activity_on(clt, model, ROWS[::2], 4, None)
+    activity = activity_on(clt, model, ROWS[::2], 4, None, "coactivation")
     for kept in (1, 8):
         other = random_clt(model, attention)
         other.connect(select_top_connections(other, activity, kept))
@@ -67,7 +67,7 @@ def test_the_edges_of_a_connected_clt_are_its_connections(model):
 def test_own_connections_are_ranked_by_virtual_weight_and_coactivation(model):
     clt = random_clt(model)
     connect_random(clt, 6)
-    activity = activity_on(clt, model, ROWS, 4, None)
+    activity = activity_on(clt, model, ROWS, 4, None, "coactivation")
     for module in clt:
         if module.upstream:  # every other one closed
             module.logits = nn.Parameter(torch.tensor([1.0, -1.0]).repeat(F, 3))

@@ -211,3 +211,16 @@ def test_an_experiment_whose_references_are_missing_is_refused():
         Variant("a", "--clt.latents 8").of(TINY.config())
     with pytest.raises(ValueError, match="variant a: expected options of sparseclt train, got --clt.width 8"):
         Variant("a", "--clt.width 8").of(TINY.config())
+
+
+def test_a_run_that_another_experiment_has_finished_is_shared(out, options, monkeypatch, tmp_path):
+    shutil.copytree(out, tmp_path / "tiny")
+    other = Experiment("other", "?", (Variant("again", "--connections.per-latent 4"),), ("splitting",), TINY.base)
+    monkeypatch.setitem(registry.EXPERIMENTS, "other", other)
+    assert main(["experiment", "other", "--seeds", "3", "--out", str(tmp_path / "other"), *options]) == 0
+    assert [path.name for path in sorted((tmp_path / "other" / "again").iterdir())] == ["seed_2"]
+    (row,) = json.loads((tmp_path / "other" / "other.json").read_text())["rows"]
+    assert main(["experiment", "other", "--seeds", "2", "--out", str(tmp_path / "third"), *options]) == 0
+    assert [path.name for path in (tmp_path / "third").iterdir() if path.is_dir()] == []
+    of_other = [mean_of(tmp_path / "tiny" / "C_4" / f"seed_{seed}")["splitting"] for seed in (0, 1)]
+    assert row["columns"]["splitting"]["values"][:2] == of_other and row["seeds"] == [0, 1, 2]

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from csrc_triton import connected_encode, launch, select_connections, topk_encode
 from csrc_triton.launch import GPU_SHARE
+from sparseclt.ops import scratch
 from sparseclt.ops.scratch import default_scratch
 
 N, D, F, K, C, L = 8192, 2304, 65_536, 64, 64, 26
@@ -59,3 +60,5 @@ def test_scratch_is_a_share_of_what_is_free_on_a_gpu(monkeypatch):
     gpu = torch.device("cuda")
     assert default_scratch("topk_encode", "triton", gpu) == launch.free_share(gpu) == SCRATCH
     assert launch.free_share(torch.device("cpu")) == launch.SCRATCH_BYTES
+    planned = scratch.GPU_SHARE, scratch.GPU_PARTS_BYTES, scratch.GPU_READ_BYTES, scratch.SCRATCH_BYTES["triton"]
+    assert planned == (GPU_SHARE, launch.PARTS_BYTES, connected_encode.READ_BYTES, launch.SCRATCH_BYTES)

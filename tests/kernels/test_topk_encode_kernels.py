@@ -16,7 +16,7 @@ from harness import (
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from csrc_triton import SCRATCH_BYTES, select, stream
+from csrc_triton import SCRATCH_BYTES, place, select, stream
 from csrc_triton import topk_encode as kernels
 from sparseclt.ops import topk_encode
 
@@ -104,7 +104,7 @@ def test_ties_go_to_the_lowest_index(k: int, activation: str, scratch_bytes: int
 
 
 def test_long_lists_are_sorted_to_the_same_order(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(select, "LONG", 4)
+    monkeypatch.setattr(place, "LONG", 4)
     case = with_ties()
     for activation in kernels.ACTIVATIONS:
         values, indices = encode(**case, k=9, activation=activation)
@@ -118,6 +118,17 @@ def test_rows_longer_than_a_program_holds(monkeypatch: pytest.MonkeyPatch) -> No
     values, indices = encode(**case, k=30)
     true_values, true_indices = expected(**case, k=30)
     assert torch.equal(values.double(), true_values) and torch.equal(indices, true_indices)
+
+
+def test_one_warp_holds_a_row_and_compacts_it_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(select, "INTERPRETED", False)
+    monkeypatch.setattr(select, "COMPACTED", 32)
+    assert select.select_config(150).part == 32 < select.select_config(150).block
+    for k in (5, 30):  # with and without groups
+        case = with_ties(3, 3, 150)
+        values, indices = encode(**case, k=k)
+        true_values, true_indices = expected(**case, k=k)
+        assert torch.equal(values.double(), true_values) and torch.equal(indices, true_indices)
 
 
 def test_columns_past_the_end_do_not_lift_the_last_group() -> None:

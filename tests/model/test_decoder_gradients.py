@@ -7,10 +7,12 @@ import pytest
 import torch
 from clts import language_model
 from tiny_models import tokens
+from waits import Waits
 
 from sparseclt.config import CLTConfig, ConnectionConfig, DataConfig, LoggingConfig, LossConfig, TrainConfig
 from sparseclt.model.decoder_gradients import DecoderGradients
-from sparseclt.ops.rows import section, transpose
+from sparseclt.model.sections import cut
+from sparseclt.ops.rows import transpose
 from sparseclt.training.optimizer import RowAdam
 from sparseclt.training.trainer import Trainer
 
@@ -80,15 +82,20 @@ def test_passes_over_parts_of_a_batch_add_up(tmp_path):
             torch.testing.assert_close(one.gradient, two.gradient, rtol=1e-10, atol=1e-13)
 
 
-def test_a_section_of_a_transpose_names_its_rows_alone():
+def test_sections_of_transposes_name_their_rows_only_and_are_cut_with_one_wait():
     indices = torch.tensor([[3, -1], [0, 3], [2, 5], [-1, 3]])
     whole = transpose(indices, 6)
-    for start, stop in ((0, 6), (2, 4), (4, 5), (5, 6), (1, 2)):
-        part = section(whole, start, stop)
-        bounds = part.bounds()
-        for row in range(start, stop):
-            slots = part.order[bounds[row - start] : bounds[row - start + 1]]
-            assert slots.tolist() == (indices.flatten() == row).nonzero().flatten().tolist()
+    for first, rows, size in ((0, 6, 6), (2, 4, 2), (1, 5, 2), (0, 6, 1), (4, 1, 3)):
+        with Waits() as waits:
+            cuts = cut([whole, whole], [first, 0], rows, size)
+        assert waits.by_module == {"sparseclt.model.sections": 1}
+        for start, parts in zip((first, 0), cuts, strict=True):
+            assert len(parts) == -(-rows // size)
+            for row in range(rows):
+                part, at = parts[row // size], row % size
+                bounds = part.bounds()
+                slots = part.order[bounds[at] : bounds[at + 1]]
+                assert slots.tolist() == (indices.flatten() == start + row).nonzero().flatten().tolist()
 
 
 def test_a_step_leaves_nothing_behind(tmp_path):

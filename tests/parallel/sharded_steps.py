@@ -35,7 +35,7 @@ def model(attention: str, centred: bool = True, parallel: bool = False) -> Any:
         return AttentionWeights(*parts, centred)
 
     shape = ModelShape(layers=L, d_model=D, heads=H, vocab=1, centred=centred, parallel=parallel)
-    return SimpleNamespace(shape=shape, tokenizer=None, attention_weights=weights)
+    return SimpleNamespace(shape=shape, tokenizer=None, attention_weights=weights, dtype=torch.float64, digest=str)
 
 
 def batch(seed: int) -> Activations:
@@ -83,7 +83,7 @@ def trainer(attention: str = "frozen", parallel: dict[str, int] | None = None, *
 
 def with_random_weights(t: Trainer, connected: bool = True) -> Trainer:
     """Weights and connections that are the same whatever the ranks."""
-    clt = t.clt
+    clt, F, D = t.clt, t.clt.architecture.latents, t.clt.architecture.model.d_model
     g = torch.Generator().manual_seed(1)
 
     def draw(*size: int) -> Tensor:
@@ -135,13 +135,20 @@ def gradients(attention: str, parallel: dict[str, int], changes: dict[str, Any],
     return {"terms": terms, "grads": grads, "latents": latents, "place": place(t)}
 
 
-def run_of_steps(attention: str, parallel: dict[str, int], changes: dict[str, Any], steps: int) -> dict[str, Any]:
-    """The metrics of some steps, with connections chosen on the way, and the state that they leave."""
+def run_of_steps(
+    attention: str, parallel: dict[str, int], changes: dict[str, Any], steps: int, random: bool = False
+) -> dict[str, Any]:
+    """The metrics of some steps, with connections chosen on the way, and the state that they leave. `random`: from
+    random weights and connections."""
     t = trainer(attention, parallel, **changes)
+    if random:
+        with_random_weights(t)
     metrics = [t.train_step(own_rows(t, batch(step))) for step in range(steps)]
     state = {f"{m.site.name}/{n}": p.detach() for m in t.clt for n, p in m.named_parameters()}
     state |= {f"{m.site.name}/connections": m.connection_indices for m in t.clt if m.upstream}
     activity = {mode: t.activity[mode].state() for mode in MODES}
+    if t.policy:
+        activity["policy"] = t.policy.state()
     return {"metrics": metrics, "state": state, "activity": activity, "place": place(t), "sent": t.ranks.world.sent}
 
 

@@ -2,22 +2,25 @@
 
 from collections import Counter
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
 
 import pytest
+from sharded_runs import trainer as run_trainer
 from sharded_steps import batch, model, own_rows, trainer, with_random_weights
 
-from sparseclt.config import CLTConfig, ConnectionConfig, ParallelConfig, TrainConfig
+from sparseclt.config import ActivationConfig, CLTConfig, ConnectionConfig, ParallelConfig, TrainConfig
 from sparseclt.model.shape import ModelShape
 from sparseclt.training import memory
-from sparseclt.training.rank_plan import step_exchanges
+from sparseclt.training.rank_plan import exchanges_ahead, selection_bytes, step_exchanges
 from sparseclt.training.run_sizes import RunSizes
 
 GRIDS = {"2 x latents": (2, 1), "4 x latents": (4, 1), "2 x data": (1, 2), "2 x 2": (2, 2)}
 
 
-def sent_in_a_step(attention: str, latents: int, data: int) -> tuple[dict[str, int], dict[str, int]]:
+def sent_in_a_step(attention: str, latents: int, data: int, **changes) -> tuple[dict[str, int], dict[str, int]]:
     """By collective: the bytes that a step sent, and those of the plan."""
-    t = with_random_weights(trainer(attention, {"latents": latents, "data": data}))
+    t = with_random_weights(trainer(attention, {"latents": latents, "data": data}, **changes))
     t.clt.float()
     t.step = 1  # neither the first one, which measures scales, nor one that chooses connections
     t.optimizer = type(t.optimizer)(t.clt, t.config.optimizer, ranks=t.ranks)
@@ -42,6 +45,58 @@ def sent_in_a_step(attention: str, latents: int, data: int) -> tuple[dict[str, i
 def test_a_step_sends_the_bytes_of_the_plan(ranks, grid):
     for counted, planned in ranks.run(GRIDS[grid][0] * GRIDS[grid][1], sent_in_a_step, "frozen", *GRIDS[grid]):
         assert counted == planned
+
+
+KINDS = {
+    "batchtopk": ("frozen", {"clt__activation": "batchtopk"}),
+    "jumprelu": ("frozen", {"clt__activation": "jumprelu"}),
+    "exchanged": ("frozen", {"connections__policy": "learned", "connections__open_per_latent": 2.0,
+                             "connections__candidates_after_steps": 1}),
+    "exchanged, of attention": ("latents", {"connections__policy": "learned",
+                                            "connections__candidates_after_steps": 1}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_so_does_one_with_other_exchanges(ranks, kind):
+    attention, changes = KINDS[kind]
+    for counted, planned in ranks.run(4, partial(sent_in_a_step, attention, 2, 2, **changes)):
+        assert counted == planned
+
+
+def sent_to_choose(attention: str, budget: str) -> tuple[int, int]:
+    """The bytes that a rank sent to choose connections, and those of the plan."""
+    t = with_random_weights(trainer(attention, {"latents": 4, "data": 1}, connections__budget=budget))
+    t.clt.float()
+    activations = batch(0)
+    t.activity["vanilla"].observe(t.clt(activations, "vanilla").latents, activations)
+    for module in t.clt:
+        _ = module.all_connections  # those of before
+    before = t.ranks.latents.sent.total()
+    t.policy.update(t.clt, t.activity["vanilla"], 0)
+    return t.ranks.latents.sent.total() - before, selection_bytes(RunSizes(t.config, model(attention).shape))
+
+
+@pytest.mark.parametrize(("attention", "budget"), [("frozen", "latent"), ("latents", "latent"), ("frozen", "module")])
+def test_so_does_a_choice_of_connections(ranks, attention, budget):
+    for counted, planned in ranks.run(4, sent_to_choose, attention, budget):
+        assert counted == planned
+
+
+def sent_ahead(changes: dict) -> tuple[int, dict[str, int], dict[str, int]]:
+    """By collective: the bytes that a rank sent for one batch of a run of one step, and those of the plan."""
+    t = run_trainer(Path("nowhere"), {"latents": 2, "data": 2}, steps=1, **changes)
+    list(t.batches.from_step(0))
+    ahead = t.ranks.ahead
+    planned = {s.collective: s.bytes for s in exchanges_ahead(RunSizes(t.config, t.language_model.shape))}
+    return t.ranks.latents.rank, dict(+(ahead.latents.sent + ahead.data.sent)), planned
+
+
+@pytest.mark.parametrize("shuffle_bytes", [0, 500_000])
+def test_activations_are_sent_as_planned(ranks, shuffle_bytes):
+    changes = {"activations": ActivationConfig(shuffle_bytes=shuffle_bytes), "connections": ConnectionConfig("none")}
+    for rank, counted, planned in ranks.run(4, sent_ahead, changes):
+        assert counted == (planned if rank == 0 else {})
 
 
 def test_attention_readers_send_rows_for_each_head(ranks):

@@ -6,7 +6,8 @@ import shutil
 import signal
 
 import pytest
-from sharded_runs import evaluated, fit, loaded, save_again, trainer
+import torch
+from sharded_runs import evaluated, fit, fit_in_bf16, loaded, save_again, trainer
 
 from sparseclt.config import CheckpointConfig
 from sparseclt.model.clt import SparseCLT
@@ -37,6 +38,15 @@ def test_a_run_on_four_ranks_leaves_what_one_rank_leaves(run, tmp_path):
     for a, b in zip(ours, theirs, strict=True):
         assert a == pytest.approx(b, rel=1e-4)  # fp32
     assert SparseCLT.from_pretrained(run / "clt").connected
+
+
+def test_half_precision_and_small_moments_come_to_about_the_same(ranks, tmp_path):
+    fit_in_bf16(tmp_path / "one", ONE)
+    ranks.run(4, fit_in_bf16, tmp_path / "several", TWO)
+    for a, b in zip(*(read_metrics(tmp_path / name / "metrics.jsonl") for name in ("several", "one")), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=0.02)
+    weights = SparseCLT.from_pretrained(tmp_path / "several" / "clt").transcoder(0).W_dec
+    assert weights.dtype == torch.bfloat16 and weights.isfinite().all() and weights.abs().sum() > 0
 
 
 @pytest.mark.parametrize("parallel", [ONE, TWO, FOUR], ids=["one", "2 x 2", "four"])
@@ -146,8 +156,9 @@ def flat(values, name=""):
     return {name: values} if isinstance(values, int | float) else {}
 
 
-def test_ranks_evaluate_together_what_one_evaluates(ranks, run):
+@pytest.mark.parametrize("parallel", [FOUR, TWO], ids=["four", "2 x 2"])
+def test_ranks_evaluate_together_what_one_evaluates(ranks, run, parallel):
     expected = flat(evaluated(run, ONE))
     assert expected["/cross_entropy/sparse"] and expected["/modules/2/connections_in_effect"]
-    for result in ranks.run(4, evaluated, run, FOUR):
+    for result in ranks.run(4, evaluated, run, parallel):
         assert flat(result) == pytest.approx(expected, rel=1e-4, abs=1e-5)

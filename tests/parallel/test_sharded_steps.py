@@ -29,7 +29,7 @@ KINDS = {
 BOTH = "2 x data, 2 x latents"
 CASES = [(grid, "frozen attention") for grid in GRIDS]
 CASES += [(BOTH, "attention latents"), (BOTH, "learned connections"), (BOTH, "micro-batches"), (BOTH, "own targets")]
-CASES += [("4 x latents", "batchtopk"), ("4 x latents", "jumprelu")]
+CASES += [(grid, kind) for kind in ("batchtopk", "jumprelu") for grid in ("4 x latents", "2 x data", BOTH)]
 
 
 @pytest.mark.parametrize(("grid", "kind"), CASES)
@@ -59,8 +59,12 @@ STEPS = 7
 RUNS = {
     "co-activation": ("frozen", {"clt__latents": 32, "connections__start_per_latent": 8}),
     "attention latents": ("latents", {}),
+    "shared by a module": ("frozen", {"connections__budget": "module"}),
     "learned": ("frozen", LEARNED | {"connections__candidates_after_steps": 2}),
+    "dense learned": ("frozen", {"connections__policy": "dense-learned", "connections__open_per_latent": 3.0}),
     "random": ("frozen", {"connections__policy": "random"}),
+    "batchtopk": ("frozen", {"clt__activation": "batchtopk"}),
+    "jumprelu": ("frozen", {"clt__activation": "jumprelu", "clt__bandwidth": 0.7}),
     "8-bit moments, touched rows": ("frozen", {"optimizer__state": "8bit", "optimizer__rows": "touched"}),
 }
 
@@ -85,3 +89,28 @@ def test_steps_choose_the_same_connections_and_lose_the_same(ranks, grid, kind):
                 torch.testing.assert_close(result["activity"][mode][name], tensor, rtol=0, atol=1e-6)
     if kind == "co-activation":
         assert expected["metrics"][-1]["dead_vanilla"] > 0, "nothing was revived"
+
+
+EXCHANGED = LEARNED | {
+    "connections__exchange_share": 1.0, "connections__open_per_latent": 1.5, "connections__refresh_steps": 1,
+    "connections__pressure_weight": 1e-6,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("attention", "grid"), [("frozen", "4 x latents"), ("frozen", BOTH), ("latents", BOTH)])
+def test_candidates_are_exchanged_as_on_one_rank(ranks, attention, grid):
+    first = run_of_steps(attention, ONE, EXCHANGED, 1, True)  # one step only takes in gradients
+    expected = run_of_steps(attention, ONE, EXCHANGED, 3, True)
+    results = ranks.run(4, run_of_steps, attention, GRIDS[grid], EXCHANGED, 3, True)
+    state = joined(results, "state")
+    for name, tensor in expected["state"].items():
+        if name.endswith("connections"):
+            assert torch.equal(state[name], tensor), name
+            assert not torch.equal(first["state"][name], tensor), "nothing was exchanged"
+    for result in results:
+        assert result["activity"]["policy"].keys() == expected["activity"]["policy"].keys() >= {"pressure"}
+        active = expected["activity"]["policy"]["recent_values"] > 0
+        for name, tensor in expected["activity"]["policy"].items():
+            found, of_slots = result["activity"]["policy"][name], name in ("recent_indices", "recent_gradients")
+            where = active if of_slots else ...  # nobody reads those of other slots
+            torch.testing.assert_close(found[where], tensor[where], rtol=1e-6, atol=1e-6)

@@ -15,13 +15,6 @@ REFUSED = {
     "latents that cannot be shared": ({"latents": 2}, {"clt__latents": 17}, "clt.latents: expected a multiple of 2"),
     "rows that cannot be shared": ({"data": 2}, {"batch_rows": 3}, "batch_rows: expected a multiple of parallel.data"),
     "a penalty on whole decoders": ({"latents": 2}, {"loss__interaction_weight": 1.0}, "loss.interaction_weight: expe"),
-    "an exchange of candidates": (
-        {"latents": 2}, {"connections__policy": "learned", "connections__candidates_after_steps": 2,
-                         "connections__exchange_share": 0.1}, "connections.exchange_share: expected 0"
-    ),
-    "a choice among a whole batch": (
-        {"data": 2}, {"clt__activation": "batchtopk"}, "clt.activation: expected 'topk' with parallel.data = 2"
-    ),
 }  # fmt: skip
 
 

@@ -69,7 +69,9 @@ def clt_with(count: int, **options) -> tuple[RowAdam, Parameter, str]:
     return RowAdam(holder, OptimizerConfig(**options)), holder.W_dec, "W_dec"
 
 
-def test_untouched_rows_stay_and_their_moments_decay_as_with_zero_gradients():
+@pytest.mark.parametrize("uncounted", [(), ("cpu",)], ids=["gathered", "computed and dropped"])
+def test_untouched_rows_stay_and_their_moments_decay_as_with_zero_gradients(uncounted, monkeypatch):
+    monkeypatch.setattr("sparseclt.training.optimizer.UNCOUNTED", uncounted)
     lazy, parameter, name = clt_with(4, rows="touched")
     dense, copy, _ = clt_with(4)
     touched = [[1, 1, 0, 1], [1, 0, 0, 1], [1, 0, 0, 0], [1, 1, 0, 1]]

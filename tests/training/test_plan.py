@@ -25,7 +25,8 @@ from sparseclt.config import (
 )
 from sparseclt.model.activations import Activations, all_but_first
 from sparseclt.model.decoder_gradients import DecoderGradients
-from sparseclt.model.shape import ModelShape
+from sparseclt.model.shape import ModelShape, active_by_layer
+from sparseclt.ops.scratch import SCRATCH_BYTES
 from sparseclt.training import memory
 from sparseclt.training.run_sizes import FORWARD, NOTED, captured_bytes
 from sparseclt.training.trainer import Trainer
@@ -64,11 +65,12 @@ def configured(
     shuffle_bytes=0,
     activation="topk",
     targets="all",
+    precision=None,
     **optimizer,
 ) -> TrainConfig:
     return TrainConfig(
         activations=ActivationConfig(shuffle_bytes),
-        out="unused", batch_rows=rows, compute=ComputeConfig(micro_batch_rows=micro), device="cpu",
+        out="unused", batch_rows=rows, compute=ComputeConfig(micro_batch_rows=micro, precision=precision), device="cpu",
         logging=LoggingConfig(progress=False),
         clt=CLTConfig(latents=F, active=K, dtype=dtype, activation=activation, targets=targets),
         data=DataConfig(row_tokens=S),
@@ -110,6 +112,9 @@ CASES = {
     "many tokens, batchtopk": configured(F=1024, rows=64, activation="batchtopk"),
     "many tokens, jumprelu": configured(F=1024, rows=64, activation="jumprelu"),
     "per-layer transcoders": configured(F=8192, rows=16, targets="own"),
+    "many weights, bf16 products": configured(F=8192, precision="bf16"),
+    "many tokens, bf16 products": configured(F=1024, rows=64, precision="bf16"),
+    "micro-batches, bf16 products": configured(F=1024, rows=96, policy="none", micro=16, precision="bf16"),
     "micro-batches, both modes": configured(F=1024, rows=64, micro=16),
     "micro-batches, vanilla mode": configured(F=1024, rows=96, policy="none", micro=16),
 }
@@ -209,6 +214,24 @@ def test_a_full_size_clt_is_planned_and_its_dense_baseline_is_not():
     shape = ModelShape(12, 768, 12, 124_000_000)
     assert memory.make_plan(config, shape, 14 * memory.GiB).fits
     assert not memory.dense_plan(config, shape, 24 * memory.GiB).fits
+
+
+def test_the_scratch_of_ops_on_a_gpu_is_a_share_of_what_is_available():
+    def scratch(device: str, available: int | None) -> dict[str, int]:
+        config = replace(configured(F=65_536, K=32, rows=64), device=device)
+        plan = memory.make_plan(config, ModelShape(layers=12, d_model=768), available)
+        return {term.name: term.bytes for term in plan.terms}
+
+    free, N, F, C = 64 << 30, 64 * S, 65_536, 16
+    most = max(active_by_layer(32, CLTConfig().active_ratio, 12, F))
+    assert scratch("cpu", free)["scratch of an op"] == SCRATCH_BYTES["torch"]
+    gpu = scratch("cuda", free)
+    assert gpu["scratch of an op"] == min(4 * N * F, free // 32) == 1 << 30
+    assert scratch("cuda", 8 << 30)["scratch of an op"] == 256 << 20
+    assert scratch("cuda", None)["scratch of an op"] == SCRATCH_BYTES["triton"]
+    assert gpu["scores of connections"] >= free // 32
+    assert gpu["upstream values that connections read"] == 4 * N * most * C
+    assert gpu["partial sums and sorted slots"] == min(256 << 20, 4 * 768 * F * C // 128) + 16 * F * C
 
 
 def test_a_run_that_does_not_fit_is_refused_before_it_allocates(monkeypatch):

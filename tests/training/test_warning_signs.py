@@ -40,6 +40,10 @@ def test_a_good_run_says_nothing():
     assert said(lambda step: metrics(1 / step**0.5, 0.5 / step**0.5, 1 / step)) == []
 
 
+def test_a_share_of_dead_latents_that_stays_says_nothing():
+    assert said(lambda step: metrics(dead=0.33 + step * 1e-5)) == []
+
+
 def test_a_spike_says_nothing():
     assert said(lambda step: metrics(fvu=0.4 if step == 120 else 0.1)) == []
 
