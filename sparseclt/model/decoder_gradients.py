@@ -5,7 +5,7 @@ virtual weights read. The backward pass only notes these parts, which are no lar
 computes the gradient of one decoder some rows at a time, for an optimiser that updates those rows and drops it.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from sparseclt import ops
 from sparseclt.devices import Budget
+from sparseclt.model import decoder_kernels
 from sparseclt.model.attention import centre, head_rows
 from sparseclt.model.cross_layer import Reader, effective_decoders
 from sparseclt.model.modules import Latents
@@ -78,8 +79,9 @@ class DecoderGradients:
         self.written: list[list[Written]] = [[] for _ in clt]
         self.read: dict[int, Tensor] = {}  # by reader: gradient of its virtual weights
         self._reads: dict[int, list[Read]] = {}  # by reader: the same of all ranks' rows, once that is exchanged
-        self._kernels: dict[int, Any] = {}  # by module: the decoder of csrc_triton.decoder_gradient
-        self._means: dict[int, Tensor] = {}  # by reader: of its encoder's rows
+        self._kernels: dict[int, Any] = {}  # by module: the decoder of csrc_triton.decoder_gradient, or numba's
+        self.bags: dict[tuple[int, ...], Tensor] = {}  # gradients of a target in all passes, that decoders share
+        self.means: dict[int, Tensor] = {}  # by reader: of its encoder's rows
         self._decoders: dict[int, Tensor] = {}  # by module: as products read them, until the last backward pass
         self._round = SharedRounding()
 
@@ -140,45 +142,38 @@ class DecoderGradients:
 
     def squares(self, index: int) -> Tensor:
         """[T]: the sums of squares of module `index`'s decoder gradient, by target."""
-        if (kernel := self._kernel(index)) is not None:
+        if (kernel := self._kernel(index) or self.gathered(index)) is not None:
             squares: Tensor = kernel.squares()
             return squares
         return torch.stack([squares_by_target(chunk.gradient) for chunk in self.chunks(index)]).sum(0)
 
-    def _kernel(self, index: int) -> Any:
-        """The kernel that computes module `index`'s gradient in one launch; None on another backend than triton, on
+    def gathered(self, index: int) -> Any:
+        """The numba backend's `Decoder` of module `index`, which takes the optimiser's step with a gradient that is
+        never stored; None where `_kernel` would be, too."""
+        return self._kernel(index, "numba")
+
+    def _kernel(self, index: int, backend: str = "triton") -> Any:
+        """What computes module `index`'s gradient in one launch, or a target at a time; None on another backend, on
         several ranks, where attention reads, whose heads it does not carry back, and where a loss reads the decoder
         itself."""
-        W_dec, readers = self.clt.transcoder(index).W_dec, [r for r in self.readers if r.index in self.read]
-        triton = choose("decoder_gradient", self.backend, W_dec) == "triton"
+        W_dec, readers = self.clt.transcoder(index).W_dec, self._read_by()
         more = W_dec.grad is not None or any(r.attention for r in readers) or not self.clt.ranks.world.alone
-        if not triton or more or not (self.written[index] or readers):
+        used = self.written[index] or backend == "triton" and readers
+        if choose("decoder_gradient", self.backend, W_dec) != backend or more or not used:
             return None
         if index not in self._kernels:
-            self._kernels[index] = self._make_kernel(index, readers)
+            self._kernels[index] = decoder_kernels.make(self, index, backend)
         return self._kernels[index]
 
-    def _make_kernel(self, index: int, readers: Sequence[Reader]) -> Any:
-        from csrc_triton.decoder_gradient import Decoder, Read, Written
-        from csrc_triton.transpose import Transpose
+    def _read_by(self) -> list[Reader]:
+        return [reader for reader in self.readers if reader.index in self.read]
 
-        (F, T, D), site = self.clt.transcoder(index).W_dec.shape, self.clt.sites[index]
-        by_layer = {reader.site.layer: reader for reader in readers if reader.upstream_modules > index}
-        for i in {reader.index for reader in by_layer.values()} - self._means.keys():
-            self._means[i] = self.clt.transcoder(i).W_enc.detach().mean(1, dtype=torch.float32)
-
-        def read(reader: Reader | None) -> Read | None:
-            if reader is None:
-                return None
-            assert reader.connections is not None
-            means = self._means[reader.index] if self.clt.architecture.model.centred else None
-            W_enc = self.clt.transcoder(reader.index).W_enc.detach()
-            return Read(self.read[reader.index], Transpose(*reader.connections.transposed), W_enc, means)
-
-        # A reader of the layer behind a target meets the sum up to that target.
-        behind = range(site.layer + 1, self.clt.architecture.model.layers + 1)
-        written = [Written(w.values, Transpose(*transpose(w.indices, F)), w.grads) for w in self.written[index]]
-        return Decoder((F, T, D), index * F, written, [read(by_layer.get(layer)) for layer in behind])
+    def behind(self, index: int) -> list[Reader | None]:
+        """By target of module `index`, and of every later layer: the MLP reader behind it, which meets the sum up to
+        there."""
+        site, layers = self.clt.sites[index], self.clt.architecture.model.layers
+        by_layer = {reader.site.layer: reader for reader in self._read_by() if reader.upstream_modules > index}
+        return [by_layer.get(layer) for layer in range(site.layer + 1, layers + 1)]
 
     def chunks(self, index: int) -> Iterator[Chunk]:
         """The gradient of module `index`'s decoder, all of it, some rows at a time."""

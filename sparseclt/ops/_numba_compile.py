@@ -28,11 +28,14 @@ def kernel(fastmath: set[str] | bool = False) -> Callable[[Callable[..., Any]], 
     """Compile a function with numba. Kernels may call those of their own file only: a cached one does not notice
     when another file changes."""
 
+    # Division as in torch: with Python's, which raises an error for 0, loops would not run in vector lanes.
+    options: dict[str, Any] = {"nogil": True, "fastmath": fastmath, "error_model": "numpy"}
+
     def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
         try:
-            return numba.njit(nogil=True, cache=True, fastmath=fastmath)(function)
+            return numba.njit(cache=True, **options)(function)
         except RuntimeError:  # there is no directory to cache in
-            return numba.njit(nogil=True, fastmath=fastmath)(function)
+            return numba.njit(**options)(function)
 
     return compiled
 

@@ -1,8 +1,9 @@
 """Adam that updates some rows of a parameter at a time, so that a decoder's gradient need never be whole."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import reduce
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,8 +16,8 @@ from sparseclt.model.decoder_gradients import Chunk, DecoderGradients, squares_b
 from sparseclt.model.transcoders import Transcoders
 from sparseclt.ops.rows import chunks
 from sparseclt.parallel import ALONE, ONE_RANK, Ranks
-from sparseclt.storage.parts import Axis
-from sparseclt.training import eight_bit
+from sparseclt.training import eight_bit, one_pass
+from sparseclt.training.rounding import round_stochastically
 
 KEPT_BYTES = 256 << 20  # decoder gradients that are kept for the update; larger ones are computed again for it
 PIECE_BYTES = Budget(cpu=1 << 20, gpu=64 << 20, gpu_share=1 / 64)  # of float32 weights that are widened at a time
@@ -50,8 +51,9 @@ class RowAdam:
     rank among `ranks` that share the CLT.
     """
 
-    def __init__(self, clt: Transcoders, config: OptimizerConfig, seed: int = 0, ranks: Ranks = ONE_RANK):
-        self.config, self.seed, self.group = config, seed, ranks.latents
+    def __init__(self, clt: Transcoders, config: OptimizerConfig, seed: int = 0, ranks: Ranks = ONE_RANK,
+                 backend: str | None = None):  # fmt: skip
+        self.config, self.seed, self.group, self.backend = config, seed, ranks.latents, backend
         self.parameters = dict(clt.named_parameters())
         self.step = 0
         self._scaled: tuple[object, Tensor] = (None, torch.empty(0))
@@ -101,6 +103,10 @@ class RowAdam:
     ) -> None:
         """One step for `rows` of a parameter; `gradient` is theirs, and is overwritten; it counts times `factor`.
         `self.step` counts from 1."""
+        if not name.endswith("W_dec") and self.in_one_pass(name):
+            (numbers,) = self._numbers(name, learning_rate, factor)
+            one_pass.step(self.parameters[name].data, gradient, self.state[name], numbers)
+            return
         weights, first = self.parameters[name].data[rows], rows.start or 0
         part = {key: tensor[rows] for key, tensor in self.state[name].items()}
         if "last" not in part:
@@ -121,6 +127,18 @@ class RowAdam:
         weights[ids] = some
         for key, tensor in part.items():
             tensor[ids] = few[key]
+
+    def in_one_pass(self, name: str) -> bool:
+        return one_pass.fits(self.parameters[name], self.state[name], self.backend)
+
+    def _numbers(self, name: str, rate: float, factor: float) -> list[Any]:
+        return one_pass.numbers(self.scales.get(name), factor, rate, self.config.betas, EPSILON, self.step)
+
+    @torch.no_grad()
+    def update_gathered(self, name: str, gradient: Any, learning_rate: float, factor: float = 1.0) -> None:
+        """One step for a whole decoder, with a gradient that is never stored."""
+        moments, numbers = self.state[name], self._numbers(name, learning_rate, factor)
+        gradient.adam(self.parameters[name].data, moments["mean"], moments["square"], numbers)
 
     def _decay(self, moments: Moments) -> None:
         """Of rows that were left alone, up to the step before this one."""
@@ -208,37 +226,9 @@ class RowAdam:
             weights.addcmul_(moved, scale)
 
 
-def moment_axis(name: str) -> Axis | None:
-    """What a rank has of one of `RowAdam.tensors`."""
-    parameter, key = name.rsplit(".", 1)[-1].split("/")
-    if parameter == "b_dec" or key == "scale":
-        return None
-    if parameter == "W_dec":
-        return "columns" if key in CODES else None
-    return "rows"
-
-
 def _ones(name: str, parameter: Parameter) -> Tensor:
     shape = (parameter.shape[1], 1) if name.endswith("W_dec") else ()
     return torch.ones(shape, dtype=torch.promote_types(parameter.dtype, torch.float32), device=parameter.device)
-
-
-def round_stochastically(exact: Tensor, out: Tensor, generator: torch.Generator) -> None:
-    """bf16 `out` gets one of the two neighbours of each fp32 number of `exact`, so that its expectation is that number.
-    `exact` is overwritten."""
-    bits = exact.view(torch.int32)
-    words = torch.empty(-(-exact.numel() // 2), dtype=torch.int32, device=exact.device)
-    words.random_(-(2**31), 2**31, generator=generator)
-    noise = words.view(torch.uint16)[: exact.numel()].view(exact.shape).to(torch.int32)
-    rounded = bits.add_(noise).bitwise_and_(-65536).view(torch.float32)
-    out.copy_(rounded)
-
-
-def _together(squares: Iterable[Tensor]) -> Tensor:
-    """One after another, in float64."""
-    parts = list(squares)
-    wide = reduce(torch.promote_types, (part.dtype for part in parts))
-    return torch.stack([part.to(wide) for part in parts]).to(torch.float64)
 
 
 @torch.no_grad()
@@ -253,13 +243,14 @@ def clip_and_step(
     """One optimiser step from the gathered gradients: their norm in Adam's units, and the name of the first parameter
     whose gradient is not finite (then nothing was updated).
 
-    The norm that `clip` bounds is that of the whole gradient, exactly: all of it is computed once for the norm, and
-    that of large decoders a second time, for the update. Encoders and biases come last, for the gradient of decoders
-    is made of encoder rows. `settle` reads the norm, which waits for the device, once.
+    The norm that `clip` bounds is that of the whole gradient, exactly: of decoders that are large, or gathered, it is
+    computed a second time for the update. Encoders and biases come last, for the gradient of decoders is made of
+    encoder rows. `settle` reads the norm, which waits for the device, once.
     """
     _add_up(clt)
     gradients.add_to_encoders()
     decoders = {f"transcoders.{i}.W_dec": i for i in range(len(clt.sites))}
+    gathered = {name: gradients.gathered(i) if optimizer.in_one_pass(name) else None for name, i in decoders.items()}
     size = sum(p.numel() for name, p in optimizer.parameters.items() if name in decoders) * 4
     kept: dict[str, list[Chunk]] = {}
     squares: dict[str, Tensor] = {}
@@ -267,12 +258,16 @@ def clip_and_step(
         if name not in decoders:
             if parameter.grad is not None:
                 squares[name] = optimizer.square_sum(name, parameter.grad)
+        elif (own := gathered[name]) is not None:
+            own.keep = size <= KEPT_BYTES
+            squares[name] = optimizer.square_sum_of_targets(name, own.squares())
         elif size <= KEPT_BYTES:
             kept[name] = list(gradients.chunks(decoders[name]))
             squares[name] = torch.stack([optimizer.square_sum(name, chunk.gradient) for chunk in kept[name]]).sum()
         else:
             squares[name] = optimizer.square_sum_of_targets(name, gradients.squares(decoders[name]))
-    total = _together(squares.values())
+    wide = reduce(torch.promote_types, (square.dtype for square in squares.values()))
+    total = torch.stack([square.to(wide) for square in squares.values()]).to(torch.float64)
     if clt.ranks.latents.rank:
         total *= torch.tensor([not name.endswith("b_dec") for name in squares], device=total.device)  # counted once
     total = clt.ranks.latents.sum_(total)
@@ -283,7 +278,9 @@ def clip_and_step(
     factor = min(1.0, (math.inf if clip is None else clip) / (length + 1e-6))
     optimizer.step += 1
     for name, index in decoders.items():
-        for chunk in kept.pop(name, None) or gradients.chunks(index):
+        if gathered[name] is not None:
+            optimizer.update_gathered(name, gathered[name], learning_rate, factor)
+        for chunk in kept.pop(name, None) or (gradients.chunks(index) if gathered[name] is None else ()):
             optimizer.update(name, chunk.gradient, learning_rate, chunk.rows, chunk.touched, factor)
     for name, parameter in optimizer.parameters.items():
         if parameter.grad is not None and name not in decoders:  # whose gradient the chunks hold

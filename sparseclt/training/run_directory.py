@@ -26,7 +26,8 @@ from sparseclt.storage.json_files import read_json, replace_json
 from sparseclt.storage.parts import Part, part, shared_directory
 from sparseclt.storage.run_config import CHECKPOINTS, CLT, has_checkpoints, imported_input, write_config
 from sparseclt.training.loggers import RunLog, truncate_after
-from sparseclt.training.optimizer import RowAdam, moment_axis
+from sparseclt.training.moment_axes import moment_axis
+from sparseclt.training.optimizer import RowAdam
 
 METRICS, IDENTITY = "metrics.jsonl", "identity.json"
 NAMES = {

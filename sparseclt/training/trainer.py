@@ -104,7 +104,7 @@ class Trainer:
                 self.policy.prepare(self.clt)
         self.activity = self._make_activity()
         self._dead_after = revival.dead_after_tokens(config.optimizer, self.clt)
-        self.optimizer = RowAdam(self.clt, config.optimizer, config.seed, self.ranks)
+        self.optimizer = RowAdam(self.clt, config.optimizer, config.seed, self.ranks, config.compute.backend)
         self.objective = Objective(config, self.clt, self.policy, self.language_model)
         self.state = TrainingState(self.clt, self.optimizer, self.activity, self.policy)
         self.step = 0

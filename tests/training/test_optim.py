@@ -13,7 +13,8 @@ from sparseclt.training import eight_bit
 from sparseclt.training import optimizer as optim
 from sparseclt.training.finite import NonFiniteError
 from sparseclt.training.normalisation import normalise
-from sparseclt.training.optimizer import RowAdam, round_stochastically
+from sparseclt.training.optimizer import RowAdam
+from sparseclt.training.rounding import round_stochastically
 from sparseclt.training.schedule import learning_rate
 
 
@@ -158,18 +159,19 @@ def test_updates_below_the_spacing_of_bf16_add_up():
     assert parameter.float().mean().item() == pytest.approx(1 - 100 * 1e-4, abs=5e-4)
 
 
-def test_a_gradient_that_is_not_finite_is_named_and_changes_nothing(tmp_path, monkeypatch):
+@pytest.mark.parametrize("gathered", [False, True], ids=["in chunks", "gathered"])
+def test_a_gradient_that_is_not_finite_is_named_and_changes_nothing(tmp_path, monkeypatch, gathered):
     t = trainer(tmp_path)
     activations = warmed_up(t)
-    before, plain = weights(t), DecoderGradients.chunks
+    before, plain = weights(t), DecoderGradients.add_to_encoders
 
-    def spoiled(self, index):
-        for chunk in plain(self, index):
-            if index == 1:
-                chunk.gradient[0] = math.nan
-            yield chunk
+    def spoiled(self):
+        plain(self)
+        self.written[1][0].values[0, 0] = math.nan
 
-    monkeypatch.setattr(DecoderGradients, "chunks", spoiled)
+    monkeypatch.setattr(DecoderGradients, "add_to_encoders", spoiled)
+    if not gathered:
+        monkeypatch.setattr(DecoderGradients, "gathered", lambda self, index: None)
     with pytest.raises(NonFiniteError, match=r"transcoders\.1\.W_dec"):
         t.train_step(activations)
     assert all(torch.equal(value, before[name]) for name, value in weights(t).items())

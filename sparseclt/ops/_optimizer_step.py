@@ -1,0 +1,37 @@
+"""What the optimiser's step on the CPU is given."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from torch import Tensor
+
+from sparseclt.ops._torch_rows import Transpose
+
+
+class Adam(NamedTuple):
+    """One step: `step` counts from 1. The gradient counts times `gain`, and what Adam adds to the weights `scale`."""
+
+    learning_rate: float
+    betas: tuple[float, float]
+    epsilon: float
+    step: int
+    gain: float = 1.0
+    scale: float = 1.0
+
+
+class Written(NamedTuple):
+    """What the latents of a pass wrote: `values` and `indices` [N, K], the gradient of each target [N, D]."""
+
+    values: Tensor
+    indices: Tensor
+    grads: Sequence[Tensor]
+
+
+class Read(NamedTuple):
+    """What one reader reads: dV [F, C], its connections by latent of the decoder, its encoder [F, D], and whether the
+    mean of each of its rows is subtracted."""
+
+    dV: Tensor
+    by_upstream: Transpose
+    W_enc: Tensor
+    centred: bool
