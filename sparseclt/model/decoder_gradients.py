@@ -158,7 +158,9 @@ class DecoderGradients:
         itself."""
         W_dec, readers = self.clt.transcoder(index).W_dec, self._read_by()
         more = W_dec.grad is not None or any(r.attention for r in readers) or not self.clt.ranks.world.alone
-        used = self.written[index] or backend == "triton" and readers
+        written = self.written[index]
+        rounded = any(grad.dtype != W_dec.dtype for note in written for grad in note.grads)
+        used = readers or written if backend == "triton" else written and not rounded  # numba has no bf16
         if choose("decoder_gradient", self.backend, W_dec) != backend or more or not used:
             return None
         if index not in self._kernels:

@@ -166,7 +166,7 @@ def test_the_planned_shuffle_buffer_is_what_is_held_and_stays_within_its_bytes(m
     monkeypatch.setattr("sparseclt.data.activation_stream.one_ahead", ahead)
     shape = ModelShape(layers=L, d_model=D, heads=1, vocab=1)
     capture = lambda tokens, **keywords: activations(L, D, len(tokens))  # noqa: E731
-    model = SimpleNamespace(shape=shape, tokenizer=None, capture=capture)
+    model = SimpleNamespace(shape=shape, tokenizer=None, capture=capture, device=torch.device("cpu"))
     before = held()
     trainer = Trainer(config, language_model=model, rows=torch.zeros(config.batch_rows, S, dtype=torch.int64))  # type: ignore[arg-type]
     start, batches = held() - before, trainer.batches.from_step(trainer.step)
