@@ -17,7 +17,7 @@ def selection_terms(x: RunSizes) -> list[MemoryTerm]:
     rows = FLOAT * x.F * x.D * (1 + 2 * heads)
     return [
         MemoryTerm("scores of connections", max(_score_bytes(x, u * x.F) for u in x.readers), ("selection",),
-                   "3 x 32 MiB, or 1/32 of a free GPU; co-activation: 40 bytes per recent token and active latent"),
+                   "2 x 32 MiB, or 1/32 of a free GPU; co-activation: 40 bytes per recent token and active latent"),
         MemoryTerm("encoder rows that choose", rows, ("selection",), "4 F D; attention: 4 F D (1 + 2 H)"),
         MemoryTerm("connections chosen anew", ID * x.slots, ("selection",), "8 F C per reader"),
     ]  # fmt: skip
@@ -32,4 +32,4 @@ def _score_bytes(x: RunSizes, U: int) -> int:
     scores = FLOAT * rows * U
     recent = x.config.connections.recent_tokens * x.K
     pairs = scratch_bytes(x, "add_outer_products_", PAIR_BYTES * recent * x.K)
-    return max(3 * scores, scores + TOKEN_SLOT * recent + pairs, scores + scratch)
+    return max(2 * scores, scores + TOKEN_SLOT * recent + pairs, scores + scratch)
