@@ -33,20 +33,24 @@ class Decoder:
     ):
         self.shape, self.read, self.written, self.bags = shape, read, written, bags
         self.keep = False
-        values = torch.cat([w.values for w in written])
-        by_latent = transpose(torch.cat([w.indices for w in written]), shape[0])
-        order = by_latent.order.long()
-        self.slots = values.flatten()[order], order // values.shape[1], by_latent.starts
 
     def squares(self) -> Tensor:
         """[T]: the sum of squares of each target's gradient."""
-        F, T, D = self.shape
-        squares = self.slots[0].new_empty(T, F)
-        self.kept = self.slots[0].new_empty(F if self.keep else 0, T, D)
+        (F, T, D), slots = self.shape, self._sorted()
+        squares = slots[0].new_empty(T, F)
+        self.kept = slots[0].new_empty(F if self.keep else 0, T, D)
         for target, behind in self._targets():
-            read = *self.slots, self._bag(target), behind
+            read = *slots, self._bag(target), behind
             run(decoder_squares, F, self._work, *read, target, self.kept, squares[target])
+        self.slots = None if self.keep else slots
         return squares.sum(1)
+
+    def _sorted(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The slots of all passes by latent: their values, their tokens, and where each latent's start."""
+        values = torch.cat([w.values for w in self.written])
+        by_latent = transpose(torch.cat([w.indices for w in self.written]), self.shape[0])
+        order = by_latent.order.long()
+        return values.flatten()[order], order // values.shape[1], by_latent.starts
 
     def adam(self, weights: Tensor, mean: Tensor, square: Tensor, steps: Sequence[Adam]) -> None:
         """Adam on `weights` [F, T, D] with moments `mean` and `square`, in place; one of `steps` for each target."""
@@ -55,6 +59,7 @@ class Decoder:
                 updated = weights, mean, square
                 run(kept_adam, self.shape[0], self._work, self.kept, target, _numbers(step, weights), *updated)
             return
+        assert self.slots is not None
         for target, behind in self._targets():
             read = *self.slots, self._bag(target), behind, target, _numbers(steps[target], weights)
             run(decoder_adam, self.shape[0], self._work, *read, weights, mean, square)
@@ -62,7 +67,7 @@ class Decoder:
     @property
     def _work(self) -> int:
         F, _, D = self.shape
-        return (len(self.slots[0]) + 10 * F) * D
+        return (sum(w.indices.numel() for w in self.written) + 10 * F) * D
 
     def _bag(self, target: int) -> Tensor:
         grads = [w.grads[target] for w in self.written]
@@ -76,7 +81,7 @@ class Decoder:
     def _targets(self) -> Iterator[tuple[int, Tensor]]:
         """Every target, the last one first, with what readers behind it read [F, D], or [0, D] of none."""
         _, T, D = self.shape
-        behind = self.slots[0].new_empty(0, D)
+        behind = self.written[0].values.new_empty(0, D)
         for target in reversed(range(len(self.read))):
             if (reader := self.read[target]) is not None:
                 total = transposed_gather_sum(reader.dV, *reader.by_upstream, reader.W_enc)
