@@ -80,7 +80,6 @@ class DecoderGradients:
         self.read: dict[int, Tensor] = {}  # by reader: gradient of its virtual weights
         self._reads: dict[int, list[Read]] = {}  # by reader: the same of all ranks' rows, once that is exchanged
         self._kernels: dict[int, Any] = {}  # by module: the decoder of csrc_triton.decoder_gradient, or numba's
-        self.bags: dict[tuple[int, ...], Tensor] = {}  # gradients of a target in all passes, that decoders share
         self.means: dict[int, Tensor] = {}  # by reader: of its encoder's rows
         self._decoders: dict[int, Tensor] = {}  # by module: as products read them, until the last backward pass
         self._round = SharedRounding()

@@ -34,7 +34,7 @@ def _numba(notes: Any, index: int) -> Any:
         Written(w.values.to(notes.dtype), w.indices, [grad.to(notes.dtype) for grad in w.grads])
         for w in notes.written[index]
     ]
-    return gathered_decoder((F, T, D), written, [read(reader) for reader in notes.behind(index)], notes.bags)
+    return gathered_decoder((F, T, D), written, [read(reader) for reader in notes.behind(index)])
 
 
 def _triton(notes: Any, index: int) -> Any:

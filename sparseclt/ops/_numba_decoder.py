@@ -17,21 +17,14 @@ from sparseclt.ops._optimizer_step import Adam, Read, Written
 
 
 class Decoder:
-    """The gradient of a decoder `shape` [F, T, D], `written` by the passes; `read`: by
-    target, the reader that meets the sum up to that target, or None. `bags`: what
-    several decoders share, the gradients of all passes side by side, by where they lie.
+    """The gradient of a decoder `shape` [F, T, D], `written` by the passes; `read`: by target, the reader that meets
+    the sum up to that target, or None.
 
     With `keep`, `squares` stores the gradient for `adam`: of small decoders, that takes less time than to gather it
     twice."""
 
-    def __init__(
-        self,
-        shape: tuple[int, int, int],
-        written: Sequence[Written],
-        read: Sequence[Read | None],
-        bags: dict[tuple[int, ...], Tensor],
-    ):
-        self.shape, self.read, self.written, self.bags = shape, read, written, bags
+    def __init__(self, shape: tuple[int, int, int], written: Sequence[Written], read: Sequence[Read | None]):
+        self.shape, self.read, self.written = shape, read, written
         self.keep = False
 
     def squares(self) -> Tensor:
@@ -70,13 +63,9 @@ class Decoder:
         return (sum(w.indices.numel() for w in self.written) + 10 * F) * D
 
     def _bag(self, target: int) -> Tensor:
+        """The gradients of a target in all passes, one after another."""
         grads = [w.grads[target] for w in self.written]
-        if len(grads) == 1:
-            return grads[0].contiguous()
-        key = tuple(grad.data_ptr() for grad in grads)
-        if key not in self.bags:
-            self.bags[key] = torch.cat(grads)
-        return self.bags[key]
+        return grads[0].contiguous() if len(grads) == 1 else torch.cat(grads)
 
     def _targets(self) -> Iterator[tuple[int, Tensor]]:
         """Every target, the last one first, with what readers behind it read [F, D], or [0, D] of none."""

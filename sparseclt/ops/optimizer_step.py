@@ -28,15 +28,13 @@ def gathered_decoder(
     shape: tuple[int, int, int],
     written: Sequence[Written],
     read: Sequence[Read | None],
-    bags: dict[tuple[int, ...], Tensor],
 ) -> Any:
     """The gradient of a decoder `shape` [F, T, D]: it has `squares()` [T] and, called next,
     `adam(weights, mean, square, steps)`, with one of `steps` for each target. In between it is stored if its attribute
     `keep` is set.
 
     `written`: by at least one pass. `read`: by target, the reader that meets the sum up to that target, or None.
-    `bags`: what the decoders of one step share, {} at first.
     """
     from sparseclt.ops._numba_decoder import Decoder
 
-    return Decoder(shape, written, read, bags)
+    return Decoder(shape, written, read)
