@@ -1,5 +1,6 @@
 """The training loss of a batch, and its gradient: all rows at once, or a micro-batch of rows at a time."""
 
+import gc
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -195,6 +196,7 @@ class Objective:
                 raise
         # Not inside the handler, which keeps the tensors of the failed step alive.
         self.clt.zero_grad(set_to_none=True)
+        gc.collect()  # what the failed step left in circles of references
         if activations.r_0.is_cuda:
             torch.cuda.empty_cache()
         self.micro_rows = (self.micro_rows + 1) // 2
