@@ -42,8 +42,8 @@ class Decoder:
         """The slots of all passes by latent: their values, their tokens, and where each latent's start."""
         values = torch.cat([w.values for w in self.written])
         by_latent = transpose(torch.cat([w.indices for w in self.written]), self.shape[0])
-        order = by_latent.order.long()
-        return values.flatten()[order], order // values.shape[1], by_latent.starts
+        tokens = by_latent.order // values.shape[1]
+        return values.flatten().index_select(0, by_latent.order), tokens, by_latent.starts
 
     def adam(self, weights: Tensor, mean: Tensor, square: Tensor, steps: Sequence[Adam]) -> None:
         """Adam on `weights` [F, T, D] with moments `mean` and `square`, in place; one of `steps` for each target."""
