@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from sparseclt.connections.gradients import RecentGradients
-from sparseclt.model.attention import rows_of_heads
 from sparseclt.model.cross_layer import Reader, effective_decoders
 from sparseclt.model.transcoders import Transcoders
 from sparseclt.ops.scratch import SELECTION_BYTES
@@ -41,7 +40,7 @@ def exchanged_candidates(
         assert reader.connections is not None
         C = min(most, len(E), logits.shape[1])
         best = partial(_best, clt, recent, reader, C)
-        rows = _carried(reader, clt.reading_rows(reader.index).detach().to(E.dtype))
+        rows = reader.carried(clt.reading_rows(reader.index).detach().to(E.dtype))
         found = best_of_shares(rows, E, best, C, group=reader.group, scratch_bytes=bytes_at_a_time // 3)
         result[reader.index] = _exchanged(*found, reader.connections.indices, logits, price)
     return result
@@ -55,11 +54,6 @@ def _exchanged(ids: Tensor, gains: Tensor, candidates: Tensor, logits: Tensor, p
     new = torch.zeros_like(candidates, dtype=torch.bool).scatter_(1, lowest.indices, taken)
     ids = torch.where(taken, ids.to(candidates.dtype), candidates.gather(1, lowest.indices))
     return Exchange(candidates.scatter(1, lowest.indices, ids), new)
-
-
-def _carried(reader: Reader, rows: Tensor) -> Tensor:
-    """Encoder rows as they meet decoder rows, [F, D], or [H, F, D] of an attention reader."""
-    return rows if reader.attention is None else rows_of_heads(rows, reader.attention)
 
 
 def _best(

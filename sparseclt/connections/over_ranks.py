@@ -8,7 +8,6 @@ from torch import Tensor
 
 from sparseclt.config import Importance
 from sparseclt.connections.activity import Activity
-from sparseclt.model.attention import rows_of_heads
 from sparseclt.model.cross_layer import Reader, effective_decoders
 from sparseclt.model.transcoders import Transcoders
 from sparseclt.parallel.select_connections import best_of_shares, most_important
@@ -21,9 +20,7 @@ def most_important_of_rank(
     [F/n, C] each, or fewer where it has fewer upstream latents."""
     decoders = [module.W_dec.detach() for module in clt]
     for reader, E in effective_decoders(clt.readers(), clt.sites, decoders):
-        rows, U = clt.reading_rows(reader.index).detach().to(E.dtype), len(E)
-        if reader.attention is not None:
-            rows = rows_of_heads(rows, reader.attention)
+        rows, U = reader.carried(clt.reading_rows(reader.index).detach().to(E.dtype)), len(E)
         score = partial(_importance, activity, reader, importance, E.dtype)
         best = partial(most_important, importance=score, C=min(C, U), backend=backend)
         yield reader, *best_of_shares(rows, E, best, min(C, U), group=reader.group)

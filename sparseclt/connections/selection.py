@@ -9,13 +9,13 @@ from sparseclt import ops
 from sparseclt.config import Budget, Importance
 from sparseclt.connections.activity import Activity
 from sparseclt.connections.over_ranks import most_important_of_rank
-from sparseclt.model.attention import rows_of_heads
 from sparseclt.model.cross_layer import Reader, effective_decoders
 from sparseclt.model.transcoders import Transcoders
 from sparseclt.ops.rows import chunks
 from sparseclt.ops.scratch import SELECTION_BYTES
 from sparseclt.parallel.collectives import gather_rows
 from sparseclt.parallel.group import ALONE, Group
+from sparseclt.parallel.select_connections import strength
 
 LEAST, MOST = 2, 4  # connections of a latent where a module's latents share theirs: at least, and at most times C
 
@@ -42,24 +42,23 @@ def select_top_connections(
     chosen: list[Tensor | None] = [None] * len(clt.sites)
     if not clt.ranks.latents.alone:
         most = MOST * C if budget == "module" else C
-        for reader, ids, strength in most_important_of_rank(clt, activity, most, importance, backend):
+        for reader, ids, strengths in most_important_of_rank(clt, activity, most, importance, backend):
             chosen[reader.index] = ids
             if budget == "module":
-                costs, U = _costs(clt, activity, reader.index, strength), clt.transcoder(reader.index).upstream
+                costs, U = _costs(clt, activity, reader.index, strengths), clt.transcoder(reader.index).upstream
                 chosen[reader.index] = shared_out(ids, costs, min(C, U), reader.group)
         return chosen
     decoders = [m.W_dec.detach() for m in clt]
     for reader, E in effective_decoders(clt.readers(), clt.sites, decoders):
-        rows, keep = clt.reading_rows(reader.index).detach().to(E.dtype), min(C, len(E))
-        if reader.attention is not None:
-            rows = rows_of_heads(rows, reader.attention)
+        rows, keep = reader.carried(clt.reading_rows(reader.index).detach().to(E.dtype)), min(C, len(E))
         if budget == "module":
-            importance_of = _most_important(activity, reader, rows, E, min(MOST * C, len(E)), backend)
-            ids, strength = map(torch.cat, zip(*importance_of, strict=True))
-            chosen[reader.index] = shared_out(ids, _costs(clt, activity, reader.index, strength), keep)
+            parts = _by_coactivation(activity, reader, rows, E, min(MOST * C, len(E)), backend)
+            found = ((ids, strength(rows[..., part, :], E, ids, s, backend)) for part, ids, s in parts)
+            ids, strengths = map(torch.cat, zip(*found, strict=True))
+            chosen[reader.index] = shared_out(ids, _costs(clt, activity, reader.index, strengths), keep)
         elif importance == "coactivation":
-            parts = _most_important(activity, reader, rows, E, keep, backend)
-            chosen[reader.index] = torch.cat([ids for ids, _ in parts])
+            parts = _by_coactivation(activity, reader, rows, E, keep, backend)
+            chosen[reader.index] = torch.cat([ids for _, ids, _ in parts])
         else:
             s = activity.magnitude(importance)[: reader.upstream_modules].flatten().to(E.dtype)
             chosen[reader.index] = ops.select_connections(rows, E, s, keep, backend=backend)
@@ -81,28 +80,26 @@ def shared_out(ids: Tensor, costs: Tensor, C: int, group: Group = ALONE) -> Tens
     return torch.where(kept, ids, -1).gather(1, first)
 
 
-def _most_important(
+def _by_coactivation(
     activity: Activity, reader: Reader, rows: Tensor, E: Tensor, keep: int, backend: str | None
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """By co-activation, a few rows of the reader at a time: the `keep` most important upstream latents, and their
-    importance, [rows, keep] each."""
+) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """A few rows of the reader at a time: which, their `keep` most important upstream latents [rows, keep], and the
+    co-activation [rows, U] that they were chosen by."""
     for part in chunks(rows.shape[-2], len(E) * rows.element_size(), SELECTION_BYTES):
         s = activity.coactivation(reader.index, part, reader.upstream_modules).to(E.dtype)
-        ids = ops.select_connections(rows[..., part, :], E, s, keep, backend=backend)
-        heads = rows[..., part, :].view(-1, *rows[..., part, :].shape[-2:])
-        V = torch.stack([ops.virtual_weights(head, E, ids, backend=backend) for head in heads])
-        yield ids, V.square().sum(0).sqrt() * s.gather(1, ids)
+        yield part, ops.select_connections(rows[..., part, :], E, s, keep, backend=backend), s
 
 
-def _costs(clt: Transcoders, activity: Activity, module: int, strength: Tensor) -> Tensor:
-    """What it would cost, up to a factor, to leave out connections of a module's latents, [F, M]: the square of their
-    `strength`, which is the error of a pre-activation, times how much the latent writes, as a share of what the latents
-    of its module write to each target, and the root of how often it fires: with the number itself, rare latents, which
-    would get too few, die. Of a CLT that is spread over ranks: of this rank's."""
+def _costs(clt: Transcoders, activity: Activity, module: int, strengths: Tensor) -> Tensor:
+    """What it would cost, up to a factor, to leave out connections of a module's latents, [F, M].
+
+    That is the square of their `strengths`, which are errors of the latent's pre-activation, times how much the latent
+    writes, as a share of what its module writes to each target, times the root of how often it fires: the number itself
+    would leave rare latents with too few, and they would die. Of a CLT that is spread over ranks: of this rank's."""
     own = clt.transcoder(module)
     written = own.group.sum_(own.W_dec.detach().float().square().sum(2))
     share = (written / written.mean(0).clamp_min(torch.finfo(written.dtype).tiny)).sum(1)
-    return strength.square() * (activity.firings(module).sqrt() * share)[own.rows, None]
+    return strengths.square() * (activity.firings(module).sqrt() * share)[own.rows, None]
 
 
 def no_connections(clt: Transcoders) -> list[Tensor | None]:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from sparseclt import ops, parallel
-from sparseclt.model.attention import AttentionWeights, head_rows
+from sparseclt.model.attention import AttentionWeights, head_rows, rows_of_heads
 from sparseclt.model.sites import Site
 from sparseclt.ops.rows import accumulation_dtype
 
@@ -35,6 +35,10 @@ class Reader:
     attention: AttentionWeights | None  # of an attention reader: it reads through the heads' OV circuits
     all_connections: ops.Connections | None = None
     group: parallel.Group = parallel.ALONE
+
+    def carried(self, rows: Tensor) -> Tensor:
+        """Its encoder rows [F, D] as they meet decoder rows: unchanged, or of an attention reader [H, F, D]."""
+        return rows if self.attention is None else rows_of_heads(rows, self.attention)
 
 
 class _RunningDecoders:

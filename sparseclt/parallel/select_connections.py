@@ -106,6 +106,12 @@ def most_important(
     """`Best` by importance x |virtual weight|."""
     s = importance(of_all, share)
     ids = ops.select_connections(rows, decoders, s, min(C, len(decoders)), backend=backend)
+    return ids, strength(rows, decoders, ids, s, backend)
+
+
+def strength(rows: Tensor, decoders: Tensor, ids: Tensor, s: Tensor, backend: str | None) -> Tensor:
+    """Importance `s` [R, U] x |virtual weight| of connections `ids` [R, C], over heads the root of the sum of squares,
+    of encoder rows [R, D] or [H, R, D] and whole decoders [U, D]."""
     heads = rows if rows.ndim == 3 else rows[None]
     V = torch.stack([ops.virtual_weights(head.contiguous(), decoders, ids, backend=backend) for head in heads])
-    return ids, V.norm(dim=0) * s.gather(1, ids)
+    return V.norm(dim=0) * s.gather(1, ids)

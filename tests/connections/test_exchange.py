@@ -65,7 +65,7 @@ def gains(clt, recent, rows=ALL):
     readers = exchange.effective_decoders(clt.readers(), clt.sites, [m.W_dec.detach() for m in clt])
     found = {}
     for reader, E in readers:
-        encoders = exchange._carried(reader, clt.reading_rows(reader.index).detach())[..., rows, :]
+        encoders = reader.carried(clt.reading_rows(reader.index).detach())[..., rows, :]
         found[reader.index] = exchange._gain(clt, recent, reader, encoders, E, rows, slice(0, len(E)))
     return found
 
