@@ -23,19 +23,11 @@ from sparseclt.model.sections import cut
 from sparseclt.model.transcoders import Transcoders
 from sparseclt.ops import rows as products
 from sparseclt.ops.backend import choose
+from sparseclt.ops.optimizer_step import Written
 from sparseclt.ops.rows import Transpose, accumulation_dtype, chunks, transpose
 from sparseclt.parallel.collectives import columns_of, gather_rows, rows_of
 
 CHUNK_BYTES = Budget(cpu=8 << 20, gpu=64 << 20, gpu_share=1 / 64)  # of gradient in memory at a time, with its parts
-
-
-class Written(NamedTuple):
-    """What a module's latents wrote: values and ids [N, K], and the gradient of each of the T targets, [N, D]. Modules
-    that write the same target share its gradient."""
-
-    values: Tensor
-    indices: Tensor
-    grads: tuple[Tensor, ...]
 
 
 class Read(NamedTuple):
@@ -173,7 +165,7 @@ class DecoderGradients:
         """By target of module `index`, and of every later layer: the MLP reader behind it, which meets the sum up to
         there."""
         site, layers = self.clt.sites[index], self.clt.architecture.model.layers
-        by_layer = {reader.site.layer: reader for reader in self._read_by() if reader.upstream_modules > index}
+        by_layer = {reader.site.layer: reader for reader in self._readers_of(index)}
         return [by_layer.get(layer) for layer in range(site.layer + 1, layers + 1)]
 
     def chunks(self, index: int) -> Iterator[Chunk]:
@@ -209,7 +201,7 @@ class DecoderGradients:
         return found[: len(written)], found[len(written) :]
 
     def _readers_of(self, index: int) -> list[Reader]:
-        return [r for r in self.readers if r.index in self.read and r.upstream_modules > index]
+        return [reader for reader in self._read_by() if reader.upstream_modules > index]
 
     def _add_direct(self, gradient: Tensor, index: int, rows: slice) -> Tensor:
         """Add, in place, what autograd left in `.grad`: that of a loss which reads the decoder itself. Which rows it

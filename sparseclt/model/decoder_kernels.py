@@ -18,7 +18,7 @@ def make(notes: Any, index: int, backend: str) -> Any:
 
 
 def _numba(notes: Any, index: int) -> Any:
-    from sparseclt.ops.optimizer_step import Read, Written, gathered_decoder
+    from sparseclt.ops.optimizer_step import Read, gathered_decoder
 
     F, T, D = notes.clt.transcoder(index).W_dec.shape
 
@@ -28,13 +28,9 @@ def _numba(notes: Any, index: int) -> Any:
         assert reader.connections is not None
         W_enc, centred = notes.clt.transcoder(reader.index).W_enc.detach(), notes.clt.architecture.model.centred
         ((own,),) = cut([reader.connections.transposed], [index * F], F, F)
-        return Read(notes.read[reader.index].to(notes.dtype), own, W_enc, centred)
+        return Read(notes.read[reader.index], own, W_enc, centred)
 
-    written = [
-        Written(w.values.to(notes.dtype), w.indices, [grad.to(notes.dtype) for grad in w.grads])
-        for w in notes.written[index]
-    ]
-    return gathered_decoder((F, T, D), written, [read(reader) for reader in notes.behind(index)])
+    return gathered_decoder((F, T, D), notes.written[index], [read(reader) for reader in notes.behind(index)])
 
 
 def _triton(notes: Any, index: int) -> Any:

@@ -1,6 +1,5 @@
 """What the optimiser's step on the CPU is given."""
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 from torch import Tensor
@@ -20,11 +19,12 @@ class Adam(NamedTuple):
 
 
 class Written(NamedTuple):
-    """What the latents of a pass wrote: `values` and `indices` [N, K], the gradient of each target [N, D]."""
+    """What the latents of a module wrote in a pass: values and ids [N, K], and the gradient of each target, [N, D].
+    Modules that write the same target share its gradient."""
 
     values: Tensor
     indices: Tensor
-    grads: Sequence[Tensor]
+    grads: tuple[Tensor, ...]
 
 
 class Read(NamedTuple):
