@@ -1,6 +1,6 @@
 """The activations of a language model that a CLT reads and reconstructs."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property
 from typing import Any
@@ -80,14 +80,16 @@ class Activations:
 
     def to(self, device: torch.device) -> "Activations":
         """The same on `device`; these themselves, if they are there."""
-        if self.r_0.device == device:
-            return self
+        return self if self.r_0.device == device else self.mapped(lambda tensor: tensor.to(device))
+
+    def mapped(self, function: Callable[[Tensor], Tensor]) -> "Activations":
+        """The same with what `function` makes of every tensor."""
         values: dict[str, Any] = {}
         for name in (f.name for f in fields(self)):
             value = getattr(self, name)
-            values[name] = [tensor.to(device) for tensor in value] if isinstance(value, list) else value
+            values[name] = [function(tensor) for tensor in value] if isinstance(value, list) else value
             if isinstance(value, Tensor):
-                values[name] = value.to(device)
+                values[name] = function(value)
         return Activations(**values)
 
     def split(self, rows: int) -> list["Activations"]:
@@ -96,14 +98,7 @@ class Activations:
 
     def rows(self, first: int, count: int) -> "Activations":
         """A view of `count` rows from `first` on, or of fewer at the end."""
-        rows = slice(first, first + count)
-        values: dict[str, Any] = {}
-        for name in (f.name for f in fields(self)):
-            value = getattr(self, name)
-            values[name] = [tensor[rows] for tensor in value] if isinstance(value, list) else value
-            if isinstance(value, Tensor):
-                values[name] = value[rows]
-        return Activations(**values)
+        return self.mapped(lambda tensor: tensor[first : first + count])
 
 
 def all_but_first(tokens: Tensor) -> Tensor:

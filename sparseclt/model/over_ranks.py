@@ -20,16 +20,7 @@ def counted_by_all(activations: Activations, data: Group) -> int:
 
 def rows_of_all(activations: Activations, data: Group) -> Activations:
     """The activations of the rows of all ranks, in their order."""
-    if data.alone:
-        return activations
-
-    def gathered(value: object) -> object:
-        if isinstance(value, Tensor):
-            return gather_rows(value, data)
-        return [gathered(entry) for entry in value] if isinstance(value, list) else value
-
-    values: dict[str, Any] = {field.name: gathered(getattr(activations, field.name)) for field in fields(activations)}
-    return Activations(**values)
+    return activations if data.alone else activations.mapped(lambda rows: gather_rows(rows, data))
 
 
 def broadcast(activations: Activations | None, group: Group, device: torch.device) -> Activations:
