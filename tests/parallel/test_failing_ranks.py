@@ -1,12 +1,10 @@
 """A rank that fails ends the run on all of them, which says which one it was; the run goes on from its checkpoint."""
 
-import os
 import re
-import subprocess
-import sys
 import time
 
 import pytest
+from test_torchrun import torchrun
 from tiny_models import save_model_and_text
 
 from sparseclt.cli import main
@@ -42,12 +40,6 @@ def folder(tmp_path_factory):
     save_model_and_text(folder)
     (folder / "program.py").write_text(PROGRAM)
     return folder
-
-
-def torchrun(folder, *arguments: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *arguments]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=240)
 
 
 @pytest.mark.parametrize(

@@ -12,25 +12,18 @@ from sparseclt.model.clt import SparseCLT
 from sparseclt.training.loggers import read_metrics
 
 
-def torchrun(folder, *arguments: str) -> subprocess.CompletedProcess:
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-        "-m",
-        "sparseclt",
-    ]
+def torchrun(folder, *program: str) -> subprocess.CompletedProcess:
+    """Two processes of `program`, a file or a module with its arguments, in `folder`."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *program]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    return subprocess.run([*command, *arguments], cwd=folder, env=environment, capture_output=True, text=True)
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=240)
 
 
 def test_training_on_two_processes_prints_once_and_leaves_a_finished_run(tmp_path, monkeypatch):
     save_model_and_text(tmp_path)
     done = torchrun(
-        tmp_path, "train", "--out", "run", "--model.path", "model", "--data.source", "text.txt", "--steps", "6",
+        tmp_path, "-m", "sparseclt",
+        "train", "--out", "run", "--model.path", "model", "--data.source", "text.txt", "--steps", "6",
         "--data.row-tokens", "12", "--data.cache", "cache", "--data.held-out-share", "0.2", "--clt.latents", "32",
         "--clt.active", "4", "--connections.per-latent", "4", "--logging.every-steps", "1", "--logging.no-progress",
     )  # fmt: skip
