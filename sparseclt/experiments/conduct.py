@@ -133,7 +133,7 @@ def _carry_out(experiment: Experiment, series: Series, config: TrainConfig) -> R
 def _write(experiment: Experiment, base: TrainConfig, records: dict[tuple[str, int], Any]) -> str:
     """The table of the runs that are finished, which is also written into the experiment's directory."""
     rows, out = rows_of(experiment, records), Path(base.out)
-    out.mkdir(parents=True, exist_ok=True)  # all runs may be another experiment's
+    out.mkdir(parents=True, exist_ok=True)  # not there yet if all runs so far are another experiment's
     table = page(experiment, base, rows)
     content = {"experiment": experiment.name, "question": experiment.question, "base": to_dict(base), "rows": rows}
     replace_json(out / f"{experiment.name}.json", content)
