@@ -1,8 +1,9 @@
 """The numba backend's optimiser step: Adam in one pass over a parameter, a decoder's with a gathered gradient.
 
-A decoder's gradient is a sum of gathered vectors. That of a large one is made twice, one vector [D] at a time: for the
-sum of its squares, by which gradients are clipped, and for the step. One target's vectors are gathered at a time, as
-those of all targets are larger than the caches.
+A decoder's gradient is a sum of gathered vectors. That of a large one is never whole, and made twice: for the sum of
+its squares, by which gradients are clipped, one vector [D] at a time, and for the step that of some latents at a time.
+One target's vectors are gathered at a time, as those of all targets are larger than the caches. Weights and moments,
+of which a target's lie far apart, are read in their order in memory.
 """
 
 from collections.abc import Iterator, Sequence
@@ -11,9 +12,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sparseclt.ops import _huge_pages
 from sparseclt.ops._numba import transpose, transposed_gather_sum
 from sparseclt.ops._numba_compile import SUMS, kernel, run
 from sparseclt.ops._optimizer_step import Adam, Read, Written
+from sparseclt.ops._torch_rows import Transpose, chunks
+from sparseclt.ops.scratch import UPDATE_BYTES
 
 
 class Decoder:
@@ -32,7 +36,7 @@ class Decoder:
         (F, T, D), slots = self.shape, self._sorted()
         squares = slots[0].new_empty(T, F)
         self.kept = slots[0].new_empty(F if self.keep else 0, T, D)
-        for target, behind in self._targets():
+        for target, behind in self._targets(slice(0, F)):
             read = *slots, self._bag(target), behind
             run(decoder_squares, F, self._work, *read, target, self.kept, squares[target])
         self.slots = None if self.keep else slots
@@ -47,15 +51,23 @@ class Decoder:
 
     def adam(self, weights: Tensor, mean: Tensor, square: Tensor, steps: Sequence[Adam]) -> None:
         """Adam on `weights` [F, T, D] with moments `mean` and `square`, in place; one of `steps` for each target."""
-        if self.keep:
-            for target, step in enumerate(steps):
-                updated = weights, mean, square
-                run(kept_adam, self.shape[0], self._work, self.kept, target, _numbers(step, weights), *updated)
-            return
+        numbers = np.stack([_numbers(step, weights) for step in steps])
+        for rows, gradient in [(slice(None), self.kept)] if self.keep else self._chunks():
+            updated = weights[rows], mean[rows], square[rows]
+            run(adam_by_target, len(gradient), 10 * gradient.numel(), gradient, numbers, *updated)
+
+    def _chunks(self) -> Iterator[tuple[slice, Tensor]]:
+        """The gradient [rows, T, D] of some latents after others, each in the place of the one before."""
         assert self.slots is not None
-        for target, behind in self._targets():
-            read = *self.slots, self._bag(target), behind, target, _numbers(steps[target], weights)
-            run(decoder_adam, self.shape[0], self._work, *read, weights, mean, square)
+        (F, T, D), (values, *by_latent) = self.shape, self.slots
+        each, bags = T * D * values.element_size(), [self._bag(target) for target in range(T)]
+        memory = _huge_pages.empty((min(F, max(1, UPDATE_BYTES // each)), T, D), values)
+        for rows in chunks(F, each, UPDATE_BYTES):
+            gradient, part = memory[: rows.stop - rows.start], _part(Transpose(*by_latent), rows)
+            work = self._work * len(gradient) // F
+            for target, behind in self._targets(rows):
+                run(decoder_rows, len(gradient), work, values, *part, bags[target], behind, target, gradient)
+            yield rows, gradient
 
     @property
     def _work(self) -> int:
@@ -67,17 +79,25 @@ class Decoder:
         grads = [w.grads[target] for w in self.written]
         return grads[0].contiguous() if len(grads) == 1 else torch.cat(grads)
 
-    def _targets(self) -> Iterator[tuple[int, Tensor]]:
-        """Every target, the last one first, with what readers behind it read [F, D], or [0, D] of none."""
+    def _targets(self, rows: slice) -> Iterator[tuple[int, Tensor]]:
+        """Every target, the last one first, with what readers behind it read of some latents [rows, D], or [0, D] of
+        none."""
         _, T, D = self.shape
         behind = self.written[0].values.new_empty(0, D)
         for target in reversed(range(len(self.read))):
             if (reader := self.read[target]) is not None:
-                total = transposed_gather_sum(reader.dV, *reader.by_upstream, reader.W_enc)
+                total = transposed_gather_sum(reader.dV, *_part(reader.by_upstream, rows), reader.W_enc)
                 total = total - total.mean(1, keepdim=True) if reader.centred else total
                 behind = total if len(behind) == 0 else behind.add_(total)
             if target < T:
                 yield target, behind
+
+
+def _part(transposed: Transpose, rows: slice) -> Transpose:
+    """The slots of some of the rows, behind those of the rows before them."""
+    order, starts = transposed
+    last = int(starts[rows.stop + 1]) if rows.stop + 1 < len(starts) else len(order)
+    return Transpose(order[:last], starts[rows.start : rows.stop + 1])
 
 
 def _numbers(adam: Adam, like: Tensor) -> np.ndarray:
@@ -120,7 +140,7 @@ def _gradient(r, slots, tokens, starts, bags, behind, out):
         out[:] = behind[r]
     else:
         out[:] = 0
-    first, last = starts[r + 1], starts[r + 2] if r + 2 < len(starts) else len(slots)
+    first, last = starts[r + 1], starts[r + 2] if r + 2 < len(starts) else len(tokens)
     whole = first + (last - first) // 4 * 4
     for p in range(first, whole, 4):
         a, b, c, d = bags[tokens[p]], bags[tokens[p + 1]], bags[tokens[p + 2]], bags[tokens[p + 3]]
@@ -147,16 +167,15 @@ def decoder_squares(start, stop, slots, tokens, starts, bags, behind, target, ke
 
 
 @kernel(SUMS)
-def kept_adam(start, stop, kept, target, numbers, weights, mean, square):
-    """Adam on rows [r, target] of weights [F, T, D], with the gradient that `decoder_squares` kept."""
+def decoder_rows(start, stop, slots, tokens, starts, bags, behind, target, gradient):
+    """gradient[r, target] of rows start..stop."""
     for r in range(start, stop):
-        _adam(weights[r, target], kept[r, target], mean[r, target], square[r, target], numbers)
+        _gradient(r, slots, tokens, starts, bags, behind, gradient[r, target])
 
 
 @kernel(SUMS)
-def decoder_adam(start, stop, slots, tokens, starts, bags, behind, target, numbers, weights, mean, square):
-    """Adam on rows [r, target] of weights [F, T, D]."""
-    row = np.empty(bags.shape[1], dtype=bags.dtype)
+def adam_by_target(start, stop, gradient, numbers, weights, mean, square):
+    """Adam on rows [R, T, D], with the numbers of each target."""
     for r in range(start, stop):
-        _gradient(r, slots, tokens, starts, bags, behind, row)
-        _adam(weights[r, target], row, mean[r, target], square[r, target], numbers)
+        for t in range(len(numbers)):
+            _adam(weights[r, t], gradient[r, t], mean[r, t], square[r, t], numbers[t])

@@ -12,6 +12,7 @@ SCRATCH_BYTES = {
 GPU_SHARE = 1 / 32  # of free memory, on a GPU: that of csrc_triton, known without triton
 GPU_PARTS_BYTES, GPU_READ_BYTES = 256 << 20, 512 << 20  # beside it: partial sums, values read by connections; as there
 SELECTION_BYTES = 32 << 20  # scores of `select_connections` on the torch backend: rows are as long as U
+UPDATE_BYTES = 16 << 20  # a decoder's gradient in the optimiser's step of the numba backend
 ATTENTION_BYTES = 16 << 20  # pre-activations of `attention_encode` on every backend: at least one sequence is alive
 
 

@@ -10,6 +10,7 @@ from sparseclt.devices import resolve
 from sparseclt.model.decoder_gradients import CHUNK_BYTES
 from sparseclt.model.shape import ModelShape
 from sparseclt.ops.backend import INSTALLED
+from sparseclt.ops.scratch import UPDATE_BYTES
 from sparseclt.training.evaluation_memory import evaluation_terms
 from sparseclt.training.optimizer import KEPT_BYTES, PIECE_BYTES
 from sparseclt.training.rank_plan import Sent, exchanges_ahead, of_rank, selection_bytes, step_exchanges
@@ -203,25 +204,28 @@ def _update_terms(x: RunSizes) -> list[MemoryTerm]:
     device = resolve(x.config.device)
     D = x.D // x.ranks
     decoders, largest = FLOAT * x.size.decoder_vectors * D, FLOAT * x.F * D * x.widest
+    one_pass = _in_one_pass(x)
     if decoders <= KEPT_BYTES:
         kept, summed = decoders, (x.modes - 1) * FLOAT * x.F * D
+    elif one_pass:
+        kept, summed = min(UPDATE_BYTES, largest), (x.modes - 1) * 2 * FLOAT * x.F * D
     else:
         kept = summed = min(CHUNK_BYTES.on(device), largest)
     widened = x.config.clt.dtype == "bf16" or x.config.optimizer.state == "8bit"
     pieces = (5 if widened else 1) * min(PIECE_BYTES.on(device), largest)
-    one_pass = _in_one_pass(x)
-    side_by_side = x.modes * FLOAT * x.N * x.D * (1 if one_pass else x.widest)
+    one_target = one_pass and decoders <= KEPT_BYTES
+    side_by_side = x.modes * FLOAT * x.N * x.D * (1 if one_target else x.widest)
     slots = one_pass * x.modes * (FLOAT + 4 * POSITION) * x.N * x.K
     return [
         MemoryTerm("gradients of reconstructions, side by side", side_by_side + slots, ("update",),
-                   "modes x 4 N D L; by numba modes x (4 N D + 20 N K)"),
+                   "modes x 4 N D L; by numba modes x (4 N D L + 20 N K), 4 N D of decoders up to 256 MiB"),
         MemoryTerm("decoder gradients", kept + max(summed, pieces), ("update",),
-                   "4 P_dec, or 64 MiB (CPU: 8), plus partial sums or 1 piece of weights, 5 if widened"),
+                   "4 P_dec, or 64 MiB (CPU: 8, numba 16), plus partial sums or 1 piece of weights, 5 if widened"),
     ]  # fmt: skip
 
 
 def _in_one_pass(x: RunSizes) -> bool:
-    """Whether decoders are updated by `ops.optimizer_step.gathered_decoder`, a target at a time."""
+    """Whether decoders are updated by `ops.optimizer_step.gathered_decoder`."""
     c, o = x.config, x.config.optimizer
     numba = not x.on_gpu and c.compute.backend in (None, "numba") and "numba" in INSTALLED
     plain = c.clt.dtype == "fp32" and x.p == FLOAT and o.state == "fp32" and o.rows == "all"

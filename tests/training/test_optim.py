@@ -53,6 +53,7 @@ def plain_steps(t, activations, steps: int) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("kept", [0, 1 << 30], ids=["computed twice", "kept"])
 def test_steps_are_those_of_adam_on_normalised_sites_with_clipping(tmp_path, monkeypatch, clip, kept, attention):
     monkeypatch.setattr(optim, "KEPT_BYTES", kept)
+    monkeypatch.setattr("sparseclt.ops._numba_decoder.UPDATE_BYTES", 5000)  # a few latents at a time
     options = {"attention": attention, "optimizer": OptimizerConfig(clip_norm=clip)}
     ours, plain = trainer(tmp_path, **options), trainer(tmp_path, **options)
     activations = warmed_up(ours)
