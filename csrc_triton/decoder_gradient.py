@@ -104,15 +104,15 @@ def decoder_gradient_kernel(
             dV = _address(reader, 0, WEIGHT)
             order = _address(reader, 1, INDEX)
             W_enc = _address(reader, 3, ENCODER)
-            C = tl.load(reader + 6)
+            C = tl.load(reader + 6).to(INDEX)
             low, high = _list(_address(reader, 2, INDEX), first + r, total, tl.load(reader + 7))
             entries += high - low
             for start in range(low, high, SLOTS):
                 slot = start + tl.arange(0, SLOTS)
                 used = slot < high
-                position = tl.load(order + slot, mask=used, other=0).to(tl.int64)
+                position = tl.load(order + slot, mask=used, other=0)
                 weight = tl.load(dV + position, mask=used, other=0).to(tl.float32)
-                i = position // C
+                i = (position // C).to(tl.int64)
                 part = tl.load(
                     W_enc + i[:, None] * D + columns[None, :], mask=used[:, None] & inside[None, :], other=0
                 ).to(tl.float32)
@@ -125,17 +125,17 @@ def decoder_gradient_kernel(
                 written = passes + p * (5 + T)
                 values = _address(written, 0, WEIGHT)
                 order = _address(written, 1, INDEX)
-                K = tl.load(written + 4)
+                K = tl.load(written + 4).to(INDEX)
                 bags = _address(written, 5 + t, GRADIENT)
                 low, high = _list(_address(written, 2, INDEX), row + r, tl.load(written + 3), F)
                 entries += high - low
                 for start in range(low, high, SLOTS):
                     slot = start + tl.arange(0, SLOTS)
                     used = slot < high
-                    position = tl.load(order + slot, mask=used, other=0).to(tl.int64)
+                    position = tl.load(order + slot, mask=used, other=0)
                     weight = tl.load(values + position, mask=used, other=0).to(tl.float32)
                     bag = tl.load(
-                        bags + (position // K)[:, None] * D + columns[None, :],
+                        bags + (position // K).to(tl.int64)[:, None] * D + columns[None, :],
                         mask=used[:, None] & inside[None, :], other=0,
                     )  # fmt: skip
                     sums += weight[:, None] * bag.to(tl.float32)
