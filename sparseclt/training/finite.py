@@ -18,7 +18,7 @@ class Checks:
 
     def __init__(self, activations: Activations, step: int):
         self.activations, self.step = activations, step
-        self._finite = _finite(_tensors(activations)).all()
+        self._sums = torch.stack([tensor.sum(dtype=torch.float32) for tensor in _tensors(activations).values()])
         self._loss: tuple[Tensor, dict[str, Tensor]] | None = None
 
     def note_loss(self, total: Tensor, terms: dict[str, Tensor]) -> None:
@@ -28,9 +28,9 @@ class Checks:
         """The norm of the gradient, read together with the checks. Raises NonFiniteError for activations and loss."""
         assert self._loss is not None
         total, terms = self._loss
-        flags = torch.stack([self._finite, torch.isfinite(total)]).to(norm.dtype)
+        flags = torch.stack([self._sums.isfinite().all(), torch.isfinite(total)]).to(norm.dtype)
         activations, loss, length = torch.cat([flags, norm.reshape(1)]).tolist()
-        if not activations:
+        if not activations:  # or their sum is too large
             check_activations(self.activations, self.step)
         if not loss:
             check_loss(total, terms, self.step)
@@ -47,14 +47,10 @@ def _tensors(activations: Activations) -> dict[str, Tensor]:
     }
 
 
-def _finite(tensors: dict[str, Tensor]) -> Tensor:
-    return torch.stack([torch.isfinite(tensor).all() for tensor in tensors.values()])
-
-
 def check_activations(activations: Activations, step: int) -> None:
     """Raises NonFiniteError, naming the activation and its layer."""
     tensors = _tensors(activations)
-    finite = _finite(tensors)
+    finite = torch.stack([torch.isfinite(tensor).all() for tensor in tensors.values()])
     if not finite.all():
         bad = next(name for name, good in zip(tensors, finite.tolist(), strict=True) if not good)
         why = f"; {OVERFLOW}" if activations.r_0.dtype == torch.float16 else ""

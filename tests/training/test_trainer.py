@@ -27,7 +27,7 @@ from sparseclt.model.clt import SparseCLT
 from sparseclt.model.sites import MODES
 from sparseclt.storage.checkpoint import latest, load_state
 from sparseclt.storage.clt_files import load_clt
-from sparseclt.training.finite import NonFiniteError
+from sparseclt.training.finite import Checks, NonFiniteError
 from sparseclt.training.loggers import read_metrics
 from sparseclt.training.trainer import Trainer
 
@@ -193,6 +193,14 @@ def test_non_finite_activations_stop_training_and_name_layer_and_step(tmp_path, 
     _, numbers = load_state(latest(tmp_path))
     assert numbers["step"] == 4
     load_clt(latest(tmp_path))
+
+
+def test_large_activations_are_not_taken_for_infinite_ones(model):
+    activations = model.capture(tokens(4, 6))
+    activations.mlp_out[1][0] = torch.finfo(torch.float32).max / 4  # their sum is infinite
+    checks = Checks(activations, step=0)
+    checks.note_loss(torch.zeros(()), {})
+    assert checks.settle(torch.tensor(3.0)) == 3.0
 
 
 def test_a_non_finite_loss_stops_before_the_optimiser_step(tmp_path, model):
