@@ -38,12 +38,13 @@ THRESHOLDS = [
     Threshold(f"`{_PAIR}` forward", _PAIR, "forward", _VIRTUAL, "dense", 4, backends=("torch",)),
     Threshold(f"`{_PAIR}` backward", _PAIR, "backward", _VIRTUAL, "dense", 10, backends=("torch",)),
     Threshold("`select_connections`", "select_connections", "forward", _SELECT, "dense", 1.5, 30),
-    Threshold("vanilla training step", _VANILLA, "step", STEPS["full"]["vanilla"], "dense", 10, 8),
+    Threshold("vanilla training step", _VANILLA, "step", STEPS["full"]["vanilla"], "dense", 10, 8,
+              backends=("numba, train_step",)),
     Threshold("training step in both modes", _BOTH, "step", STEPS["full"]["both"], "dense", 20, 15,
               backends=("numba, train_step",)),
     Threshold(
         "vanilla training step over its floor", _VANILLA, "step", STEPS["full"]["vanilla"], "floor: encode GEMMs",
-        at_most=2.5,
+        at_most=2.2, backends=("numba, train_step",),
     ),
 ]  # fmt: skip
 
