@@ -38,7 +38,7 @@ def optimiser(out: Results, x: Sizes) -> None:
     for mode in ("vanilla", "both") if GPU else ("both",):
         with out.guarded(f"optimiser, {mode}"):
             trainer, activations = _trainer(mode, sizes)
-            from sparseclt.training.optimizer import clip_and_step
+            from sparseclt.training.update import clip_and_step
 
             backward = trainer.objective.backward(activations, 1.0, lambda total, terms: None)
             encoders = {name: p.grad for name, p in trainer.clt.named_parameters() if p.grad is not None}

@@ -12,11 +12,12 @@ from sparseclt.model.shape import ModelShape
 from sparseclt.ops.backend import INSTALLED
 from sparseclt.ops.scratch import UPDATE_BYTES
 from sparseclt.training.evaluation_memory import evaluation_terms
-from sparseclt.training.optimizer import KEPT_BYTES, PIECE_BYTES
+from sparseclt.training.optimizer import PIECE_BYTES
 from sparseclt.training.rank_plan import Sent, exchanges_ahead, of_rank, selection_bytes, step_exchanges
 from sparseclt.training.run_sizes import ALWAYS, FORWARD, NOTED, STEP, MemoryTerm, RunSizes, captured_bytes
 from sparseclt.training.scratch_memory import scratch_terms
 from sparseclt.training.selection_memory import selection_terms
+from sparseclt.training.update import KEPT_BYTES
 
 GiB, MiB = 1 << 30, 1 << 20
 BANDWIDTHS = (12, 50, 400)  # GB/s of a rank: 100-gigabit network, PCIe 5, NVLink

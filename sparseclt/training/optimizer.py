@@ -1,8 +1,5 @@
 """Adam that updates some rows of a parameter at a time, so that a decoder's gradient need never be whole."""
 
-import math
-from collections.abc import Callable
-from functools import reduce
 from typing import Any
 
 import torch
@@ -12,14 +9,13 @@ from torch.optim.adam import adam
 
 from sparseclt.config import OptimizerConfig
 from sparseclt.devices import Budget
-from sparseclt.model.decoder_gradients import Chunk, DecoderGradients, squares_by_target
+from sparseclt.model.decoder_gradients import squares_by_target
 from sparseclt.model.transcoders import Transcoders
 from sparseclt.ops.rows import chunks
 from sparseclt.parallel import ALONE, ONE_RANK, Ranks
 from sparseclt.training import eight_bit, one_pass
 from sparseclt.training.rounding import round_stochastically
 
-KEPT_BYTES = 256 << 20  # decoder gradients that are kept for the update; larger ones are computed again for it
 PIECE_BYTES = Budget(cpu=1 << 20, gpu=64 << 20, gpu_share=1 / 64)  # of float32 weights that are widened at a time
 EPSILON = 1e-8
 UNCOUNTED = ("cuda",)  # where untouched rows are computed and dropped: counting the others would make the host wait
@@ -229,69 +225,3 @@ class RowAdam:
 def _ones(name: str, parameter: Parameter) -> Tensor:
     shape = (parameter.shape[1], 1) if name.endswith("W_dec") else ()
     return torch.ones(shape, dtype=torch.promote_types(parameter.dtype, torch.float32), device=parameter.device)
-
-
-@torch.no_grad()
-def clip_and_step(
-    clt: Transcoders,
-    gradients: DecoderGradients,
-    optimizer: RowAdam,
-    learning_rate: float,
-    clip: float | None,
-    settle: Callable[[Tensor], float] = float,
-) -> tuple[Tensor, str | None]:
-    """One optimiser step from the gathered gradients: their norm in Adam's units, and the name of the first parameter
-    whose gradient is not finite (then nothing was updated).
-
-    The norm that `clip` bounds is that of the whole gradient, exactly: of decoders that are large, or gathered, it is
-    computed a second time for the update. Encoders and biases come last, for the gradient of decoders is made of
-    encoder rows. `settle` reads the norm, which waits for the device, once.
-    """
-    _add_up(clt)
-    gradients.add_to_encoders()
-    decoders = {f"transcoders.{i}.W_dec": i for i in range(len(clt.sites))}
-    gathered = {name: gradients.gathered(i) if optimizer.in_one_pass(name) else None for name, i in decoders.items()}
-    size = sum(p.numel() for name, p in optimizer.parameters.items() if name in decoders) * 4
-    kept: dict[str, list[Chunk]] = {}
-    squares: dict[str, Tensor] = {}
-    for name, parameter in optimizer.parameters.items():
-        if name not in decoders:
-            if parameter.grad is not None:
-                squares[name] = optimizer.square_sum(name, parameter.grad)
-        elif (own := gathered[name]) is not None:
-            own.keep = size <= KEPT_BYTES
-            squares[name] = optimizer.square_sum_of_targets(name, own.squares())
-        elif size <= KEPT_BYTES:
-            kept[name] = list(gradients.chunks(decoders[name]))
-            squares[name] = torch.stack([optimizer.square_sum(name, chunk.gradient) for chunk in kept[name]]).sum()
-        else:
-            squares[name] = optimizer.square_sum_of_targets(name, gradients.squares(decoders[name]))
-    wide = reduce(torch.promote_types, (square.dtype for square in squares.values()))
-    total = torch.stack([square.to(wide) for square in squares.values()]).to(torch.float64)
-    if clt.ranks.latents.rank:
-        total *= torch.tensor([not name.endswith("b_dec") for name in squares], device=total.device)  # counted once
-    total = clt.ranks.latents.sum_(total)
-    norm = total.sum().sqrt()
-    length = settle(norm)
-    if not math.isfinite(length):
-        return norm, next(name for name, square in zip(squares, total, strict=True) if not torch.isfinite(square))
-    factor = min(1.0, (math.inf if clip is None else clip) / (length + 1e-6))
-    optimizer.step += 1
-    for name, index in decoders.items():
-        if gathered[name] is not None:
-            optimizer.update_gathered(name, gathered[name], learning_rate, factor)
-        for chunk in kept.pop(name, None) or (gradients.chunks(index) if gathered[name] is None else ()):
-            optimizer.update(name, chunk.gradient, learning_rate, chunk.rows, chunk.touched, factor)
-    for name, parameter in optimizer.parameters.items():
-        if parameter.grad is not None and name not in decoders:  # whose gradient the chunks hold
-            optimizer.update(name, parameter.grad, learning_rate, factor=factor)
-        parameter.grad = None
-    return norm, None
-
-
-def _add_up(clt: Transcoders) -> None:
-    """Of every parameter but the decoders, the gradient of the whole batch in `.grad`, of which a rank has a part."""
-    for name, parameter in clt.named_parameters():
-        if parameter.grad is not None:
-            group = clt.ranks.world if name.endswith("b_dec") else clt.ranks.data
-            parameter.grad = group.sum_(parameter.grad)

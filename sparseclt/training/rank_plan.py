@@ -5,8 +5,8 @@ from dataclasses import dataclass, replace
 
 from sparseclt.connections.attended import KEYS
 from sparseclt.costs import FLOAT, ID, POSITION
-from sparseclt.training.optimizer import KEPT_BYTES
 from sparseclt.training.run_sizes import ALWAYS, NOTED, MemoryTerm, RunSizes
+from sparseclt.training.update import KEPT_BYTES
 
 INT32, DOUBLE = 4, 8
 # Terms of the plan of which each of n ranks holds one n-th; it holds the others as a rank by itself does.

@@ -29,7 +29,7 @@ from sparseclt.training.interruption import Interrupted, StopRequest, stop_reque
 from sparseclt.training.loggers import RunLog
 from sparseclt.training.normalisation import normalise
 from sparseclt.training.objective import ModePass, Objective
-from sparseclt.training.optimizer import RowAdam, clip_and_step
+from sparseclt.training.optimizer import RowAdam
 from sparseclt.training.precision import products
 from sparseclt.training.run_directory import (
     Identity,
@@ -51,6 +51,7 @@ from sparseclt.training.several_ranks import (
     on_ranks,
 )
 from sparseclt.training.untrained import build_clt
+from sparseclt.training.update import clip_and_step
 from sparseclt.training.warning_signs import WarningSigns
 
 

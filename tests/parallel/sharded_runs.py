@@ -27,8 +27,8 @@ from sparseclt.language_model.over_ranks import held_here
 from sparseclt.model.activations import Activations
 from sparseclt.storage.checkpoint import latest
 from sparseclt.storage.parts import Part
-from sparseclt.training.optimizer import _add_up
 from sparseclt.training.trainer import Trainer
+from sparseclt.training.update import add_up
 
 ROWS = tokens(rows=30, length=12)
 
@@ -147,7 +147,7 @@ def replaced_gradients(attention: str, parallel: dict[str, int]) -> dict[str, An
     t.clt.double()
     with_random_weights(t)
     found = t.objective.backward(next(iter(t.batches.from_step(0))), 0.7, check=lambda total, terms: None)
-    _add_up(t.clt)
+    add_up(t.clt)
     found.gradients.add_to_encoders()
     grads = {
         f"{module.site.name}/{name}": getattr(module, name).grad

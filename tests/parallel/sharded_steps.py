@@ -22,8 +22,9 @@ from sparseclt.model.activations import Activations, all_but_first
 from sparseclt.model.attention import AttentionWeights
 from sparseclt.model.shape import ModelShape
 from sparseclt.model.sites import MODES
-from sparseclt.training.optimizer import RowAdam, _add_up
+from sparseclt.training.optimizer import RowAdam
 from sparseclt.training.trainer import Trainer
+from sparseclt.training.update import add_up
 
 L, D, H, B, S, F, K, C = 3, 8, 2, 4, 6, 16, 5, 4
 
@@ -120,7 +121,7 @@ def gradients(attention: str, parallel: dict[str, int], changes: dict[str, Any],
     """Loss, terms, latents and gradients of one batch."""
     t = with_random_weights(trainer(attention, parallel, **changes), connected=modes == "both")
     found = t.objective.backward(own_rows(t, batch(0)), rho=0.7, check=lambda total, terms: None)
-    _add_up(t.clt)
+    add_up(t.clt)
     found.gradients.add_to_encoders()
     grads = {}
     for index, module in enumerate(t.clt):

@@ -11,7 +11,8 @@ from sparseclt.model.clt import SparseCLT
 from sparseclt.model.decoder_gradients import DecoderGradients, Written
 from sparseclt.model.shape import Architecture, ModelShape
 from sparseclt.ops import backend
-from sparseclt.training.optimizer import RowAdam, clip_and_step
+from sparseclt.training.optimizer import RowAdam
+from sparseclt.training.update import clip_and_step
 
 L, N, D, F, K, C = 26, 8192, 2304, 65_536, 64, 64
 GPU_BYTES = 141 << 30

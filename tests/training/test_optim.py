@@ -10,7 +10,6 @@ from torch.nn import Parameter
 from sparseclt.config import CheckpointConfig, CLTConfig, LoggingConfig, OptimizerConfig, TrainConfig
 from sparseclt.model.decoder_gradients import DecoderGradients
 from sparseclt.training import eight_bit
-from sparseclt.training import optimizer as optim
 from sparseclt.training.finite import NonFiniteError
 from sparseclt.training.normalisation import normalise
 from sparseclt.training.optimizer import RowAdam
@@ -52,7 +51,7 @@ def plain_steps(t, activations, steps: int) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("clip", [None, 0.05])
 @pytest.mark.parametrize("kept", [0, 1 << 30], ids=["computed twice", "kept"])
 def test_steps_are_those_of_adam_on_normalised_sites_with_clipping(tmp_path, monkeypatch, clip, kept, attention):
-    monkeypatch.setattr(optim, "KEPT_BYTES", kept)
+    monkeypatch.setattr("sparseclt.training.update.KEPT_BYTES", kept)
     monkeypatch.setattr("sparseclt.ops._numba_decoder.UPDATE_BYTES", 5000)  # a few latents at a time
     options = {"attention": attention, "optimizer": OptimizerConfig(clip_norm=clip)}
     ours, plain = trainer(tmp_path, **options), trainer(tmp_path, **options)

@@ -15,7 +15,7 @@ from steps import CLTConfig, OptimizerConfig, make_activations, make_trainer
 from waits import Waits
 import csrc_triton.launch, sparseclt.ops.checks, csrc_triton.transpose, csrc_triton.rows, csrc_triton.connected_encode
 import csrc_triton.add_upstream, csrc_triton.virtual_matmul, sparseclt.ops.connected_encode, sparseclt.ops.sparse_decode
-import sparseclt.training.optimizer as optimizer
+from sparseclt.training import optimizer, update
 
 def nothing(*_): pass
 for module in list(__import__("sys").modules.values()):  # ids are checked on the CPU only
@@ -28,7 +28,7 @@ activations = make_activations(device="cpu", **sizes)
 activations.counted = torch.ones_like(activations.tokens, dtype=torch.bool)
 activations.counted[:, 0] = False
 activations.counted_tokens = 5  # as a captured batch knows it
-optimizer.KEPT_BYTES = 0  # decoders as large as real ones are computed twice
+update.KEPT_BYTES = 0  # decoders as large as real ones are computed twice
 optimizer.UNCOUNTED = ("cpu",)
 
 def waits_of(activation, rows, precision):
