@@ -15,8 +15,8 @@ class FVUSums(NamedTuple):
     """Sufficient statistics of an FVU; they add up over micro-batches."""
 
     error: Tensor  # sum over tokens of (y - reconstruction)**2
-    square: Tensor  # of y**2
-    total: Tensor  # [D] of y
+    square: Tensor  # of (y - a vector)**2
+    total: Tensor  # [D] of y - that vector; a 0 if it is the batch's mean
 
     def value(self, tokens: int) -> Tensor:
         """The FVU over so many tokens."""
@@ -55,22 +55,24 @@ def mean_over(y: Tensor, counted: Tensor | None, data: Group = ALONE) -> Tensor:
     return data.sum_(weights @ y) / data.sum_(weights.sum())
 
 
-def fvu_sums(y: Tensor, reconstruction: Tensor, mean: Tensor | None = None, counted: Tensor | None = None) -> FVUSums:
-    """Sufficient statistics of `fvu(y, reconstruction)`; y [N, D] gets no gradient. `mean` [D]: that of the whole batch
-    of which y is a part, if it is known. `counted` [N], with `mean`: the tokens that count; at the others the
-    reconstruction must be y."""
+def squares_around(y: Tensor, mean: Tensor, counted: Tensor | None) -> Tensor:
+    """The sum of (y - mean)**2, a scalar: y [N, D], `mean` [D] that of the whole batch of which y is a part, over the
+    tokens that count; `counted` [N] boolean, None: all."""
+    squares = (y - mean).square().sum(1)
+    return squares.sum() if counted is None else squares @ counted.to(y.dtype)
+
+
+def fvu_sums(y: Tensor, reconstruction: Tensor, squares: Tensor) -> FVUSums:
+    """Sufficient statistics of `fvu(y, reconstruction)`; y [N, D] gets no gradient. `squares`: of y, `squares_around`
+    the batch's mean. At tokens that do not count the reconstruction must be y."""
     # mse_loss keeps no difference for backward.
-    error = mse_loss(reconstruction, y, reduction="sum")
-    if mean is not None:
-        square = (y - mean).square().sum(1)
-        return FVUSums(error, square.sum() if counted is None else square @ counted.to(y.dtype), y.new_zeros(()))
-    return FVUSums(error, y.square().sum(), y.sum(0))
+    return FVUSums(mse_loss(reconstruction, y, reduction="sum"), squares, y.new_zeros(()))
 
 
 def fvu(y: Tensor, reconstruction: Tensor) -> Tensor:
     """Fraction of variance unexplained, a scalar: equivalent to
     `((y - reconstruction)**2).sum() / ((y - y.mean(0))**2).sum()`, the mean over all N tokens of y [N, D]."""
-    return fvu_sums(y, reconstruction, y.mean(0)).value(len(y))
+    return fvu_sums(y, reconstruction, squares_around(y, y.mean(0), None)).value(len(y))
 
 
 def latent_fvu_sums(latents: Latents, target: Latents, F: int) -> FVUSums:

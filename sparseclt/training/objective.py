@@ -113,9 +113,10 @@ class Objective:
         """The terms of the loss for the rows in `activations`. `means` [D]: of each site's real output, over all rows
         of the batch."""
         real = {site: self.clt.own_columns(y) for site, y in activations.outputs(self.clt.sites).items()}
+        squares = {site: losses.squares_around(y, means[site], activations.counted_flat) for site, y in real.items()}
         terms: dict[str, LossTerm] = {}
         for mode, result in passes.items():
-            terms |= self._terms_of_mode(mode, result, activations, real, means)
+            terms |= self._terms_of_mode(mode, result, activations, real, squares)
         if self.policy and "sparse" in passes:
             c, pairs = self.config, zip(passes["sparse"].latents, passes["vanilla"].latents, strict=True)
             agreement = [
@@ -125,12 +126,17 @@ class Objective:
         return terms
 
     def _terms_of_mode(
-        self, mode: Mode, result: ModePass, activations: Activations, real: dict[Site, Tensor], means: Means
+        self,
+        mode: Mode,
+        result: ModePass,
+        activations: Activations,
+        real: dict[Site, Tensor],
+        squares: dict[Site, Tensor],
     ) -> Iterator[tuple[str, LossTerm]]:
         """FVU of every site, L0, the Jacobian between latents, cross-entropy."""
-        c, outputs, counted = self.config.loss, result.outputs, activations.counted_flat
+        c, outputs = self.config.loss, result.outputs
         for site in self.clt.sites:
-            sums = losses.fvu_sums(real[site], outputs[site], means[site], counted)
+            sums = losses.fvu_sums(real[site], outputs[site], squares[site])
             yield f"fvu_{mode}/{site.name}", LossTerm(mode, 1, [sums])
         if result.l0 and c.l0_weight:
             a = self.clt.architecture
