@@ -1,5 +1,6 @@
 """The terms of the training loss."""
 
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -7,6 +8,7 @@ from torch import Tensor
 from torch.nn.functional import mse_loss
 
 from sparseclt.model.modules import Latents
+from sparseclt.model.sites import Mode
 from sparseclt.ops.rows import add_at_
 from sparseclt.parallel import ALONE, Group
 
@@ -44,6 +46,26 @@ class L0Sum(NamedTuple):
     def value(self, tokens: int) -> Tensor:
         """(L0 / K - 1)^2 over so many tokens."""
         return (self.total / tokens - 1).square()
+
+
+class LossTerm(NamedTuple):
+    """One term of the loss: the sum of some FVUs or means, times a weight."""
+
+    mode: Mode
+    weight: float
+    sums: Sequence[FVUSums | TokenSum | L0Sum]
+
+    def value(self, tokens: int) -> Tensor:
+        """Its value, not yet weighted, over so many tokens."""
+        return torch.stack([s.value(tokens) for s in self.sums]).sum()
+
+    def tensors(self) -> list[Tensor]:
+        """The sums over tokens, one after another."""
+        return [tensor for s in self.sums for tensor in s]
+
+    def with_tensors(self, tensors: Iterator[Tensor]) -> "LossTerm":
+        """The same term with other sums, in the order of `tensors()`."""
+        return self._replace(sums=[type(s)(*(next(tensors) for _ in s)) for s in self.sums])
 
 
 def mean_over(y: Tensor, counted: Tensor | None, data: Group = ALONE) -> Tensor:

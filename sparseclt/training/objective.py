@@ -24,6 +24,7 @@ from sparseclt.model.sites import Mode, Site
 from sparseclt.parallel import Group, sum_over
 from sparseclt.training import losses
 from sparseclt.training.interactions import jacobian_sums
+from sparseclt.training.losses import LossTerm
 from sparseclt.training.memory import is_out_of_memory
 
 Values = dict[str, Tensor]
@@ -44,26 +45,6 @@ class ModePass:
     def detached_latents(self) -> list[Latents]:
         """The latents without their graph."""
         return [Latents(z.values.detach(), z.indices) for z in self.latents]
-
-
-class LossTerm(NamedTuple):
-    """One term of the loss: the sum of some FVUs or means, times a weight."""
-
-    mode: Mode
-    weight: float
-    sums: Sequence[losses.FVUSums | losses.TokenSum | losses.L0Sum]
-
-    def value(self, tokens: int) -> Tensor:
-        """Its value, not yet weighted, over so many tokens."""
-        return torch.stack([s.value(tokens) for s in self.sums]).sum()
-
-    def tensors(self) -> list[Tensor]:
-        """The sums over tokens, one after another."""
-        return [tensor for s in self.sums for tensor in s]
-
-    def with_tensors(self, tensors: Iterator[Tensor]) -> "LossTerm":
-        """The same term with other sums, in the order of `tensors()`."""
-        return self._replace(sums=[type(s)(*(next(tensors) for _ in s)) for s in self.sums])
 
 
 class BackwardResult(NamedTuple):
