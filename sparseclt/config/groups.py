@@ -170,7 +170,7 @@ class OptimizerConfig:
     """For experts: Adam, with a linear warm-up and a linear decay to zero."""
 
     learning_rate: Weight = 4e-3
-    """Peak learning rate. 4e-3 suits steps of 512 tokens, whatever F; it should grow with the root of their number."""
+    """Peak learning rate. 4e-3 suits 512 tokens per step, at any F; the best rate grows with their square root."""
     warmup_share: Share = 0.02
     """Share of the steps, at the start, over which the learning rate rises."""
     decay_share: Share = 0.5

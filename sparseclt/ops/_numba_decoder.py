@@ -57,7 +57,7 @@ class Decoder:
             run(adam_by_target, len(gradient), 10 * gradient.numel(), gradient, numbers, *updated)
 
     def _chunks(self) -> Iterator[tuple[slice, Tensor]]:
-        """The gradient [rows, T, D] of some latents after others, each in the place of the one before."""
+        """The gradient [rows, T, D], some latents at a time, each chunk in the memory of the one before."""
         assert self.slots is not None
         (F, T, D), (values, *by_latent) = self.shape, self.slots
         each, bags = T * D * values.element_size(), [self._bag(target) for target in range(T)]
@@ -94,7 +94,7 @@ class Decoder:
 
 
 def _part(transposed: Transpose, rows: slice) -> Transpose:
-    """The slots of some of the rows, behind those of the rows before them."""
+    """The transpose of some of the rows: slots of the rows before them come first, as empty ones do."""
     order, starts = transposed
     last = int(starts[rows.stop + 1]) if rows.stop + 1 < len(starts) else len(order)
     return Transpose(order[:last], starts[rows.start : rows.stop + 1])

@@ -30,7 +30,7 @@ class Checks:
         total, terms = self._loss
         flags = torch.stack([self._sums.isfinite().all(), torch.isfinite(total)]).to(norm.dtype)
         activations, loss, length = torch.cat([flags, norm.reshape(1)]).tolist()
-        if not activations:  # or their sum is too large
+        if not activations:  # unless only a sum of theirs has overflowed
             check_activations(self.activations, self.step)
         if not loss:
             check_loss(total, terms, self.step)

@@ -18,7 +18,7 @@ class FVUSums(NamedTuple):
 
     error: Tensor  # sum over tokens of (y - reconstruction)**2
     square: Tensor  # of (y - a vector)**2
-    total: Tensor  # [D] of y - that vector; a 0 if it is the batch's mean
+    total: Tensor  # [D] of y - that vector; a scalar 0 if that is the batch's mean
 
     def value(self, tokens: int) -> Tensor:
         """The FVU over so many tokens."""

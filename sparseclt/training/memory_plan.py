@@ -205,8 +205,8 @@ def _update_terms(x: RunSizes) -> list[MemoryTerm]:
     device = resolve(x.config.device)
     D = x.D // x.ranks
     decoders, largest = FLOAT * x.size.decoder_vectors * D, FLOAT * x.F * D * x.widest
-    one_pass = _in_one_pass(x)
-    if decoders <= KEPT_BYTES:
+    one_pass, small = _in_one_pass(x), decoders <= KEPT_BYTES
+    if small:
         kept, summed = decoders, (x.modes - 1) * FLOAT * x.F * D
     elif one_pass:
         kept, summed = min(UPDATE_BYTES, largest), (x.modes - 1) * 2 * FLOAT * x.F * D
@@ -214,12 +214,12 @@ def _update_terms(x: RunSizes) -> list[MemoryTerm]:
         kept = summed = min(CHUNK_BYTES.on(device), largest)
     widened = x.config.clt.dtype == "bf16" or x.config.optimizer.state == "8bit"
     pieces = (5 if widened else 1) * min(PIECE_BYTES.on(device), largest)
-    one_target = one_pass and decoders <= KEPT_BYTES
-    side_by_side = x.modes * FLOAT * x.N * x.D * (1 if one_target else x.widest)
+    side_by_side = x.modes * FLOAT * x.N * x.D * (1 if one_pass and small else x.widest)
     slots = one_pass * x.modes * (FLOAT + 4 * POSITION) * x.N * x.K
     return [
         MemoryTerm("gradients of reconstructions, side by side", side_by_side + slots, ("update",),
-                   "modes x 4 N D L; by numba modes x (4 N D L + 20 N K), 4 N D of decoders up to 256 MiB"),
+                   "modes x 4 N D L; by numba modes x (4 N D L + 20 N K), or 4 N D in place of 4 N D L "
+                   "if P_dec fits in 256 MiB"),
         MemoryTerm("decoder gradients", kept + max(summed, pieces), ("update",),
                    "4 P_dec, or 64 MiB (CPU: 8, numba 16), plus partial sums or 1 piece of weights, 5 if widened"),
     ]  # fmt: skip

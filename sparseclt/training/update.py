@@ -64,8 +64,8 @@ def clip_and_step(
     clip: float | None,
     settle: Callable[[Tensor], float] = float,
 ) -> tuple[Tensor, str | None]:
-    """One optimiser step: the norm of the gradients in Adam's units, and the name of the first parameter whose gradient
-    is not finite (then nothing was updated).
+    """Take one optimiser step. Returns the norm of the gradients in Adam's units, and the name of the first parameter
+    whose gradient is not finite (then nothing was updated).
 
     The norm that `clip` bounds is that of the whole gradient, exactly: of decoders that are large, it is computed a
     second time for the update. Encoders and biases come last, for the gradient of decoders is made of encoder rows.

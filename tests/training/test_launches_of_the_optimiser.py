@@ -8,9 +8,10 @@ from launches import counted
 from sparseclt import ops
 from sparseclt.config import OptimizerConfig
 from sparseclt.model.clt import SparseCLT
-from sparseclt.model.decoder_gradients import DecoderGradients, Written
+from sparseclt.model.decoder_gradients import DecoderGradients
 from sparseclt.model.shape import Architecture, ModelShape
 from sparseclt.ops import backend
+from sparseclt.ops.optimizer_step import Written
 from sparseclt.training.optimizer import RowAdam
 from sparseclt.training.update import clip_and_step
 
