@@ -109,11 +109,16 @@ EXPERIMENTS = {
         ),
         Experiment(
             "dead-latents",
-            "Are latents dead, and does raising their biases bring them back?",
+            "Are latents dead, and what keeps them alive: encoders that rest without a gradient, or biases that rise?",
             tuple(
                 Variant(f"F_{F}_{label}", f"--clt.latents {F} --clt.active {K} {options}".strip())
                 for F, K in ((512, 16), (2048, 32))
-                for label, options in (("never", "--optimizer.revival-rate 0"), ("default", ""))
+                for label, options in (
+                    ("adam", "--optimizer.rows all --optimizer.revival-rate 0"),
+                    ("rising", "--optimizer.rows all"),
+                    ("resting", "--optimizer.revival-rate 0"),
+                    ("default", ""),
+                )
             ),
             (*FVU, *DEAD, "cofiring_twins"),
             SMALL,

@@ -108,10 +108,14 @@ def _numbers(adam: Adam, like: Tensor) -> np.ndarray:
     return torch.tensor(numbers, dtype=like.dtype).numpy()
 
 
-def adam_(weights: Tensor, gradient: Tensor, mean: Tensor, square: Tensor, step: Adam) -> None:
-    """Adam on contiguous tensors of any one shape, in place."""
-    flat = [tensor.view(-1) for tensor in (weights, gradient, mean, square)]
-    run(adam, len(flat[0]), 10 * len(flat[0]), *flat, _numbers(step, weights))
+def adam_(weights: Tensor, gradient: Tensor, mean: Tensor, square: Tensor, step: Adam, rests: bool) -> None:
+    """Adam on contiguous tensors of any one shape, in place. `rests`: not on rows whose gradient is zero."""
+    tensors, numbers = (weights, gradient, mean, square), _numbers(step, weights)
+    if rests:
+        rows = [tensor.view(len(weights), -1) for tensor in tensors]
+        run(adam_of_rows, len(weights), 10 * weights.numel(), *rows, numbers, _numbers(step._replace(scale=0), weights))
+    else:
+        run(adam, weights.numel(), 10 * weights.numel(), *[tensor.view(-1) for tensor in tensors], numbers)
 
 
 @kernel(SUMS)
@@ -131,6 +135,18 @@ def adam(start, stop, weights, gradient, mean, square, numbers):
     """Entries start..stop."""
     part = slice(start, stop)
     _adam(weights[part], gradient[part], mean[part], square[part], numbers)
+
+
+@kernel(SUMS)
+def adam_of_rows(start, stop, weights, gradient, mean, square, numbers, resting):
+    """Rows start..stop; with the numbers `resting` those whose gradient is zero."""
+    for r in range(start, stop):
+        moved = False
+        for x in range(gradient.shape[1]):
+            if gradient[r, x] != 0:
+                moved = True
+                break
+        _adam(weights[r], gradient[r], mean[r], square[r], numbers if moved else resting)
 
 
 @kernel(SUMS)

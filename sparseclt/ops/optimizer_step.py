@@ -16,12 +16,15 @@ def in_one_pass(weights: Tensor, backend: str | None = None) -> bool:
     return choose("adam_", backend, weights) == "numba"
 
 
-def adam_(weights: Tensor, gradient: Tensor, mean: Tensor, square: Tensor, step: Adam) -> None:
+def adam_(
+    weights: Tensor, gradient: Tensor, mean: Tensor, square: Tensor, step: Adam, rests: bool = False
+) -> None:
     """One step of Adam, in place, on contiguous tensors of one shape and dtype; as `torch.optim.Adam` with moments
-    `mean` and `square`, up to rounding."""
+    `mean` and `square`, up to rounding. `rests`: rows (the first axis) whose gradient is zero stay where they are,
+    while their moments decay."""
     from sparseclt.ops._numba_decoder import adam_ as run
 
-    run(weights, gradient, mean, square, step)
+    run(weights, gradient, mean, square, step, rests)
 
 
 def gathered_decoder(

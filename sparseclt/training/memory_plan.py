@@ -229,7 +229,7 @@ def _in_one_pass(x: RunSizes) -> bool:
     """Whether decoders are updated by `ops.optimizer_step.gathered_decoder`."""
     c, o = x.config, x.config.optimizer
     numba = not x.on_gpu and c.compute.backend in (None, "numba") and "numba" in INSTALLED
-    plain = c.clt.dtype == "fp32" and x.p == FLOAT and o.state == "fp32" and o.rows == "all"
+    plain = c.clt.dtype == "fp32" and x.p == FLOAT and o.state == "fp32" and o.rows != "touched"
     return numba and plain and x.ranks * x.data == 1 and c.clt.attention == "frozen"
 
 

@@ -27,6 +27,6 @@ def numbers(
     return [plain._replace(gain=scale * factor, scale=scale) for scale in of_each]
 
 
-def step(weights: Tensor, gradient: Tensor, moments: Mapping[str, Tensor], numbers: Adam) -> None:
-    """One step in place."""
-    adam_(weights, gradient.contiguous(), moments["mean"], moments["square"], numbers)
+def step(weights: Tensor, gradient: Tensor, moments: Mapping[str, Tensor], numbers: Adam, rests: bool) -> None:
+    """One step in place. `rests`: rows without a gradient stay where they are."""
+    adam_(weights, gradient.contiguous(), moments["mean"], moments["square"], numbers, rests)

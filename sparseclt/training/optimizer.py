@@ -5,7 +5,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import Parameter
-from torch.optim.adam import adam
 
 from sparseclt.config import OptimizerConfig
 from sparseclt.devices import Budget
@@ -18,6 +17,7 @@ from sparseclt.training.rounding import round_stochastically
 
 PIECE_BYTES = Budget(cpu=1 << 20, gpu=64 << 20, gpu_share=1 / 64)  # of float32 weights that are widened at a time
 EPSILON = 1e-8
+RESTING = ("W_enc", "b_enc")  # parameters whose rows stay where they are in a step that gives them no gradient
 UNCOUNTED = ("cuda",)  # where untouched rows are computed and dropped: counting the others would make the host wait
 SCALED = ("W_enc", "W_dec", "b_dec")  # parameters that have a scale; b_enc is in the latents' own units
 CODES = {"mean": eight_bit.MEAN, "square": eight_bit.SQUARE}
@@ -34,9 +34,12 @@ class RowAdam:
     `state="8bit"`: the moments of encoders and decoders are codes of 8 bits with a scale for each vector [D]
     (`eight_bit`): 2 bytes per parameter instead of 8.
 
-    `rows="touched"`: a decoder row that no latent or connection touched is left alone. Its moments decay when it is
-    next touched, by as many steps as have passed: they, and their bias correction, are exactly those of Adam with
-    zero gradients in between; but the weights do not drift on meanwhile, as Adam's would.
+    `rows="fired"`: an encoder row (and its bias) with a gradient of zero stays where it is, while its moments decay as
+    Adam's do. With `rows="all"` it would drift on: after a single gradient, by about six learning rates along its sign,
+    which is enough to silence a latent that fires rarely.
+
+    `rows="touched"`: a decoder row that no latent or connection touched stays, too, and is not even read. Its moments
+    decay when it is next touched, by as many steps as have passed.
 
     `scales`: for encoders, decoders and their biases, what a parameter is in the units that Adam works in, times which
     is the parameter itself (`normalisation`): [T, 1] for a decoder, one per target, otherwise a scalar; 1 at first.
@@ -53,7 +56,7 @@ class RowAdam:
         self.parameters = dict(clt.named_parameters())
         self.step = 0
         self._scaled: tuple[object, Tensor] = (None, torch.empty(0))
-        self._steps: tuple[int, list[Tensor]] | None = None
+        self._steps: tuple[int, Tensor] | None = None
         self.state = {name: self._moments(name, parameter) for name, parameter in self.parameters.items()}
         self.scales = {name: _ones(name, p) for name, p in self.parameters.items() if name.endswith(SCALED)}
 
@@ -101,7 +104,7 @@ class RowAdam:
         `self.step` counts from 1."""
         if not name.endswith("W_dec") and self.in_one_pass(name):
             (numbers,) = self._numbers(name, learning_rate, factor)
-            one_pass.step(self.parameters[name].data, gradient, self.state[name], numbers)
+            one_pass.step(self.parameters[name].data, gradient, self.state[name], numbers, self._rests(name))
             return
         weights, first = self.parameters[name].data[rows], rows.start or 0
         part = {key: tensor[rows] for key, tensor in self.state[name].items()}
@@ -123,6 +126,9 @@ class RowAdam:
         weights[ids] = some
         for key, tensor in part.items():
             tensor[ids] = few[key]
+
+    def _rests(self, name: str) -> bool:
+        return self.config.rows != "all" and name.endswith(RESTING)
 
     def in_one_pass(self, name: str) -> bool:
         return one_pass.fits(self.parameters[name], self.state[name], self.backend)
@@ -172,7 +178,11 @@ class RowAdam:
             own = gradient[rows].to(wide)
             if scale is not None or factor != 1:
                 own.mul_(factor if scale is None else self._scale_times(name, factor))
-            self._exact(exact, own, moment["mean"], moment["square"], learning_rate, scale)
+            times = scale
+            if self._rests(name):
+                moves = own.any(-1, keepdim=True) if own.ndim == 2 else own.bool()
+                times = moves.to(wide) if scale is None else moves * scale
+            self._exact(exact, own, moment["mean"], moment["square"], learning_rate, times)
             if offset is not None:
                 for key, code in CODES.items():
                     eight_bit.encode(code, moment[key], part[key], part[f"{key}_scale"], offset, group)
@@ -186,12 +196,11 @@ class RowAdam:
             self._scaled = key, self.scales[name] * factor
         return self._scaled[1]
 
-    def _before(self, device: torch.device) -> Tensor:
-        """The number of steps before this one, as Adam's function takes it, which counts it up: out of many that are
-        filled on the device at once."""
-        if self._steps is None or self._steps[0] != self.step or not self._steps[1]:
-            self._steps = self.step, list(torch.full((256,), self.step - 1.0, device=device).unbind())
-        return self._steps[1].pop()
+    def _step_on(self, device: torch.device) -> Tensor:
+        """The number of this step, on the device."""
+        if self._steps is None or self._steps[0] != self.step:
+            self._steps = self.step, torch.full((), float(self.step), device=device)
+        return self._steps[1]
 
     def _generator(self, name: str, row: int) -> torch.Generator:
         """Of random bits that follow from the seed, the step, the parameter and the row, and from the rank, unless all
@@ -207,19 +216,18 @@ class RowAdam:
         mean: Tensor,
         square: Tensor,
         learning_rate: float,
-        scale: Tensor | None,
+        times: Tensor | None,
     ) -> None:
-        """`gradient` is in Adam's units."""
+        """`gradient` is in Adam's units; the weights move by Adam's step, or by `times` it."""
         beta1, beta2 = self.config.betas
-        steps = self._before(weights.device)
-        # With a scale: the step in Adam's units, which begins at 0.
-        moved = weights if scale is None else torch.zeros_like(weights)
-        adam(
-            [moved], [gradient], [mean], [square], [], [steps], fused=True, amsgrad=False, beta1=beta1, beta2=beta2,
-            lr=learning_rate, weight_decay=0.0, eps=EPSILON, maximize=False,
+        moved = weights if times is None else torch.zeros_like(weights)
+        # What `torch.optim.Adam(fused=True)` calls, without its counting up of steps for each parameter.
+        torch._fused_adam_(
+            [moved], [gradient], [mean], [square], [], [self._step_on(weights.device)], amsgrad=False, beta1=beta1,
+            beta2=beta2, lr=learning_rate, weight_decay=0.0, eps=EPSILON, maximize=False,
         )  # fmt: skip
-        if scale is not None:
-            weights.addcmul_(moved, scale)
+        if times is not None:
+            weights.addcmul_(moved, times)
 
 
 def _ones(name: str, parameter: Parameter) -> Tensor:

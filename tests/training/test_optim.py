@@ -23,7 +23,7 @@ def weights(t) -> dict[str, torch.Tensor]:
 
 def plain_steps(t, activations, steps: int) -> dict[str, torch.Tensor]:
     """The same training with autograd's gradients, `clip_grad_norm_` and `torch.optim.Adam`, which see the weights of
-    normalised sites: what they are divided by their scale."""
+    normalised sites: what they are divided by their scale. Encoder rows without a gradient are put back."""
     normalise(t.clt, t.optimizer, activations)
     parameters, scales = dict(t.clt.named_parameters()), t.optimizer.scales
     own = {name: Parameter(p.detach() / scales.get(name, 1.0)) for name, p in parameters.items()}
@@ -37,8 +37,15 @@ def plain_steps(t, activations, steps: int) -> dict[str, torch.Tensor]:
         for name, parameter in parameters.items():
             own[name].grad = None if parameter.grad is None else parameter.grad * scales.get(name, 1.0)
         torch.nn.utils.clip_grad_norm_(own.values(), t.config.optimizer.clip_norm or math.inf)
+        rested = {
+            name: (value.detach().clone(), (value.grad == 0).view(len(value), -1).all(1))
+            for name, value in own.items()
+            if name.endswith(("W_enc", "b_enc")) and t.config.optimizer.rows != "all"
+        }
         adam.step()
         with torch.no_grad():
+            for name, (value, still) in rested.items():
+                own[name][still] = value[still]
             for name, parameter in parameters.items():
                 parameter.copy_(own[name] * scales.get(name, 1.0))
         for mode, forward in passes.items():
@@ -47,18 +54,42 @@ def plain_steps(t, activations, steps: int) -> dict[str, torch.Tensor]:
     return weights(t)
 
 
-@pytest.mark.parametrize("attention", ["frozen", "latents"])
+@pytest.mark.parametrize("attention, rows", [("frozen", "fired"), ("frozen", "all"), ("latents", "fired")])
 @pytest.mark.parametrize("clip", [None, 0.05])
 @pytest.mark.parametrize("kept", [0, 1 << 30], ids=["computed twice", "kept"])
-def test_steps_are_those_of_adam_on_normalised_sites_with_clipping(tmp_path, monkeypatch, clip, kept, attention):
+def test_steps_are_those_of_adam_on_normalised_sites_with_clipping(tmp_path, monkeypatch, clip, kept, attention, rows):
     monkeypatch.setattr("sparseclt.training.update.KEPT_BYTES", kept)
     monkeypatch.setattr("sparseclt.ops._numba_decoder.UPDATE_BYTES", 5000)  # a few latents at a time
-    options = {"attention": attention, "optimizer": OptimizerConfig(clip_norm=clip)}
+    options = {"attention": attention, "optimizer": OptimizerConfig(clip_norm=clip, rows=rows)}
     ours, plain = trainer(tmp_path, **options), trainer(tmp_path, **options)
     activations = warmed_up(ours)
     expected = plain_steps(plain, activations, 4)
     for name, value in weights(ours).items():
         torch.testing.assert_close(value, expected[name], rtol=1e-7, atol=1e-9)
+
+
+@pytest.mark.parametrize("backend", ["torch", "numba"])
+@pytest.mark.parametrize("suffix, shape", [("W_enc", (4, 3)), ("b_enc", (4,))])
+def test_encoder_rows_without_a_gradient_stay_and_their_moments_decay(backend, suffix, shape):
+    torch.manual_seed(0)
+    one, other = torch.nn.Module(), torch.nn.Module()
+    for holder in (one, other):
+        setattr(holder, suffix, Parameter(torch.ones(shape)))
+    ours, plain = RowAdam(one, OptimizerConfig(), backend=backend), RowAdam(other, OptimizerConfig(rows="all"))
+    parameter = getattr(one, suffix)
+    for step, which in enumerate([[1, 1, 0, 1], [1, 0, 0, 1], [1, 0, 0, 0], [1, 1, 0, 1]], 1):
+        ours.step = plain.step = step
+        fired = torch.tensor(which, dtype=torch.bool)
+        gradient = torch.randn(shape) * fired.view(-1, *[1] * (len(shape) - 1))
+        before = parameter.detach().clone()
+        plain.update(suffix, gradient.clone(), 0.01)
+        ours.update(suffix, gradient, 0.01)
+        assert torch.equal(parameter[~fired], before[~fired])
+        assert (parameter[fired] != before[fired]).all()
+    torch.testing.assert_close(parameter[0], getattr(other, suffix)[0])
+    assert not torch.allclose(parameter[1], getattr(other, suffix)[1]), "Adam drifts on"
+    for key, truth in plain.state[suffix].items():
+        torch.testing.assert_close(ours.state[suffix][key], truth)
 
 
 def clt_with(count: int, **options) -> tuple[RowAdam, Parameter, str]:
