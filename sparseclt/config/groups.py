@@ -181,7 +181,7 @@ class OptimizerConfig:
     """The bias of a dead latent rises by so many peak learning rates per step, until it fires. 0: never. Of attention
     modules only latents that are dead in vanilla mode."""
     dead_after_tokens: Positive | None = None
-    """A latent is dead after so many tokens on which it did not fire, in either mode. None: 150 times those on which an
+    """A latent is dead after so many tokens on which it did not fire, in either mode. None: 110 times those on which an
     average latent of its module fires once."""
     clip_norm: Annotated[float, Field(gt=0)] | None = 1.0
     """Scale gradients down to this norm at most, in units in which every site's inputs and outputs have size 1. None:

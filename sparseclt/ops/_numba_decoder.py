@@ -1,12 +1,14 @@
 """The numba backend's optimiser step: Adam in one pass over a parameter, a decoder's with a gathered gradient.
 
-A decoder's gradient is a sum of gathered vectors. That of a large one is never whole, and made twice: for the sum of
-its squares, by which gradients are clipped, one vector [D] at a time, and for the step that of some latents at a time.
+A decoder's gradient is a sum of gathered vectors. That of a large one is never whole. For the step it is made for some
+latents at a time, and before that, where a bound of the sum of its squares does not show that it need not be clipped,
+one vector [D] at a time for that sum.
 One target's vectors are gathered at a time, as those of all targets are larger than the caches. Weights and moments,
 of which a target's lie far apart, are read in their order in memory.
 """
 
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -33,32 +35,50 @@ class Decoder:
 
     def squares(self) -> Tensor:
         """[T]: the sum of squares of each target's gradient."""
-        (F, T, D), slots = self.shape, self._sorted()
-        squares = slots[0].new_empty(T, F)
-        self.kept = slots[0].new_empty(F if self.keep else 0, T, D)
+        F, T, D = self.shape
+        squares = self.slots[0].new_empty(T, F)
+        self.kept = self.slots[0].new_empty(F if self.keep else 0, T, D)
         for target, behind in self._targets(slice(0, F)):
-            read = *slots, self._bag(target), behind
-            run(decoder_squares, F, self._work, *read, target, self.kept, squares[target])
-        self.slots = None if self.keep else slots
+            read = *self.slots, self._bag(target), behind
+            run(decoder_rows, F, self._work, *read, target, self.kept, squares[target])
+        if self.keep:
+            del self.slots
         return squares.sum(1)
 
-    def _sorted(self) -> tuple[Tensor, Tensor, Tensor]:
-        """The slots of all passes by latent: their values, their tokens, and where each latent's start."""
+    def most_squares(self) -> Tensor:
+        """[T]: no less than `squares()`, without a gather; inf where anything is read.
+
+        By Cauchy and Schwarz, the squares of a sum of n vectors are at most n times the sum of their squares."""
+        total = self.written[0].values.new_zeros(self.shape[1])
+        if any(self.read):
+            return total.fill_(torch.inf)
+        times = Transpose(*self.slots[1:]).bounds().diff().to(total.dtype)
+        for values, indices, grads in self.written:
+            weights = (values.square() * times[indices.clamp_min(0)]).sum(1)
+            total += torch.stack([torch.linalg.vecdot(grad, grad) @ weights for grad in grads])
+        return total
+
+    @cached_property
+    def slots(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Those of all passes by latent: their values, their tokens, and where each latent's start."""
         values = torch.cat([w.values for w in self.written])
         by_latent = transpose(torch.cat([w.indices for w in self.written]), self.shape[0])
         tokens = by_latent.order // values.shape[1]
         return values.flatten().index_select(0, by_latent.order), tokens, by_latent.starts
 
-    def adam(self, weights: Tensor, mean: Tensor, square: Tensor, steps: Sequence[Adam]) -> None:
-        """Adam on `weights` [F, T, D] with moments `mean` and `square`, in place; one of `steps` for each target."""
+    def adam(self, weights: Tensor, mean: Tensor, square: Tensor, steps: Sequence[Adam]) -> Tensor:
+        """Adam on `weights` [F, T, D] with moments `mean` and `square`, in place; one of `steps` for each target.
+        Returns `squares()`, or nothing with `keep`."""
         numbers = np.stack([_numbers(step, weights) for step in steps])
-        for rows, gradient in [(slice(None), self.kept)] if self.keep else self._chunks():
+        squares = weights.new_empty(len(steps), 0 if self.keep else len(weights))
+        for rows, gradient in [(slice(None), self.kept)] if self.keep else self._chunks(squares):
             updated = weights[rows], mean[rows], square[rows]
             run(adam_by_target, len(gradient), 10 * gradient.numel(), gradient, numbers, *updated)
+        return squares.sum(1)
 
-    def _chunks(self) -> Iterator[tuple[slice, Tensor]]:
-        """The gradient [rows, T, D], some latents at a time, each chunk in the memory of the one before."""
-        assert self.slots is not None
+    def _chunks(self, squares: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        """The gradient [rows, T, D], some latents at a time, each chunk in the memory of the one before; and `squares`
+        [T, F] of each target's."""
         (F, T, D), (values, *by_latent) = self.shape, self.slots
         each, bags = T * D * values.element_size(), [self._bag(target) for target in range(T)]
         memory = _huge_pages.empty((min(F, max(1, UPDATE_BYTES // each)), T, D), values)
@@ -66,7 +86,8 @@ class Decoder:
             gradient, part = memory[: rows.stop - rows.start], _part(Transpose(*by_latent), rows)
             work = self._work * len(gradient) // F
             for target, behind in self._targets(rows):
-                run(decoder_rows, len(gradient), work, values, *part, bags[target], behind, target, gradient)
+                read = values, *part, bags[target], behind
+                run(decoder_rows, len(gradient), work, *read, target, gradient, squares[target, rows])
             yield rows, gradient
 
     @property
@@ -170,23 +191,16 @@ def _gradient(r, slots, tokens, starts, bags, behind, out):
 
 
 @kernel(SUMS)
-def decoder_squares(start, stop, slots, tokens, starts, bags, behind, target, kept, squares):
-    """squares[r] = the sum of squares of row r's gradient, which goes to kept [F, T, D], if that has any rows."""
+def decoder_rows(start, stop, slots, tokens, starts, bags, behind, target, gradient, squares):
+    """squares[r] = the sum of squares of row r's gradient, which goes to gradient [R, T, D], if that has any rows."""
     row = np.empty(bags.shape[1], dtype=bags.dtype)
     for r in range(start, stop):
-        out = kept[r, target] if len(kept) > 0 else row
+        out = gradient[r, target] if len(gradient) > 0 else row
         _gradient(r, slots, tokens, starts, bags, behind, out)
         total = row.dtype.type(0)
         for x in range(len(out)):
             total += out[x] * out[x]
         squares[r] = total
-
-
-@kernel(SUMS)
-def decoder_rows(start, stop, slots, tokens, starts, bags, behind, target, gradient):
-    """gradient[r, target] of rows start..stop."""
-    for r in range(start, stop):
-        _gradient(r, slots, tokens, starts, bags, behind, gradient[r, target])
 
 
 @kernel(SUMS)

@@ -137,10 +137,11 @@ class RowAdam:
         return one_pass.numbers(self.scales.get(name), factor, rate, self.config.betas, EPSILON, self.step)
 
     @torch.no_grad()
-    def update_gathered(self, name: str, gradient: Any, learning_rate: float, factor: float = 1.0) -> None:
-        """One step for a whole decoder, with a gradient that is never stored."""
+    def update_gathered(self, name: str, gradient: Any, learning_rate: float, factor: float = 1.0) -> Tensor:
+        """One step for a whole decoder, with a gradient that is never stored. Returns what its `adam` does."""
         moments, numbers = self.state[name], self._numbers(name, learning_rate, factor)
-        gradient.adam(self.parameters[name].data, moments["mean"], moments["square"], numbers)
+        squares: Tensor = gradient.adam(self.parameters[name].data, moments["mean"], moments["square"], numbers)
+        return squares
 
     def _decay(self, moments: Moments) -> None:
         """Of rows that were left alone, up to the step before this one."""

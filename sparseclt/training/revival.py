@@ -14,7 +14,7 @@ from sparseclt.config import OptimizerConfig
 from sparseclt.model.sites import Mode, Site
 from sparseclt.model.transcoders import Transcoders
 
-PATIENCE = 150  # times a latent that fires as often as others should have fired before it counts as dead
+PATIENCE = 110  # times a latent that fires as often as others should have fired before it counts as dead
 
 
 def dead_after_tokens(config: OptimizerConfig, clt: Transcoders) -> Tensor:

@@ -13,6 +13,7 @@ from sparseclt.model.decoder_gradients import Chunk, DecoderGradients
 from sparseclt.model.transcoders import Transcoders
 from sparseclt.training.optimizer import RowAdam
 
+ROUNDING = 0.999  # by how much a bound of the norm has to stay below what it is compared with
 KEPT_BYTES = 256 << 20  # decoder gradients that are kept for the update; larger ones are computed again for it
 
 
@@ -26,10 +27,20 @@ class InOnePass:
     gradient: Any
 
     def square_sum(self) -> Tensor:
-        return self.optimizer.square_sum_of_targets(self.name, self.gradient.squares())
+        return self._in_adams_units(self.gradient.squares())
 
-    def update(self, learning_rate: float, factor: float) -> None:
-        self.optimizer.update_gathered(self.name, self.gradient, learning_rate, factor)
+    def most_square_sum(self) -> Tensor:
+        """No less than that, without a gather."""
+        return self._in_adams_units(self.gradient.most_squares())
+
+    def update(self, learning_rate: float, factor: float) -> Tensor:
+        """Returns the sum of squares, unless the gradient was kept."""
+        return self._in_adams_units(
+            self.optimizer.update_gathered(self.name, self.gradient, learning_rate, factor)
+        )
+
+    def _in_adams_units(self, squares: Tensor) -> Tensor:
+        return self.optimizer.square_sum_of_targets(self.name, squares)
 
 
 @dataclass
@@ -67,37 +78,54 @@ def clip_and_step(
     """Take one optimiser step. Returns the norm of the gradients in Adam's units, and the name of the first parameter
     whose gradient is not finite (then nothing was updated).
 
-    The norm that `clip` bounds is that of the whole gradient, exactly: of decoders that are large, it is computed a
-    second time for the update. Encoders and biases come last, for the gradient of decoders is made of encoder rows.
-    `settle` reads the norm, which waits for the device, once.
+    The norm that `clip` bounds is that of the whole gradient, exactly. Decoders that are large are not kept for the
+    update, but computed again, unless a cheap upper bound shows that nothing is to be clipped: then their norm is a
+    by-product. Encoders and biases come last, for the gradient of decoders is made of encoder rows. `settle` reads a
+    norm, which waits for the device: once, and a second time where the bound shows nothing.
     """
     add_up(clt)
     gradients.add_to_encoders()
     decoders, parameters = _decoders(clt, gradients, optimizer), optimizer.parameters
     others = {name: p.grad for name, p in parameters.items() if p.grad is not None and name not in decoders}
-    squares = {
-        name: decoders[name].square_sum() if name in decoders else optimizer.square_sum(name, others[name])
-        for name in parameters
-        if name in decoders or name in others
-    }
-    wide = reduce(torch.promote_types, (square.dtype for square in squares.values()))
-    total = torch.stack([square.to(wide) for square in squares.values()]).to(torch.float64)
-    if clt.ranks.latents.rank:
-        total *= torch.tensor([not name.endswith("b_dec") for name in squares], device=total.device)  # counted once
-    total = clt.ranks.latents.sum_(total)
-    norm = total.sum().sqrt()
-    length = settle(norm)
-    if not math.isfinite(length):
-        return norm, next(name for name, square in zip(squares, total, strict=True) if not torch.isfinite(square))
-    factor = min(1.0, (math.inf if clip is None else clip) / (length + 1e-6))
+    known = {name: optimizer.square_sum(name, gradient) for name, gradient in others.items()}
+    clip, factor, by_the_way = math.inf if clip is None else clip, 1.0, False
+    once = [decoder for decoder in decoders.values() if isinstance(decoder, InOnePass) and not decoder.gradient.keep]
+    if len(once) == len(decoders):
+        totals = _totals(clt, known | {decoder.name: decoder.most_square_sum() for decoder in once})
+        by_the_way = settle(_norm(totals)) < clip * ROUNDING
+    if not by_the_way:
+        known |= {name: decoder.square_sum() for name, decoder in decoders.items()}
+        known = {name: known[name] for name in parameters if name in known}
+        totals = _totals(clt, known)
+        length = settle(_norm(totals))
+        if not math.isfinite(length):
+            return _norm(totals), next(name for name, total in zip(known, totals, strict=True) if not total.isfinite())
+        factor = min(1.0, clip / (length + 1e-6))
     optimizer.step += 1
-    for decoder in decoders.values():
-        decoder.update(learning_rate, factor)
+    for name, decoder in decoders.items():
+        found = decoder.update(learning_rate, factor)
+        if by_the_way:
+            known[name] = found
+    if by_the_way:
+        totals = _totals(clt, known)
     for name, gradient in others.items():
         optimizer.update(name, gradient, learning_rate, factor=factor)
     for parameter in parameters.values():
         parameter.grad = None
-    return norm, None
+    return _norm(totals), None
+
+
+def _totals(clt: Transcoders, squares: dict[str, Tensor]) -> Tensor:
+    """The sums of squares of parameters, of which ranks may have parts; in float64."""
+    wide = reduce(torch.promote_types, (square.dtype for square in squares.values()))
+    totals = torch.stack([square.to(wide) for square in squares.values()]).to(torch.float64)
+    if clt.ranks.latents.rank:
+        totals *= torch.tensor([not name.endswith("b_dec") for name in squares], device=totals.device)  # counted once
+    return clt.ranks.latents.sum_(totals)
+
+
+def _norm(totals: Tensor) -> Tensor:
+    return totals.sum().sqrt()
 
 
 def _decoders(clt: Transcoders, gradients: DecoderGradients, optimizer: RowAdam) -> dict[str, InOnePass | InChunks]:
