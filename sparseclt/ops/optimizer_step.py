@@ -16,9 +16,7 @@ def in_one_pass(weights: Tensor, backend: str | None = None) -> bool:
     return choose("adam_", backend, weights) == "numba"
 
 
-def adam_(
-    weights: Tensor, gradient: Tensor, mean: Tensor, square: Tensor, step: Adam, rests: bool = False
-) -> None:
+def adam_(weights: Tensor, gradient: Tensor, mean: Tensor, square: Tensor, step: Adam, rests: bool = False) -> None:
     """One step of Adam, in place, on contiguous tensors of one shape and dtype; as `torch.optim.Adam` with moments
     `mean` and `square`, up to rounding. `rests`: rows (the first axis) whose gradient is zero stay where they are,
     while their moments decay."""
@@ -32,9 +30,9 @@ def gathered_decoder(
     written: Sequence[Written],
     read: Sequence[Read | None],
 ) -> Any:
-    """The gradient of a decoder `shape` [F, T, D]: it has `squares()` [T], a cheap `most_squares()` [T] that is no less,
-    and `adam(weights, mean, square, steps)`, with one of `steps` for each target, which returns the squares, too. If its
-    attribute `keep` is set, `squares` stores the gradient for `adam`, which then returns nothing.
+    """The gradient of a decoder `shape` [F, T, D]: it has `squares()` [T], a cheap `most_squares()` [T] that is no
+    less, and `adam(weights, mean, square, steps)`, with one of `steps` for each target, which returns the squares, too.
+    If its attribute `keep` is set, `squares` stores the gradient for `adam`, which then returns nothing.
 
     `written`: by at least one pass. `read`: by target, the reader that meets the sum up to that target, or None.
     """

@@ -35,9 +35,7 @@ class InOnePass:
 
     def update(self, learning_rate: float, factor: float) -> Tensor:
         """Returns the sum of squares, unless the gradient was kept."""
-        return self._in_adams_units(
-            self.optimizer.update_gathered(self.name, self.gradient, learning_rate, factor)
-        )
+        return self._in_adams_units(self.optimizer.update_gathered(self.name, self.gradient, learning_rate, factor))
 
     def _in_adams_units(self, squares: Tensor) -> Tensor:
         return self.optimizer.square_sum_of_targets(self.name, squares)
@@ -102,12 +100,11 @@ def clip_and_step(
             return _norm(totals), next(name for name, total in zip(known, totals, strict=True) if not total.isfinite())
         factor = min(1.0, clip / (length + 1e-6))
     optimizer.step += 1
-    for name, decoder in decoders.items():
-        found = decoder.update(learning_rate, factor)
-        if by_the_way:
-            known[name] = found
     if by_the_way:
-        totals = _totals(clt, known)
+        totals = _totals(clt, known | {decoder.name: decoder.update(learning_rate, factor) for decoder in once})
+    else:
+        for decoder in decoders.values():
+            decoder.update(learning_rate, factor)
     for name, gradient in others.items():
         optimizer.update(name, gradient, learning_rate, factor=factor)
     for parameter in parameters.values():

@@ -9,6 +9,7 @@ from torch.nn import Parameter
 
 from sparseclt.config import CheckpointConfig, CLTConfig, LoggingConfig, OptimizerConfig, TrainConfig
 from sparseclt.model.decoder_gradients import DecoderGradients
+from sparseclt.ops._numba_decoder import Decoder
 from sparseclt.training import eight_bit
 from sparseclt.training.finite import NonFiniteError
 from sparseclt.training.normalisation import normalise
@@ -29,7 +30,8 @@ def plain_steps(t, activations, steps: int) -> dict[str, torch.Tensor]:
     own = {name: Parameter(p.detach() / scales.get(name, 1.0)) for name, p in parameters.items()}
     adam = torch.optim.Adam(own.values(), betas=t.config.optimizer.betas)
     for _ in range(steps):
-        t.policy.update(t.clt, t.activity["vanilla"], t.step)
+        if t.policy:
+            t.policy.update(t.clt, t.activity["vanilla"], t.step)
         adam.param_groups[0]["lr"] = learning_rate(t.config, t.step)
         t.clt.zero_grad()
         total, _, passes = t.loss(activations, t.step)
@@ -66,6 +68,30 @@ def test_steps_are_those_of_adam_on_normalised_sites_with_clipping(tmp_path, mon
     expected = plain_steps(plain, activations, 4)
     for name, value in weights(ours).items():
         torch.testing.assert_close(value, expected[name], rtol=1e-7, atol=1e-9)
+
+
+@pytest.mark.parametrize("clip", [None, 10.0, 0.05])
+def test_a_bound_of_the_norm_saves_a_pass_where_nothing_is_clipped(tmp_path, monkeypatch, clip):
+    monkeypatch.setattr("sparseclt.training.update.KEPT_BYTES", 0)
+    monkeypatch.setattr("sparseclt.ops._numba_decoder.UPDATE_BYTES", 5000)
+    passes, squares, bounds = [], Decoder.squares, Decoder.most_squares
+    monkeypatch.setattr(Decoder, "squares", lambda self: passes.append(squares(self)) or passes[-1])
+
+    def most_squares(self):
+        assert (bounds(self) >= squares(self)).all()
+        return bounds(self)
+
+    monkeypatch.setattr(Decoder, "most_squares", most_squares)
+    options = {"policy": "none", "optimizer": OptimizerConfig(clip_norm=clip)}
+    ours, plain = trainer(tmp_path, **options), trainer(tmp_path, **options)
+    activations = warmed_up(ours)
+    assert len(passes) == (4 * len(ours.clt.sites) if clip == 0.05 else 0)
+    norm = ours.train_step(activations)["gradient_norm"]
+    expected = plain_steps(plain, activations, 5)
+    for name, value in weights(ours).items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-7, atol=1e-9)
+    own = [p.grad * plain.optimizer.scales.get(name, 1.0) for name, p in plain.clt.named_parameters()]
+    assert norm == pytest.approx(torch.nn.utils.get_total_norm(own).item(), rel=1e-6)
 
 
 @pytest.mark.parametrize("backend", ["torch", "numba"])
