@@ -138,13 +138,14 @@ def _write_gates(mlp: Any, gates: list[Gate], directions: Tensor, number: int, s
 
 
 def trained(
-    model: Any, rows: Tensor, latents: int, active: int, out: Any, *, C: int = 4, steps: int = 400
+    model: Any, rows: Tensor, latents: int, active: int, out: Any, *, C: int = 4, steps: int = 700
 ) -> SparseCLT:
-    """A CLT trained on `rows` [R, S] in both modes."""
+    """A CLT trained on `rows` [R, S] in both modes. Where half of the latents fire on every token, two steps make one
+    dead by default."""
     config = TrainConfig(
         out=str(out), steps=steps, batch_rows=8, clt=CLTConfig(latents=latents, active=active),
         connections=ConnectionConfig(per_latent=C, refresh_steps=10), data=DataConfig(row_tokens=rows.shape[1]),
-        optimizer=OptimizerConfig(learning_rate=2e-2), compute=ComputeConfig(backend="torch"),
+        optimizer=OptimizerConfig(learning_rate=2e-2, dead_after_tokens=2000), compute=ComputeConfig(backend="torch"),
     )  # fmt: skip
     trainer = Trainer(config, language_model=model, rows=rows)
     for activations in trainer.batches.from_step(0):
