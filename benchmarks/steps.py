@@ -56,7 +56,7 @@ def make_trainer(mode: str, device: str, L: int, D: int, F: int, K: int, C: int,
     trainer.step = 1  # the ramp is over
     with torch.no_grad():
         for m in trainer.clt:
-            m.W_dec.normal_(0, 0.25 / D**0.5)  # FVU 1.2, and the gradient norm of the first steps of a run: not clipped
+            m.W_dec.normal_(0, 0.25 / D**0.5)  # gradient norm 0.38: as in a run, nothing is clipped
             m.b_enc.normal_(0, 0.02)
             m.b_dec.normal_(0, 0.02)
             if mode == "both" and m.upstream:

@@ -190,8 +190,8 @@ class OptimizerConfig:
     """Precision of Adam's moments. fp32: 8 bytes per parameter. 8bit: 2 for encoders and decoders, and some scales."""
     rows: Literal["all", "fired", "touched"] = "fired"
     """Rows that a step moves. all: every one, as Adam does. fired: encoder rows that have a gradient, because their
-    latent fired, and all decoder rows; far fewer latents die than with all. touched: of decoders, too, only rows that a
-    latent or a connection touched, which takes less time where these are few."""
+    latent fired, and all decoder rows; far fewer latents die than with all. touched: as fired, but of decoders only
+    rows that a latent or a connection touched, which takes less time where these are few."""
 
 
 @strict("activations")

@@ -1,8 +1,8 @@
 """The numba backend's optimiser step: Adam in one pass over a parameter, a decoder's with a gathered gradient.
 
 A decoder's gradient is a sum of gathered vectors. That of a large one is never whole. For the step it is made for some
-latents at a time, and before that, where a bound of the sum of its squares does not show that it need not be clipped,
-one vector [D] at a time for that sum.
+latents at a time. Clipping needs the sum of its squares before that, for which it is made one vector [D] at a time,
+unless a bound of the sum shows that nothing is clipped.
 One target's vectors are gathered at a time, as those of all targets are larger than the caches. Weights and moments,
 of which a target's lie far apart, are read in their order in memory.
 """
@@ -68,7 +68,7 @@ class Decoder:
 
     def adam(self, weights: Tensor, mean: Tensor, square: Tensor, steps: Sequence[Adam]) -> Tensor:
         """Adam on `weights` [F, T, D] with moments `mean` and `square`, in place; one of `steps` for each target.
-        Returns `squares()`, or nothing with `keep`."""
+        Returns what `squares` does; with `keep`, where that has been called before, zeros."""
         numbers = np.stack([_numbers(step, weights) for step in steps])
         squares = weights.new_empty(len(steps), 0 if self.keep else len(weights))
         for rows, gradient in [(slice(None), self.kept)] if self.keep else self._chunks(squares):

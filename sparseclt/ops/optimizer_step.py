@@ -32,7 +32,7 @@ def gathered_decoder(
 ) -> Any:
     """The gradient of a decoder `shape` [F, T, D]: it has `squares()` [T], a cheap `most_squares()` [T] that is no
     less, and `adam(weights, mean, square, steps)`, with one of `steps` for each target, which returns the squares, too.
-    If its attribute `keep` is set, `squares` stores the gradient for `adam`, which then returns nothing.
+    If its attribute `keep` is set, `squares` stores the gradient for `adam`, which then returns zeros.
 
     `written`: by at least one pass. `read`: by target, the reader that meets the sum up to that target, or None.
     """

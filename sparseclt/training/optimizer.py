@@ -35,7 +35,7 @@ class RowAdam:
     (`eight_bit`): 2 bytes per parameter instead of 8.
 
     `rows="fired"`: an encoder row (and its bias) with a gradient of zero stays where it is, while its moments decay as
-    Adam's do. With `rows="all"` it would drift on: after a single gradient, by about six learning rates along its sign,
+    Adam's do. With `rows="all"` it would drift on: after a single gradient, by about six learning rates in total,
     which is enough to silence a latent that fires rarely.
 
     `rows="touched"`: a decoder row that no latent or connection touched stays, too, and is not even read. Its moments

@@ -34,7 +34,7 @@ class InOnePass:
         return self._in_adams_units(self.gradient.most_squares())
 
     def update(self, learning_rate: float, factor: float) -> Tensor:
-        """Returns the sum of squares, unless the gradient was kept."""
+        """Returns the sum of squares; 0 if the gradient was kept."""
         return self._in_adams_units(self.optimizer.update_gathered(self.name, self.gradient, learning_rate, factor))
 
     def _in_adams_units(self, squares: Tensor) -> Tensor:
@@ -93,11 +93,11 @@ def clip_and_step(
         by_the_way = settle(_norm(totals)) < clip * ROUNDING
     if not by_the_way:
         known |= {name: decoder.square_sum() for name, decoder in decoders.items()}
-        known = {name: known[name] for name in parameters if name in known}
         totals = _totals(clt, known)
         length = settle(_norm(totals))
         if not math.isfinite(length):
-            return _norm(totals), next(name for name, total in zip(known, totals, strict=True) if not total.isfinite())
+            spoiled = {name for name, total in zip(known, totals, strict=True) if not total.isfinite()}
+            return _norm(totals), next(name for name in parameters if name in spoiled)
         factor = min(1.0, clip / (length + 1e-6))
     optimizer.step += 1
     if by_the_way:

@@ -57,7 +57,7 @@ def test_fewer_latents_stay_silent(tmp_path):
     assert without > 0.2 and with_it < without / 2, (with_it, without)
 
 
-def test_by_default_a_latent_is_dead_after_150_times_the_tokens_between_two_firings(tmp_path):
+def test_by_default_a_latent_is_dead_after_110_times_the_tokens_between_two_firings(tmp_path):
     t = trainer(tmp_path)
     K = [t.clt.architecture.active_of(site.layer) for site in t.clt.sites]
     assert dead_after_tokens(OptimizerConfig(), t.clt).flatten().tolist() == [110 * 48 // k for k in K]
